@@ -1,0 +1,151 @@
+"""The artifact that ships: manifest, model card, generation settings, Ollama Modelfile and the commands to run it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgedistill import __version__
+from edgedistill.errors import UsageError
+from edgedistill.fingerprint import file_digest
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that says what an artifact is and why it may ship. ``keys``: step id -> key; ``digests``: key -> digest."""
+
+    recipe: str
+    target: dict[str, Any]
+    format: str
+    keys: dict[str, str]
+    digests: dict[str, str]
+    sources: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    teacher: dict[str, Any]
+    measurement: dict[str, Any]
+    gates: list[dict[str, Any]]
+    generation: dict[str, Any]
+    size: int
+    example: list[dict[str, Any]]
+    tools: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+    edgedistill: str = __version__
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json`` of a package; raises UsageError if there is none or it is of another schema."""
+    path = folder / "manifest.json"
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file", "give a folder that `edgedistill build` wrote under dist/") from None
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path}: not a manifest of this version ({error})", "build again") from error
+
+
+def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
+    """Write everything beside the model file into ``out``; the manifest comes last and lists the digest of each file."""
+    (out / "generation.json").write_text(json.dumps(manifest.generation, indent=1, sort_keys=True) + "\n")
+    if grammar:
+        (out / "grammar.gbnf").write_text(grammar)
+    if manifest.format == "gguf":
+        (out / "Modelfile").write_text(_modelfile(out / "model.gguf", manifest))
+    (out / "README.md").write_text(model_card(manifest, grammar=bool(grammar)))
+    files = {
+        path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()
+    }
+    body = {**asdict(manifest), "files": files}
+    (out / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
+
+
+def _modelfile(gguf: Path, manifest: Manifest) -> str:
+    """Write an Ollama Modelfile: ChatML in Ollama's template language, greedy decoding, the context that was promised."""
+    from edgedistill.formats.gguf.read import read_info
+
+    template = read_info(gguf).chat_template or ""
+    lines = ["FROM ./model.gguf"]
+    if "<|im_start|>" in template:
+        lines += [
+            'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}',
+            "{{ .Content }}<|im_end|>",
+            "{{ end }}<|im_start|>assistant",
+            '"""',
+            "PARAMETER stop <|im_end|>",
+        ]
+    lines += [f"PARAMETER num_ctx {manifest.generation['context']}", "PARAMETER temperature 0"]
+    system = [message["content"] for message in manifest.example if message["role"] == "system"]
+    if system:
+        lines.append(f'SYSTEM """{system[0]}"""')
+    return "\n".join(lines) + "\n"
+
+
+def commands(manifest: Manifest) -> list[str]:
+    """Return the command lines that run this package, from inside its folder."""
+    user = next((m["content"] for m in manifest.example if m["role"] == "user"), "Hello")
+    if manifest.format == "gguf":
+        grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
+        return [
+            f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar} -p {user!r}",
+            f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}",
+            "ollama create my-model -f Modelfile && ollama run my-model",
+            'python -c "from llama_cpp import Llama; print(Llama(\'model.gguf\').create_chat_completion('
+            f"messages={json.dumps(manifest.example, ensure_ascii=False)!s}, temperature=0))\"",
+        ]
+    return [
+        "pip install onnxruntime-genai",
+        "python -c \"import onnxruntime_genai as og; model = og.Model('onnx'); print(model.type)\"",
+    ]
+
+
+def model_card(manifest: Manifest, *, grammar: bool) -> str:
+    """Write the model card: what it is, what it scored, how fast it ran and where, where its weights come from."""
+    name = f"{manifest.recipe} for {manifest.target['name']}"
+    lines = [f"# {name}", "", f"{manifest.target['summary']}. Built and measured by edgedistill {manifest.edgedistill}.", ""]
+    lines += ["## Task", "", "| suite | score | 95 % interval | n | teacher |", "|---|---|---|---|---|"]
+    for suite, facts in manifest.evaluation.get("suites", {}).items():
+        teacher = manifest.teacher.get("suites", {}).get(suite, {})
+        if "perplexity" in facts:
+            value = facts["perplexity"]
+            known = teacher.get("perplexity", {}).get("value")
+            lines.append(
+                f"| {suite} (perplexity) | {value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f} | {value['n']} | "
+                f"{f'{known:.2f}' if known else ''} |"
+            )
+            continue
+        score = facts["score"]
+        known = teacher.get("score", {}).get("value")
+        lines.append(
+            f"| {suite} | {score['value']:.3f} | {score['low']:.3f} to {score['high']:.3f} | {score['n']} | "
+            f"{f'{known:.3f}' if known is not None else ''} |"
+        )
+    measured = manifest.measurement.get("measurement", {})
+    lines += ["", "## Speed and size", "", f"- file: {manifest.size / 1e6:.1f} MB"]
+    for key, label in (("pp", "prompt processing (pp512)"), ("tg", "generation (tg128)")):
+        if measured.get(key):
+            lines.append(f"- {label}: {measured[key]['median']:.1f} tokens/s, n = {measured[key]['n']}")
+    if ratio := manifest.measurement.get("ratio", {}).get("tg"):
+        lines.append(
+            f"- decode against the teacher's f16: {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
+        )
+    if host := measured.get("host"):
+        lines.append(f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), {measured.get('settings', {}).get('threads')} threads")
+    lines += ["", "## Gates", "", "| gate | wanted | found | status |", "|---|---|---|---|"]
+    for line in manifest.gates:
+        sign = "at least" if line["at_least"] else "at most"
+        found = "not measured" if line["found"] is None else f"{line['found']:.4g}"
+        lines.append(f"| {line['name']} | {sign} {line['bound']:.4g} | {found} | {line['status']} |")
+    lines += ["", "## Weights", ""]
+    for source in manifest.sources:
+        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
+        lines.append(
+            f"- derived from `{source['source']}` revision {source['revision']} (sha256 {source['digest'][:16]}…), "
+            f"licence {source['licence']}{origin}"
+        )
+    lines += ["", "The licence of the source covers these derived weights too.", "", "## Run it", "", "```sh"]
+    lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
+    return "\n".join(lines)

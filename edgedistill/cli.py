@@ -1,0 +1,380 @@
+"""The verbs: parse, call, print. Importing this module imports no torch, and nothing that a verb alone needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgedistill import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Build small language models for a device: distil, merge, quantize, and verify before it ships.",
+)
+targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Hardware profiles.")
+store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The build store.")
+app.add_typer(targets_app, name="targets")
+app.add_typer(store_app, name="store")
+
+RecipeArgument = Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")]
+TargetOption = Annotated[list[str] | None, typer.Option("--target", "-t", help="build for this target only (repeatable)")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: distill.lr=1e-4 (repeatable)")]
+ForceOption = Annotated[list[str] | None, typer.Option("--force", help="run this step again (repeatable)")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"edgedistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks and library warnings")] = False,
+) -> None:
+    pass
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False))
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _session(recipe: Path, targets: list[str] | None, sets: list[str] | None, *, ship_anyway: bool = False) -> Any:
+    from edgedistill.session import prepare
+    from edgedistill.toml_source import parse_override
+
+    overrides = dict(parse_override(text) for text in sets or [])
+    return prepare(recipe, targets=targets or (), overrides=overrides, ship_anyway=ship_anyway, note=_note)
+
+
+# ── recipes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="packaged recipe")] = "quickstart",
+    folder: Annotated[Path | None, typer.Argument(help="where to put it; ./NAME when left out")] = None,
+) -> None:
+    """Copy a packaged recipe into a folder of your own."""
+    from edgedistill.recipes import copy_recipe
+
+    goal = copy_recipe(name, folder or Path(name))
+    typer.echo(f"{goal}\nnext: edgedistill plan {goal}, then edgedistill build {goal}")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument = Path(),
+    target: TargetOption = None,
+    set_: SetOption = None,
+    force: ForceOption = None,
+    until: Annotated[str | None, typer.Option(help="up to this step, stage or glob")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show each step: cached or to run, why, and what it will take. Runs nothing."""
+    from edgedistill.tables import plan_json, plan_table, print_table
+
+    session = _cut(_session(recipe, target, set_), until)
+    from edgedistill.session import check_disk, rows_of
+
+    rows = rows_of(session, _force(session, force))
+    check_disk(rows, session.store)
+    for warning in session.plan.warnings:
+        _note(f"warning: {warning}")
+    _print_json(plan_json(session, rows)) if as_json else print_table(plan_table(session, rows))
+
+
+def _cut(session: Any, until: str | None) -> Any:
+    import dataclasses
+
+    return session if until is None else dataclasses.replace(session, plan=session.plan.only(session.plan.match(until)))
+
+
+def _force(session: Any, patterns: list[str] | None) -> list[str]:
+    return [step.id for pattern in patterns or [] for step in session.plan.match(pattern)]
+
+
+@app.command()
+def build(
+    recipe: RecipeArgument = Path(),
+    target: TargetOption = None,
+    set_: SetOption = None,
+    force: ForceOption = None,
+    until: Annotated[str | None, typer.Option(help="stop after this step, stage or glob")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="the same as `plan`")] = False,
+    remeasure: Annotated[bool, typer.Option(help="take every speed again")] = False,
+    ship_anyway: Annotated[bool, typer.Option(help="package what missed a gate, and record it")] = False,
+    require_proof: Annotated[bool, typer.Option(help="exit 4 if a limit of a target is unproved here")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="threads; 0: all cores")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Build what is not built yet, measure it, and write dist/<recipe>/<target>/."""
+    if dry_run:
+        plan(recipe, target, set_, force, until, as_json)
+        return
+    from edgedistill.session import check_disk, publish, rows_of
+    from edgedistill.tables import build_json, build_table, print_table
+    from edgedistill.ui import TerminalReporter
+
+    session = _cut(_session(recipe, target, set_, ship_anyway=ship_anyway), until)
+    forced = _force(session, force) + (_force(session, ["measure"]) if remeasure else [])
+    check_disk(rows_of(session, forced), session.store)
+    for warning in session.plan.warnings:
+        _note(f"warning: {warning}")
+    from edgedistill.runner import Runner
+
+    outcome = Runner(session.plan, session.store, TerminalReporter(), threads=threads).build(force=forced)
+    folders = publish(session, outcome)
+    _note(f"{len(outcome.ran)} steps run, {len(outcome.cached)} cached, {outcome.seconds:.1f} s")
+    _print_json(build_json(session, outcome, folders)) if as_json else print_table(build_table(session, outcome, folders))
+    unproved = require_proof and _unproved(session)
+    raise typer.Exit(outcome.exit_code or (4 if unproved else 0))
+
+
+def _unproved(session: Any) -> bool:
+    from edgedistill.tables import gate_lines
+
+    lines = [line for _, line in gate_lines(session) if line["status"] == "unproved"]
+    for line in lines:
+        _note(f"unproved: {line['name']}: {line['why']}")
+    return bool(lines)
+
+
+@app.command()
+def explain(
+    step: Annotated[str, typer.Argument(help="step, stage or glob: distill/1, quantize/phone-midrange, convert/*")],
+    recipe: RecipeArgument = Path(),
+    set_: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a step is made from, whether it is cached and why, where its entry lies, and what it found."""
+    from edgedistill.tables import explain_json, print_explain
+
+    session = _session(recipe, None, set_)
+    found = explain_json(session, session.plan.match(step))
+    _print_json(found) if as_json else print_explain(found)
+
+
+@app.command()
+def report(
+    recipe: RecipeArgument = Path(),
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the HTML page; dist/<recipe>/report.html when left out")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the build as a table and write one self-contained HTML page."""
+    from edgedistill.report import collect, write_html
+    from edgedistill.tables import print_table, report_tables
+
+    session = _session(recipe, None, set_)
+    data = collect(session)
+    page = output or session.path.parent / "dist" / session.recipe.name / "report.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_html(data, page)
+    if as_json:
+        _print_json(data.to_json())
+    else:
+        for table in report_tables(data):
+            print_table(table)
+    _note(f"page: {page}")
+
+
+@app.command()
+def schema(what: Annotated[str, typer.Argument(help="recipe or target")] = "recipe") -> None:
+    """Print the JSON Schema of recipes or targets, for editors."""
+    from edgedistill.errors import UsageError
+
+    if what not in ("recipe", "target"):
+        raise UsageError(f"no schema of {what!r}", "edgedistill schema recipe, or edgedistill schema target")
+    from edgedistill.toml_source import schema as json_schema
+
+    if what == "recipe":
+        from edgedistill.recipe import Recipe as model
+    else:
+        from edgedistill.target import Target as model
+    _print_json(json_schema(model))
+
+
+# ── models that you have ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="HF folder, f16/bf16/f32 GGUF, or a source (hf:, path:, pypi:, gguf:)")],
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="profile (repeatable)")] = None,
+    types: Annotated[str | None, typer.Option(help="types instead of targets: Q4_K_M,Q8_0,…")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the files")] = Path("quantized"),
+    calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a model for targets or to types, without a recipe; checked before it is handed over."""
+    from edgedistill.quantize_model import quantize_model
+    from edgedistill.tables import print_table, quantize_table
+    from edgedistill.ui import TerminalReporter
+
+    names = [name for name in (types or "").split(",") if name]
+    results = quantize_model(
+        model, targets=target or [], types=names, out=output, calibration=calibration, reporter=TerminalReporter()
+    )
+    _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))
+
+
+@app.command()
+def bench(
+    artifact: Annotated[list[Path], typer.Argument(help="GGUF files, ONNX folders, or packages under dist/")],
+    threads: Annotated[int, typer.Option(min=0, help="threads; 0: all cores")] = 0,
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="samples of each figure")] = 5,
+    context: Annotated[int, typer.Option(min=128, help="tokens of context")] = 2048,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure pp512, tg128, time to first token and memory on this machine."""
+    from edgedistill.devices.local import Settings, bench_table, measure
+    from edgedistill.devices.local import artifact_path as find
+    from edgedistill.tables import print_table
+
+    settings = Settings(threads=threads or None, context=context, reps=repetitions)
+    found = [measure(find(path), settings) for path in artifact]
+    _print_json([m.to_json() for m in found]) if as_json else print_table(bench_table(found))
+
+
+# ── targets, store, machine ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@targets_app.command("list")
+def targets_list(as_json: JsonOption = False) -> None:
+    """List the packaged profiles."""
+    from edgedistill.tables import print_table, targets_table
+    from edgedistill.target import list_targets
+
+    found = list_targets()
+    if as_json:
+        _print_json([{"name": target.name, **target.model_dump(mode="json")} for target in found])
+    else:
+        print_table(targets_table(found))
+
+
+@targets_app.command("show")
+def targets_show(name: str, as_json: JsonOption = False) -> None:
+    """Print one profile."""
+    from edgedistill.target import find_target, to_toml
+
+    target = find_target(name, Path())
+    if as_json:
+        _print_json({"name": target.name, **target.model_dump(mode="json")})
+    else:
+        typer.echo(target.path.read_text() if target.path else to_toml(target), nl=False)
+
+
+@targets_app.command("check")
+def targets_check(path: Path) -> None:
+    """Check a profile of your own."""
+    from edgedistill.target import check_target
+
+    target = check_target(path)
+    typer.echo(f"{path}: fine ({target.summary})")
+
+
+@targets_app.command("detect")
+def targets_detect(as_json: JsonOption = False) -> None:
+    """Print a profile of this machine's class, to be saved under targets/."""
+    from edgedistill.target import detect, to_toml
+
+    target = detect()
+    if as_json:
+        _print_json(target.model_dump(mode="json"))
+    else:
+        typer.echo(to_toml(target), nl=False)
+
+
+@store_app.command("verify")
+def store_verify(as_json: JsonOption = False) -> None:
+    """Read every entry and compare digests; damaged ones are rebuilt by the next build."""
+    from edgedistill.gc import verify_store
+    from edgedistill.store import Store
+
+    damaged = verify_store(Store())
+    if as_json:
+        _print_json(damaged)
+    else:
+        for line in damaged or ["every entry is whole"]:
+            typer.echo(line)
+    raise typer.Exit(3 if damaged else 0)
+
+
+@store_app.command("list")
+def store_list(as_json: JsonOption = False) -> None:
+    """List the entries: stage, size, age."""
+    from edgedistill.gc import list_store
+    from edgedistill.store import Store
+    from edgedistill.tables import print_table, store_table
+
+    found = list_store(Store())
+    _print_json(found) if as_json else print_table(store_table(found))
+
+
+@store_app.command("gc")
+def store_gc(
+    keep: Annotated[list[Path] | None, typer.Option(help="recipe whose entries stay (repeatable)")] = None,
+    rows: Annotated[bool, typer.Option(help="delete the teacher's answers too; they must be paid for again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go")] = False,
+) -> None:
+    """Delete entries that no kept recipe needs, and abandoned partial work. Answers stay unless --rows."""
+    from edgedistill.gc import collect_garbage
+    from edgedistill.session import prepare
+    from edgedistill.store import Store
+
+    store = Store()
+    keys = {step.key for path in keep or [] for step in prepare(path, store=store).plan.steps}
+    removed, freed, answers = collect_garbage(store, keys, rows=rows, dry_run=dry_run)
+    verb = "would free" if dry_run else "freed"
+    typer.echo(f"{removed} entries, {verb} {freed / 2**20:.0f} MiB" + (f", {answers} answers" if rows else ""))
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say what is installed, which engines and instruction sets work, and the command that mends what is missing."""
+    from edgedistill.doctor import diagnose
+    from edgedistill.store import default_root
+    from edgedistill.tables import doctor_table, print_table
+
+    checks = diagnose(default_root())
+    if as_json:
+        _print_json([vars(check) for check in checks])
+    else:
+        print_table(doctor_table(checks))
+    raise typer.Exit(0 if all(check.ok for check in checks) else 3)
+
+
+def main() -> None:
+    """Run the command line: errors become one message and an exit code; Ctrl-C loses nothing."""
+    from edgedistill.errors import EdgeDistillError
+
+    try:
+        app()
+    except EdgeDistillError as error:
+        from edgedistill.ui import show_error
+
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted: the same command goes on from here", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

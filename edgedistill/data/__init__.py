@@ -1,0 +1,1 @@
+"""Prompt files, filters and their yields."""

@@ -1,0 +1,1 @@
+"""Suites, metrics, intervals and the runners that answer a suite."""

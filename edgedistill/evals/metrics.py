@@ -1,0 +1,134 @@
+"""Metrics: how one answer is scored against one reference.
+
+A text metric maps (answer, reference) to a Score between 0 and 1. A likelihood metric (perplexity) scores the reference's
+tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan`` looks names up.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgedistill.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Hold the score of one answer: ``value`` in 0..1, ``details`` what the tables need (plain JSON values)."""
+
+    value: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Describe one metric. ``score(answer, reference)`` exists for kind "text" only."""
+
+    name: str
+    kind: Literal["text", "likelihood"]
+    summary: str
+    higher_is_better: bool = True
+    function: Callable[[str, str], Score] | None = None
+
+    def __call__(self, answer: str, reference: str) -> Score:
+        """Score one answer. Raises UsageError for a likelihood metric, which has no answer to score."""
+        if self.function is None:
+            raise UsageError(f"{self.name} scores likelihoods, not answers", "Use it as a suite's metric.")
+        return self.function(answer, reference)
+
+
+class _Invalid(ValueError):
+    """What Python's JSON parser lets through and JSON does not allow."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise _Invalid("a key stands twice")  # parsers differ on which one wins: no app can rely on it
+    return out
+
+
+def _constant(name: str) -> Any:
+    raise _Invalid(f"{name} is not JSON")
+
+
+def parse_json(text: str) -> tuple[bool, Any]:
+    """Parse strict JSON (spaces around it allowed): (True, value), or (False, None).
+
+    NaN, Infinity and repeated keys are refused. Text before or after the value is refused too: an app would have to guess.
+    """
+    try:
+        return True, json.loads(text.strip(), object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError):
+        return False, None
+
+
+def same_json(a: Any, b: Any) -> bool:
+    """Compare two JSON values with their types: 1, 1.0, "1" and true all differ. Key order does not matter."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_json(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same_json(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _name(value: Any) -> str | None:
+    name = value.get("name") if isinstance(value, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def json_exact(answer: str, reference: str) -> Score:
+    """Score 1 if the answer is the reference's JSON value, with equal name, arguments and types.
+
+    Details: ``valid_json``; ``function``, the name that the reference calls; ``called``, the name that the answer calls.
+    Raises UsageError if the reference itself is not JSON.
+    """
+    good, wanted = parse_json(reference)
+    if not good:
+        raise UsageError(
+            f"json-exact: the reference is not JSON: {reference[:80]!r}", "Correct the row, or choose metric = 'exact'."
+        )
+    valid, value = parse_json(answer)
+    details = {"valid_json": valid, "function": _name(wanted), "called": _name(value) if valid else None}
+    return Score(value=float(valid and same_json(value, wanted)), details=details)
+
+
+def exact(answer: str, reference: str) -> Score:
+    """Score 1 if the answer is the reference, spaces at both ends aside."""
+    return Score(value=float(answer.strip() == reference.strip()))
+
+
+def contains(answer: str, reference: str) -> Score:
+    """Score 1 if the reference stands somewhere in the answer, whatever the case and the spacing."""
+    wanted = " ".join(reference.casefold().split())
+    return Score(value=float(wanted in " ".join(answer.casefold().split())))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(name="json-exact", kind="text", summary="equal JSON value, types included", function=json_exact),
+        Metric(name="exact", kind="text", summary="equal text, outer spaces aside", function=exact),
+        Metric(name="contains", kind="text", summary="the reference stands in the answer", function=contains),
+        Metric(
+            name="perplexity",
+            kind="likelihood",
+            summary="exp of the mean negative log-likelihood of the reference's tokens",
+            higher_is_better=False,
+        ),
+    )
+}
+
+
+def find_metric(name: str) -> Metric:
+    """Return the metric of that name. Raises UsageError with did-you-mean."""
+    if name in METRICS:
+        return METRICS[name]
+    close = difflib.get_close_matches(name, METRICS, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    raise UsageError(f"unknown metric {name!r}", f"{hint}Metrics: {', '.join(METRICS)}.")

@@ -1,0 +1,1 @@
+"""Runners answer prompts and give log-probabilities: one protocol (base.py), one file an engine."""

@@ -1,0 +1,134 @@
+"""The protocol of runners, and what they share: answers, chat templates, token rows."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from edgedistill.data.prompts import Message, Row
+from edgedistill.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Progress = Callable[[int, int, str], None]
+Finish = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Hold one answer: its text, generated tokens (the end token not counted) and why it ended.
+
+    ``seconds`` is the row's share of its batch, for totals; a latency is measured by devices/.
+    """
+
+    id: str
+    text: str
+    tokens: int
+    seconds: float
+    finish: Finish
+
+
+class Runner(Protocol):
+    """Answer prompts greedily and give log-probabilities, whatever the engine."""
+
+    def describe(self) -> dict[str, Any]:
+        """Name engine, build, instruction set and settings: what an accuracy depends on."""
+        ...
+
+    def encode(self, row: Row) -> list[int]:
+        """Return the token ids of the row's prompt, chat template applied, ready for the answer."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of an answer's text (nothing added), special tokens parsed."""
+        ...
+
+    def end_token(self) -> int:
+        """Return the id that ends an answer."""
+        ...
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        grammar: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Answer every row greedily, in the order of ``rows``. ``grammar`` is GBNF text."""
+        ...
+
+    def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per row the log-probabilities, float32 [len(positions[i]), vocabulary], of the token *after* each position."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        ...
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> Any:
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """Accept {% generation %}, with which templates mark the assistant's tokens; it prints its body."""
+
+        tags: ClassVar[set[str]] = {"generation"}  # type: ignore[misc]
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
+
+        def _print(self, caller: Any) -> str:
+            return caller()
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        # jinja2's own filter escapes <, > and &, which changes the prompt.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    # The settings of transformers.utils.chat_template_utils: one template must give one text in both.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def render_chat(
+    template: str, messages: Sequence[Message], *, tools: Sequence[Message] = (), bos: str = "", eos: str = ""
+) -> str:
+    """Render a chat template the way transformers does, with the generation prompt at the end.
+
+    Runs in jinja2's sandbox: a template is a program that came with a model. Raises UsageError where it fails.
+    """
+    import jinja2
+
+    try:
+        return _compile(template).render(
+            messages=list(messages),
+            tools=list(tools) or None,
+            documents=None,
+            bos_token=bos,
+            eos_token=eos,
+            add_generation_prompt=True,
+        )
+    except jinja2.TemplateError as error:
+        raise UsageError(
+            f"the model's chat template refuses the conversation: {error}",
+            "Check roles and their order; some templates take no system message, or no tools.",
+        ) from None

@@ -1,0 +1,1 @@
+"""GGUF: convert, importance matrix, quantize, read, and the gate on each hop."""

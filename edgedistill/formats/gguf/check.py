@@ -1,0 +1,246 @@
+"""Prove the hop from transformers to llama.cpp: same token ids, same greedy text, same logits, same configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf.checkpoint import read_config
+from edgedistill.formats.gguf.convert import rope_of
+from edgedistill.formats.gguf.read import read_info
+from edgedistill.formats.gguf.vocabulary import load_tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Shares of the spread of the logits. A faithful f16 hop of SmolLM2-135M measures 0.019 and 0.0015 here, forgotten q/k
+# reordering 5.5 and 1.3.
+MAX_DIFF = 0.1
+MEAN_DIFF = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReport:
+    """Token ids compared: over how many texts and tokens all three tokenizers agreed."""
+
+    texts: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopReport:
+    """Logits compared on the prompts' tokens, in nats and logit units; the reference is transformers in float32.
+
+    ``spread`` is the standard deviation of the reference logits, which gives the differences a scale. ``greedy_ties`` counts
+    prompts whose greedy texts part at two tokens that the reference itself holds for equal within the difference.
+    """
+
+    prompts: int
+    tokens: int
+    max_diff: float
+    mean_diff: float
+    spread: float
+    kld: float
+    top1: float
+    greedy_tokens: int
+    greedy_ties: int
+    echo: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare_tokens(model_dir: Path | str, gguf: Path | str, texts: Sequence[str]) -> TokenReport:
+    """Require that transformers, tokenizer.json and llama.cpp give the same token ids on every text.
+
+    Texts should be the user's own. Special tokens in the text are parsed; the BOS that a tokenizer adds is compared too.
+    Raises StepFailed at the first difference, saying between whom and where; UsageError when there is no text.
+    """
+    from transformers import AutoTokenizer
+
+    from edgedistill.formats.gguf.model_io import open_model
+
+    model_dir = Path(model_dir)
+    texts = [text for text in texts if text]
+    if not texts:
+        raise UsageError("no text to compare token ids on", "pass the prompts of the recipe")
+    plain = load_tokenizer(model_dir)
+    hugging = AutoTokenizer.from_pretrained(model_dir)
+    model = open_model(gguf, vocab_only=True)
+    total = 0
+    try:
+        for text in texts:
+            for special in (False, True):
+                want = plain.encode(text, add_special_tokens=special).ids
+                theirs = list(hugging.encode(text, add_special_tokens=special))
+                if theirs != want:
+                    raise StepFailed(
+                        f"transformers tokenizes {_around(text, want, theirs, plain)} otherwise than {model_dir}/tokenizer.json",
+                        f"set \"tokenizer_class\": \"PreTrainedTokenizerFast\" in {model_dir}/tokenizer_config.json: "
+                        f"{type(hugging).__name__} rebuilds its pre-tokenizer",
+                    )  # fmt: skip
+                ours = model.tokenize(text.encode(), add_bos=special, special=True)
+                if ours != want:
+                    raise StepFailed(
+                        f"llama.cpp tokenizes {_around(text, want, ours, plain)} otherwise than {model_dir}/tokenizer.json",
+                        f"look at tokenizer.ggml.pre ({read_info(gguf).tokenizer_pre!r}) and add_bos_token in {gguf}",
+                    )
+                total += len(want)
+    finally:
+        model.close()
+    return TokenReport(texts=len(texts), tokens=total)
+
+
+def _around(text: str, want: list[int], got: list[int], tokenizer: Any) -> str:
+    at = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), min(len(want), len(got)))
+    piece = tokenizer.decode(want[max(0, at - 2) : at + 4], skip_special_tokens=False)
+    return f"{piece!r} (token {at} of {text[:30]!r}: {got[at : at + 3]} instead of {want[at : at + 3]})"
+
+
+def compare_config(model_dir: Path | str, gguf: Path | str) -> dict[str, Any]:
+    """Require that the GGUF states what config.json does (depth, heads, theta, eps, tie, special tokens, template).
+
+    Returns the compared values. Raises StepFailed naming the first key that differs.
+    """
+    model_dir = Path(model_dir)
+    config, info = read_config(model_dir), read_info(gguf)
+    heads = int(config["num_attention_heads"])
+    tied = not any(tensor.name == "output.weight" for tensor in info.tensors)
+    pairs: dict[str, tuple[Any, Any]] = {
+        "num_hidden_layers": (config["num_hidden_layers"], info.n_layers),
+        "hidden_size": (config["hidden_size"], info.hidden),
+        "vocab_size": (config["vocab_size"], info.vocab),
+        "num_attention_heads": (heads, info.of_arch("attention.head_count")),
+        "num_key_value_heads": (config.get("num_key_value_heads") or heads, info.of_arch("attention.head_count_kv", heads)),
+        "rope_theta": (float(rope_of(config)["rope_theta"]), float(info.of_arch("rope.freq_base", 10000.0))),
+        "rms_norm_eps": (float(config["rms_norm_eps"]), float(info.of_arch("attention.layer_norm_rms_epsilon", 0.0))),
+        "tie_word_embeddings": (bool(config.get("tie_word_embeddings", False)), tied),
+    }
+    for key in ("bos", "eos"):
+        value = config.get(f"{key}_token_id")
+        if isinstance(value, int):
+            pairs[f"{key}_token_id"] = (value, info.metadata.get(f"tokenizer.ggml.{key}_token_id"))
+    template = _template(model_dir)
+    if template:
+        pairs["chat_template"] = (template, info.chat_template)
+    for key, (want, got) in pairs.items():
+        same = abs(want - got) <= 1e-6 * abs(want) if isinstance(want, float) and isinstance(got, float) else want == got
+        if not same:
+            raise StepFailed(
+                f"{gguf}: {key} is {str(got)[:80]!r}, {model_dir}/config.json and its tokenizer say {str(want)[:80]!r}",
+                "convert the model again",
+            )
+    return {key: got for key, (_, got) in pairs.items() if key != "chat_template"} | {"chat_template": bool(template)}
+
+
+def _template(folder: Path) -> str:
+    from edgedistill.formats.gguf.checkpoint import read_json
+
+    path = folder / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.is_file() else None
+    if template is None and (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return template if isinstance(template, str) else ""
+
+
+def compare_logits(
+    model_dir: Path | str, gguf: Path | str, prompts: Sequence[str | Sequence[int]], *, greedy: int = 16,
+    threads: int | None = None,
+) -> HopReport:  # fmt: skip
+    """Require that the unquantized ``gguf`` computes what transformers does on ``prompts`` (texts, or token ids).
+
+    Both run on the same ids (texts are encoded without added special tokens). Raises StepFailed when the configuration differs, when logits differ by more than a
+    share of their own spread (``MAX_DIFF``, ``MEAN_DIFF``), or when the greedy continuations of ``greedy`` tokens part at
+    anything but a tie.
+    """
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from edgedistill.formats.gguf.model_io import all_logits, open_model
+
+    echo = compare_config(model_dir, gguf)
+    tokenizer = load_tokenizer(Path(model_dir))
+    rows = [
+        tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt) for prompt in prompts
+    ]
+    rows = [row for row in rows if row]
+    if not rows:
+        raise UsageError("no prompt to compare logits on", "pass a few prompts of the recipe")
+    longest = max(map(len, rows)) + greedy
+    reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    model = open_model(gguf, n_ctx=longest, threads=threads)
+    diffs: list[float] = []
+    worst, kld, agree, count, spread, ties, made = 0.0, 0.0, 0, 0, 0.0, 0, 0
+    try:
+        for row in rows:
+            with torch.inference_mode():
+                want = reference(torch.tensor([row])).logits[0].numpy()
+            # The vocabulary may be padded differently; llama.cpp's rows are the embedding's, and so are these.
+            got = all_logits(model, row)
+            delta = np.abs(want - got)
+            worst, spread = max(worst, float(delta.max())), spread + float(want.std()) * len(row)
+            diffs.append(float(delta.mean()) * len(row))
+            kld += float(_kld(want, got).sum())
+            agree += int((want.argmax(-1) == got.argmax(-1)).sum())
+            count += len(row)
+            tie, tokens = _compare_greedy(reference, model, row, greedy, float(delta.max()), tokenizer)
+            ties, made = ties + tie, made + tokens
+    finally:
+        model.close()
+    report = HopReport(
+        prompts=len(rows), tokens=count, max_diff=worst, mean_diff=sum(diffs) / count, spread=spread / count, kld=kld / count,
+        top1=agree / count, greedy_tokens=made, greedy_ties=ties, echo=echo,
+    )  # fmt: skip
+    if not (report.max_diff <= MAX_DIFF * report.spread and report.mean_diff <= MEAN_DIFF * report.spread):
+        raise StepFailed(
+            f"{gguf}: logits differ from transformers' by {report.mean_diff:.3g} on average and {report.max_diff:.3g} at most, where they "
+            f"spread over {report.spread:.3g} (allowed: {MEAN_DIFF:.0%} and {MAX_DIFF:.0%} of it); KLD {report.kld:.2g}",
+            "look at the RoPE settings and the order of the q/k rows: edgedistill's converter does not know this model",
+        )
+    return report
+
+
+def _kld(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    """Return KL(want || got) per row, in nats, from logits of shape (rows, vocabulary)."""
+    import numpy as np
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+    p, q = log_softmax(want), log_softmax(got)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+def _compare_greedy(reference: Any, model: Any, row: list[int], count: int, noise: float, tokenizer: Any) -> tuple[int, int]:
+    """Return (1 when the texts part at a tie, tokens that agreed). Raises StepFailed when they part elsewhere."""
+    import torch
+
+    from edgedistill.formats.gguf.model_io import greedy
+
+    if count <= 0:
+        return 0, 0
+    theirs = greedy(model, row, count)
+    with torch.inference_mode():
+        logits = reference(torch.tensor([row + theirs])).logits[0, len(row) - 1 : -1]
+    best = logits.argmax(-1).tolist()
+    for i, (want, got) in enumerate(zip(best, theirs, strict=True)):
+        if want == got:
+            continue
+        gap = float(logits[i, want] - logits[i, got])
+        # Two logits may each be off by the noise seen on the prompt, or a little more further on.
+        if gap <= 3 * noise:
+            return 1, i
+        raise StepFailed(
+            f"greedy decoding parts at token {i + 1}: llama.cpp says {tokenizer.decode([got])!r}, transformers "
+            f"{tokenizer.decode([want])!r} ({gap:.3g} apart in logits, the noise is {noise:.3g})",
+            "look at the RoPE settings, the attention scale and the chat template's special tokens",
+        )
+    return 0, len(theirs)

@@ -1,0 +1,327 @@
+"""Convert a Hugging Face folder (safetensors) to GGUF: our own converter for a closed list of families.
+
+Families are closed because each has traps of its own (FAMILIES says which); everything else is refused by name. After
+writing, llama.cpp reads the file back and its token ids must equal the tokenizer's on a set of hard texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf.checkpoint import Entry, open_checkpoint, read_config, read_entry
+from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES
+from edgedistill.formats.gguf.vocabulary import load_tokenizer, read_vocabulary, write_vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one architecture of transformers becomes one of llama.cpp's. ``permute``: q/k rows are reordered (RoPE in pairs)."""
+
+    arch: str
+    permute: bool
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family(arch="llama", permute=True),
+    "MistralForCausalLM": Family(arch="llama", permute=True),
+    "Qwen2ForCausalLM": Family(arch="qwen2", permute=False),
+}
+_DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+# Hard texts for every tokenizer: digits, contractions, white space of all kinds, scripts, emoji, code, markup.
+PROBES = (
+    "Set an alarm for 7:45 and call 555-0199 on 12/03/2025.", "I'm sure it's Bob's, they'll've DON'T WE'RE",
+    "  two  spaces,\ttabs\t\tand\n\n\nlines \r\n end   ", " ", "\n\n", "naïve café, Straße, Ελλάδα, Привет мир, שלום",
+    "日本語のテキスト、中文，한국어 1234567890", "🙂🙃 👩‍👩‍👧 ½ ² ٣٤ \u00a0 \u2028 \u3000 x", "def f(x):\n    return x**2  # 100%\n",
+    '{"name": "set_timer", "arguments": {"minutes": 10, "label": "tea"}}', "<html>&amp;</html> a/b\\c ~!@#$%^&*()_+[]|;:,.?",
+    "e\u0301 vs \u00e9; \ufb01; A\u030a",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What was written: sizes in bytes, ``tokens`` as llama.cpp and the tokenizer agreed on them, ``echo`` of the config."""
+
+    path: Path
+    architecture: str
+    dtype: str
+    size: int
+    sha256: str
+    tensors: int
+    parameters: int
+    probe_tokens: int
+    echo: dict[str, Any]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+
+
+def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
+    """Return how to convert this config's architecture. Raises UsageError naming the supported ones."""
+    name = (config.get("architectures") or [config.get("model_type", "unnamed")])[0]
+    if name not in FAMILIES:
+        raise UsageError(
+            f"{where}: {name} cannot be converted to GGUF; supported: {', '.join(FAMILIES)}",
+            "convert it with llama.cpp's convert_hf_to_gguf.py, then pass the f16 .gguf file",
+        )
+    return FAMILIES[name]
+
+
+def convert(
+    model_dir: Path | str, out: Path | str, *, dtype: str = "f16", name: str = "", license: str = "",
+    progress: Progress | None = None,
+) -> ConvertReport:  # fmt: skip
+    """Convert the model in ``model_dir`` to the GGUF file ``out`` (written under a temporary name, then renamed).
+
+    Matrices are stored as ``dtype`` (f32, f16 or bf16), vectors as f32. One tensor is in memory at a time. Raises UsageError
+    for what cannot be converted (see ``family_of``, ``checkpoint`` and ``vocabulary``), and for weights that overflow f16;
+    StepFailed when llama.cpp then tokenizes otherwise than tokenizer.json.
+    """
+    import gguf
+
+    started = time.monotonic()
+    model_dir, out = Path(model_dir), Path(out)
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}", "use f16")
+    config = read_config(model_dir)
+    family = family_of(config, f"{model_dir}/config.json")
+    entries = open_checkpoint(model_dir)
+    notes: list[str] = []
+    layers = int(config["num_hidden_layers"])
+    plan = _plan(model_dir, config, family, entries, dtype, layers)
+    vocabulary = read_vocabulary(model_dir, int(config["vocab_size"]), _first(config, "bos_token_id"), _first(config, "eos_token_id"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    writer = gguf.GGUFWriter(partial, family.arch)
+    try:
+        writer.add_type("model")
+        writer.add_name(name or model_dir.resolve().name)
+        if license:
+            writer.add_license(license)
+        _write_config(writer, config, model_dir, notes)
+        writer.add_file_type(FILE_TYPES[_DTYPES[dtype]].number)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        special = write_vocabulary(writer, vocabulary)
+        factors = _rope_factors(config)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for target, (entry, type_name) in plan.items():
+            kind = GGML_TYPES[type_name]
+            nbytes = math.prod(entry.shape) * kind.bytes
+            writer.add_tensor_info(
+                target, entry.shape, _numpy_type(type_name), nbytes, raw_dtype=gguf.GGMLQuantizationType[type_name]
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        for done, (target, (entry, type_name)) in enumerate(plan.items()):
+            writer.write_tensor_data(_tensor(target, entry, type_name, config, family))
+            if progress:
+                progress(done + 1, len(plan), target)
+        writer.close()
+        probe_tokens = check_probes(model_dir, partial)
+        partial.replace(out)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror or error}", "free some disk space, or choose another place") from error
+    finally:
+        writer.close()
+        partial.unlink(missing_ok=True)
+    return ConvertReport(
+        path=out, architecture=family.arch, dtype=dtype, size=out.stat().st_size, sha256=file_digest(out),
+        tensors=len(plan) + (factors is not None), parameters=sum(math.prod(entry.shape) for entry, _ in plan.values()),
+        probe_tokens=probe_tokens, echo={**_echo(config), **special}, notes=tuple(notes), seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def check_probes(model_dir: Path, gguf_path: Path, texts: tuple[str, ...] = PROBES) -> int:
+    """Compare llama.cpp's token ids with tokenizer.json's on ``texts``; returns how many tokens agreed, else StepFailed."""
+    from edgedistill.formats.gguf.model_io import open_model
+
+    tokenizer = load_tokenizer(model_dir)
+    model = open_model(gguf_path, vocab_only=True)
+    total = 0
+    try:
+        for text in texts:
+            for special in (False, True):
+                want = tokenizer.encode(text, add_special_tokens=special).ids
+                got = model.tokenize(text.encode(), add_bos=special, special=True)
+                if want != got:
+                    at = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), min(len(want), len(got)))
+                    raise StepFailed(
+                        f"llama.cpp tokenizes {text[:60]!r} otherwise than {model_dir}/tokenizer.json: token {at} is "
+                        f"{got[at : at + 3]} instead of {want[at : at + 3]}",
+                        "this tokenizer cannot be converted faithfully; choose another model",
+                    )
+                total += len(want)
+    finally:
+        model.close()
+    return total
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _plan(
+    model_dir: Path, config: dict[str, Any], family: Family, entries: dict[str, Entry], dtype: str, layers: int
+) -> dict[str, tuple[Entry, str]]:
+    """Map GGUF tensor names to (where, type), in the order of the layers. Raises UsageError when a tensor has no place."""
+    import gguf
+
+    arch = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == family.arch)
+    names = gguf.get_tensor_name_map(arch, layers)
+    tied = bool(config.get("tie_word_embeddings", False))
+    plan: dict[str, tuple[Entry, str]] = {}
+    for name in sorted(entries, key=_layer_order):
+        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
+            continue  # llama.cpp computes the one and reads the embedding for the other
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if target is None:
+            raise UsageError(f"{model_dir}: tensor {name!r} has no place in a {family.arch} GGUF of {layers} layers")
+        entry = entries[name]
+        plan[target] = (entry, _DTYPES[dtype] if len(entry.shape) > 1 else "F32")
+    wanted = {"token_embd.weight", "output_norm.weight"} | ({"output.weight"} if not tied else set())
+    parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    wanted |= {f"blk.{layer}.{part}.weight" for layer in range(layers) for part in parts}
+    if missing := sorted(wanted - set(plan)):
+        raise UsageError(f"{model_dir}: the checkpoint lacks {len(missing)} tensors, {missing[0]} among them")
+    rows = plan["token_embd.weight"][0].shape[0]
+    if rows != int(config["vocab_size"]):
+        raise UsageError(f"{model_dir}/config.json: vocab_size is {config['vocab_size']}, the embedding has {rows} rows")
+    return plan
+
+
+def _layer_order(name: str) -> tuple[int, str]:
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return (numbers[0] if numbers else -1, name)
+
+
+def permute(weights: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder q/k rows from transformers' halves to llama.cpp's pairs (RoPE rotates neighbours there)."""
+    half = weights.shape[0] // heads // 2
+    return weights.reshape(heads, 2, half, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+
+
+def _tensor(target: str, entry: Entry, type_name: str, config: dict[str, Any], family: Family) -> np.ndarray:
+    import gguf
+    import numpy as np
+
+    weights = read_entry(entry)
+    if family.permute and (".attn_q." in target or ".attn_k." in target):
+        heads = int(config["num_attention_heads"])
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        weights = permute(weights, heads if ".attn_q." in target else kv_heads)
+    if type_name == "F16":
+        with np.errstate(over="ignore"):
+            stored = weights.astype(np.float16)
+        if not np.isfinite(stored).all():
+            why = "weights over 65504" if np.isfinite(weights).all() else "NaN or infinite weights"
+            raise UsageError(f"{entry.file}: {target} has {why}", 'use dtype "bf16"' if "65504" in why else "train it again")
+        return np.ascontiguousarray(stored)
+    weights = np.ascontiguousarray(weights, dtype=np.float32)
+    if not np.isfinite(weights).all():
+        raise UsageError(f"{entry.file}: {target} has NaN or infinite weights", "train it again")
+    if type_name == "BF16":
+        return gguf.quants.quantize(weights, gguf.GGMLQuantizationType.BF16)
+    return weights
+
+
+def _numpy_type(type_name: str) -> Any:
+    import numpy as np
+
+    # BF16 goes in as raw shape with an explicit type, so the numpy type only has to be no uint8.
+    return np.dtype(np.float32 if type_name == "F32" else np.float16)
+
+
+def _first(config: dict[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    value = value[0] if isinstance(value, list) and value else value
+    return int(value) if isinstance(value, int) else None
+
+
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return RoPE's parameters in transformers 5's form (rope_type, rope_theta, …) from either form of config.json."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def _write_config(writer: Any, config: dict[str, Any], model_dir: Path, notes: list[str]) -> None:
+    import gguf
+
+    heads = int(config["num_attention_heads"])
+    hidden = int(config["hidden_size"])
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    if config.get("hidden_act", "silu") != "silu":
+        raise UsageError(f"{model_dir}/config.json: hidden_act {config['hidden_act']!r}; llama.cpp computes silu in this family")
+    context = int(config["max_position_embeddings"])
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", True) and int(window) < context:
+        notes.append(f"context cut from {context} to the sliding window of {window}, where both engines agree")
+        context = int(window)
+    rope = rope_of(config)
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise UsageError(f"{model_dir}/config.json: RoPE scaling {rope['rope_type']!r} cannot be converted; known: linear, llama3")
+    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise UsageError(f"{model_dir}/config.json: partial_rotary_factor is not 1; llama.cpp rotates all of a head here")
+    writer.add_vocab_size(int(config["vocab_size"]))
+    writer.add_context_length(context)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+
+
+def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
+    """Return llama3's divisors of the RoPE frequencies, shape (head_dim / 2,), or None for other kinds.
+
+    The formula is transformers' ``_compute_llama3_parameters``; llama.cpp divides each frequency by its factor.
+    """
+    import numpy as np
+
+    rope = rope_of(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    frequencies = float(rope["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    old = float(rope["original_max_position_embeddings"])
+    waves = 2 * math.pi / frequencies
+    smooth = (old / waves - low) / (high - low)
+    between = 1 / ((1 - smooth) / factor + smooth)
+    factors = np.where(waves < old / high, 1.0, np.where(waves > old / low, factor, between))
+    return factors.astype(np.float32)
+
+
+def _echo(config: dict[str, Any]) -> dict[str, Any]:
+    rope = rope_of(config)
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
+            "tie_word_embeddings", "bos_token_id", "eos_token_id")  # fmt: skip
+    return {**{key: config[key] for key in keys if key in config}, "rope": rope}

@@ -1,0 +1,275 @@
+"""Quantize a full-precision GGUF to any of llama.cpp's types, and say tensor by tensor what was asked and what was got."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf.convert import file_digest
+from edgedistill.formats.gguf.read import GgufInfo, read_info
+from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, ggml_type, plan_tensors
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One tensor: the type that the mix asked for, the type that it got, bytes, and bytes more than asked (fallback)."""
+
+    name: str
+    shape: tuple[int, ...]
+    asked: str
+    got: str
+    nbytes: int
+    extra: int
+
+    @property
+    def fell_back(self) -> bool:
+        return self.asked != self.got
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeReport:
+    """The result of one quantization. ``bpw`` counts tensor bytes; ``asked_bpw`` is what it would be without fallbacks.
+
+    ``path`` and ``sha256`` are empty after a dry run, where ``size`` leaves out the header.
+    """
+
+    path: Path | None
+    type: str
+    size: int
+    source_size: int
+    bpw: float
+    asked_bpw: float
+    sha256: str
+    tensors: tuple[TensorReport, ...]
+    imatrix_entries: int
+    without_imatrix: tuple[str, ...]
+    library: dict[str, Any]
+    seconds: float
+
+    @property
+    def fallbacks(self) -> tuple[TensorReport, ...]:
+        """Tensors that got another type than the mix asked for."""
+        return tuple(tensor for tensor in self.tensors if tensor.fell_back)
+
+    def warning(self) -> str:
+        """Say in one sentence what fell back and what it costs; empty when nothing did."""
+        fallen = self.fallbacks
+        if not fallen:
+            return ""
+        kinds: dict[tuple[str, str], int] = {}
+        for tensor in fallen:
+            kinds[tensor.asked, tensor.got] = kinds.get((tensor.asked, tensor.got), 0) + 1
+        columns = sorted({tensor.shape[-1] for tensor in fallen})
+        moves = ", ".join(f"{count} x {asked} to {got}" for (asked, got), count in sorted(kinds.items()))
+        extra = sum(tensor.extra for tensor in fallen)
+        return (
+            f"{len(fallen)} of {len(self.tensors)} tensors cannot have the type that {self.type} wants, since their rows of "
+            f"{', '.join(map(str, columns))} weights are no multiple of its block: {moves}; {extra / 1e6:+.1f} MB, "
+            f"{self.bpw:.2f} bits per weight instead of {self.asked_bpw:.2f}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        value |= {"path": str(self.path) if self.path else "", "warning": self.warning()}
+        value["tensors"] = [asdict(tensor) for tensor in self.tensors]
+        value["without_imatrix"] = list(self.without_imatrix)
+        return value
+
+
+def quantize(
+    src: Path | str, out: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
+    embedding_type: str | None = None, pure: bool = False, threads: int | None = None, progress: Progress | None = None,
+) -> QuantizeReport:  # fmt: skip
+    """Quantize the f32/f16/bf16 file ``src`` to the llama.cpp type ``type`` and put it at ``out``, whole or not at all.
+
+    ``imatrix`` is a file of ``imatrix.collect``; ``output_type`` and ``embedding_type`` are tensor types for these two
+    matrices; ``pure`` gives every matrix the base type. The work runs in a process of its own; the result is read back,
+    loaded and decoded once before it gets its name. The bytes do not depend on ``threads``. Raises UsageError (unknown type, quantized or
+    damaged source, missing or foreign imatrix, full disk), StepFailed when llama.cpp fails.
+    """
+    started = time.monotonic()
+    out = Path(out)
+    info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure)
+    need = sum(plan.nbytes for plan in plans) + info.size - info.tensor_bytes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < need:
+        raise UsageError(f"{out}: needs {need / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free", "free some disk space")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        _run_worker(info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress)
+        try:
+            result = read_info(partial)
+        except UsageError as error:
+            raise StepFailed(f"llama.cpp left a damaged file: {error.message}", "check the disk, then try again") from None
+        if len(result.tensors) != len(info.tensors):
+            raise StepFailed(f"llama.cpp wrote {len(result.tensors)} of {len(info.tensors)} tensors", "check the disk")
+        types = {tensor.name: tensor.type for tensor in result.tensors}
+        digest = file_digest(partial)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return _report(
+        out, type, plans, types, info, size=result.size, sha256=digest, missing=missing, entries=entries, started=started
+    )
+
+
+def dry_run(
+    src: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
+    embedding_type: str | None = None, pure: bool = False,
+) -> QuantizeReport:  # fmt: skip
+    """Say what ``quantize`` would give, from llama.cpp's own dry run (a second, nothing written). Raises as ``quantize``."""
+    started = time.monotonic()
+    info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure)
+    types = _run_worker(info, Path(os.devnull), type, imatrix, output_type, embedding_type, pure, None, True, None)
+    return _report(
+        None, type, plans, types, info, size=None, sha256="", missing=missing, entries=entries, started=started
+    )
+
+
+def _prepare(
+    src: Path | str, type: str, imatrix: Path | str | None, output_type: str | None, embedding_type: str | None, pure: bool
+) -> tuple[GgufInfo, list[TensorPlan], tuple[str, ...], int]:
+    """Check everything that can be checked before the work; returns source, plan, matrices without imatrix, its entries."""
+    kind = file_type(type)
+    for name in (output_type, embedding_type):
+        if name is not None:
+            ggml_type(name)
+    info = read_info(src)
+    if not info.tensors:
+        raise UsageError(f"{src}: a GGUF without tensors")
+    if info.is_quantized:
+        raise UsageError(
+            f"{src}: already quantized ({info.file_type or 'mixed'}, {info.bpw:.2f} bits per weight); quantizing twice adds up errors",
+            "start from the f16 or bf16 GGUF, or from the Hugging Face folder",
+        )
+    shapes = {tensor.name: tensor.shape for tensor in info.tensors}
+    heads = int(info.of_arch("attention.head_count", 1))
+    gqa = heads // int(info.of_arch("attention.head_count_kv", heads) or heads)
+    plans = plan_tensors(
+        shapes, type, gqa=gqa, imatrix=imatrix is not None, output_type=output_type, embedding_type=embedding_type, pure=pure
+    )
+    if imatrix is None:
+        needy = [plan.name for plan in plans if plan.needs_imatrix]
+        if needy:
+            raise UsageError(
+                f"type {type} needs an importance matrix ({len(needy)} tensors, {needy[0]} first)",
+                "pass a calibration set, or choose a type of 3 bits or more",
+            )
+        return info, plans, (), 0
+    from edgedistill.formats.gguf.imatrix import load
+
+    means = load(imatrix)
+    for plan in plans:
+        if plan.name in means and means[plan.name].size != plan.shape[-1] and plan.name != "token_embd.weight":
+            raise UsageError(
+                f"{imatrix}: made for another model ({plan.name} has {means[plan.name].size} columns there, {plan.shape[-1]} here)",
+                "collect it again with this model",
+            )
+    missing = tuple(
+        plan.name for plan in plans
+        if plan.name.startswith("blk.") and GGML_TYPES[plan.got].block > 1 and plan.name not in means
+    )  # fmt: skip
+    if kind.imatrix != "no" and missing and len(missing) == sum(GGML_TYPES[plan.got].block > 1 for plan in plans):
+        raise UsageError(f"{imatrix}: has no entry for any tensor of {src}", "collect it again with this model")
+    needy = [plan.name for plan in plans if plan.needs_imatrix and plan.name in missing]
+    if needy:
+        raise UsageError(f"{imatrix}: has no entry for {needy[0]}, which needs one in {type}", "collect it again with this model")
+    return info, plans, missing, len(means)
+
+
+def _run_worker(
+    info: GgufInfo, out: Path, type: str, imatrix: Path | str | None, output_type: str | None, embedding_type: str | None,
+    pure: bool, threads: int | None, dry: bool, progress: Progress | None,
+) -> dict[str, str]:  # fmt: skip
+    """Run the worker; returns {tensor: type} as llama.cpp logged it. Raises StepFailed with its own words."""
+    request = {
+        "src": str(info.path.resolve()), "out": str(out.absolute()), "ftype": file_type(type).number,
+        "output_type": GGML_TYPES[output_type].number if output_type else None,
+        "embedding_type": GGML_TYPES[embedding_type].number if embedding_type else None,
+        "pure": pure, "dry_run": dry, "threads": threads or os.cpu_count() or 1,
+        "imatrix": str(Path(imatrix).resolve()) if imatrix else None,
+    }  # fmt: skip
+    package = str(Path(__file__).resolve().parents[3])
+    path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "edgedistill.formats.gguf.quantize_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert worker.stdin and worker.stdout and worker.stderr
+    types: dict[str, str] = {}
+    last: dict[str, Any] = {}
+    try:
+        worker.stdin.write(json.dumps(request))
+        worker.stdin.close()
+        for line in worker.stdout:
+            try:
+                last = json.loads(line)
+            except ValueError:
+                continue  # a library's own print
+            if "tensor" in last:
+                types[last["tensor"]] = _spell(last["type"])
+                if progress:
+                    progress(last["done"], last["total"], last["tensor"])
+        stderr = worker.stderr.read()
+        code = worker.wait()
+    finally:
+        if worker.poll() is None:
+            worker.kill()
+            worker.wait()
+        worker.stdout.close()
+        worker.stderr.close()
+    if last.get("ok"):
+        return types
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise StepFailed(
+            f"quantizing to {type} was killed by {name}: {stderr.strip()[-300:]}",
+            "free some memory, then try again" if name == "SIGKILL" else "edgedistill doctor",
+        )
+    words = " / ".join([last.get("error", ""), *last.get("log", [])[-2:]]) if last else stderr.strip()[-500:]
+    raise StepFailed(f"llama.cpp failed to quantize to {type}: {words}", "check disk and memory, then try again")
+
+
+def _spell(name: str) -> str:
+    """Return our spelling of a type that llama.cpp logged in its own case (q4_K, iq4_nl, bf16)."""
+    return next((known for known in GGML_TYPES if known.upper() == name.upper()), name)
+
+
+def _report(
+    out: Path | None, type: str, plans: list[TensorPlan], types: dict[str, str], info: GgufInfo, *, size: int | None,
+    sha256: str, missing: tuple[str, ...], entries: int, started: float,
+) -> QuantizeReport:  # fmt: skip
+    from edgedistill.formats.gguf.model_io import library_build
+
+    tensors = []
+    for plan in plans:
+        got = types.get(plan.name, plan.got)
+        rows = plan.nbytes * GGML_TYPES[plan.got].block // GGML_TYPES[plan.got].bytes
+        nbytes = rows // GGML_TYPES[got].block * GGML_TYPES[got].bytes
+        fell = got != plan.asked
+        tensors.append(
+            TensorReport(name=plan.name, shape=plan.shape, asked=plan.asked, got=got, nbytes=nbytes,
+                         extra=round(nbytes - plan.asked_nbytes) if fell else 0)
+        )  # fmt: skip
+    total = sum(tensor.nbytes for tensor in tensors)
+    extra = sum(tensor.extra for tensor in tensors)
+    build = library_build()
+    return QuantizeReport(
+        path=out, type=type, size=total if size is None else size, source_size=info.size, bpw=8 * total / info.parameters,
+        asked_bpw=8 * (total - extra) / info.parameters, sha256=sha256, tensors=tuple(tensors), imatrix_entries=entries,
+        without_imatrix=missing, library={key: build[key] for key in ("llama_cpp_python", "llama_cpp", "sha256")},
+        seconds=time.monotonic() - started,
+    )  # fmt: skip

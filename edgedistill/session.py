@@ -1,0 +1,140 @@
+"""From a recipe's path to a plan: read, resolve and pin the models, find the targets, expand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.errors import RecipeError, UsageError
+from edgedistill.models import Resolved, read_lock, resolve, write_lock
+from edgedistill.plan import Inputs, Plan, Step, expand, read_inputs
+from edgedistill.rates import Rates
+from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.runner import Verdict, assess
+from edgedistill.store import Store
+from edgedistill.target import Target, find_target, format_size
+
+if TYPE_CHECKING:
+    from edgedistill.runner import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A recipe, ready to be shown or built."""
+
+    recipe: Recipe
+    path: Path
+    store: Store
+    inputs: Inputs
+    plan: Plan
+
+
+def recipe_path(given: Path) -> Path:
+    """Accept a recipe file or a folder that holds ``recipe.toml``; raises UsageError with how to make one."""
+    path = given / "recipe.toml" if given.is_dir() else given
+    if not path.is_file():
+        raise UsageError(f"{given}: no recipe there", "make one: edgedistill init quickstart")
+    return path
+
+
+def prepare(
+    given: Path,
+    *,
+    targets: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    store: Store | None = None,
+    ship_anyway: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Session:
+    """Read a recipe and make its plan. Brings the models here on the first call and pins them in ``NAME.lock``."""
+    path = recipe_path(given)
+    recipe = load_recipe(path, overrides)
+    store = store or Store()
+    unknown = [name for name in targets if name not in recipe.targets]
+    if unknown:
+        raise UsageError(f"target {unknown[0]!r} is not in the recipe", f"targets of {path}: {', '.join(recipe.targets)}")
+    chosen = [_target(recipe, name, path) for name in recipe.targets if not targets or name in targets]
+    teacher, student = _models(recipe, path, store, note)
+    inputs = read_inputs(recipe, path, teacher, student, chosen, ship_anyway=ship_anyway)
+    return Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
+
+
+def _target(recipe: Recipe, name: str, path: Path) -> Target:
+    """Find a target and apply the recipe's ``[quantize.NAME]``."""
+    try:
+        target = find_target(name, path.parent)
+    except RecipeError:
+        raise
+    except UsageError as error:
+        raise RecipeError(error.message, error.hint, file=path, key="targets") from None
+    override = recipe.quantize.get(name)
+    if override is None:
+        return target
+    try:
+        return target.with_types(override.model_dump(exclude_none=True))
+    except UsageError as error:
+        raise RecipeError(error.message, error.hint, file=path, key=f"quantize.{name}") from None
+
+
+def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> tuple[Resolved, Resolved]:
+    lock = path.with_name(f"{recipe.name}.lock")
+    pins = read_lock(lock)
+    found: dict[str, Resolved] = {}
+    for source in dict.fromkeys((recipe.teacher.model, recipe.student.model)):
+        local = source.split(":", 1)[0] in ("path", "gguf")  # your own files may change: that is a new build, not an error
+        pin = None if local else pins.get(source)
+        found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
+    write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
+    return found[recipe.teacher.model], found[recipe.student.model]
+
+
+def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:
+    """Return every step with its verdict and the seconds it is estimated to take (0 if cached)."""
+    rates = Rates(session.store.root)
+    verdicts = assess(session.plan, session.store, force=force)
+    return [
+        (step, verdicts[step.key], 0.0 if verdicts[step.key].status == "cached" else rates.seconds(step.work))
+        for step in session.plan.steps
+    ]
+
+
+def check_disk(rows: list[tuple[Step, Verdict, float]], store: Store) -> None:
+    """Refuse a build that the store's disk has no room for."""
+    need = sum(step.disk for step, verdict, _ in rows if verdict.status != "cached")
+    free = shutil.disk_usage(store.root).free
+    if need > free:
+        raise UsageError(
+            f"the build needs about {format_size(need)} of disk in {store.root}, {format_size(free)} are free",
+            "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk",
+        )
+
+
+def publish(session: Session, outcome: Outcome) -> list[Path]:
+    """Hard-link every finished package to ``dist/<recipe>/<target>/`` beside the recipe."""
+    import os
+
+    published = []
+    for target, key in session.plan.packages.items():
+        entry = session.store.load(key) if key not in {session.plan.match(n)[0].key for n in outcome.failed} else None
+        if entry is None:
+            continue
+        folder = session.path.parent / "dist" / session.recipe.name / target
+        for name, record in entry.files.items():
+            source, goal = entry.path / name, folder / name
+            if goal.exists():
+                stat = goal.stat()
+                if os.path.samestat(stat, source.stat()) or (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
+                    continue
+                goal.unlink()
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source, goal)
+            except OSError:  # another disk
+                shutil.copy2(source, goal)
+        for stale in [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in entry.files]:
+            stale.unlink()
+        published.append(folder)
+    return published

@@ -1,0 +1,1 @@
+"""One file a stage, each readable from top to bottom."""

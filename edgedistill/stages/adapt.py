@@ -1,0 +1,51 @@
+"""adapt: fine-tune the teacher on gold data, so that a proved capability is distilled.
+
+In: base checkpoint, gold rows. Out: ``model/`` (adapter merged, full precision), ``adapter/``, ``log/train.jsonl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt(Stage):
+    """Train an adapter (or all weights) of the teacher on references, and merge it."""
+
+    name: ClassVar[str] = "adapt"
+    deterministic: ClassVar[bool] = False  # same bytes on one CPU and library build only
+    model: Key
+    rows_digest: str
+    training: Mapping[str, Any]
+    seed: int
+    rows: tuple[Row, ...] = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Train, merge, compare the merged model with base + adapter."""
+        from transformers import AutoTokenizer
+
+        from edgedistill.training.data import encode_example
+        from edgedistill.training.lora import merge
+        from edgedistill.training.recipe import load_model, take_results, train_settings
+        from edgedistill.training.trainer import train
+
+        source = ctx.path(self.model, "model")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        examples = [
+            encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id) for row in self.rows
+        ]
+        settings = train_settings(self.training, seed=self.seed)
+        result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
+        take_results(result, ctx.work, ctx.out, tokenizer=tokenizer)
+        if settings.method == "full":
+            return {"train": result.to_json()}
+        ctx.progress(1, 1, "merging")
+        checks = [[*e.prompt_ids, *e.completion_ids] for e in examples[:4]]
+        report = merge(source, ctx.out / "adapter", ctx.out / "model", rows=checks)
+        return {"train": result.to_json(), "merge": report.to_json()}

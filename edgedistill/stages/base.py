@@ -1,0 +1,44 @@
+"""base: bring a source model into the store as a full-precision HF folder.
+
+In: a resolved source. Out: ``model/`` (config, tokenizer, safetensors). A GGUF is dequantized, and its tokenizer rebuilt and
+compared with llama.cpp's; a folder is hard-linked. The key holds the digest of the source, not where it lies.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edgedistill.models import model_files
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base(Stage):
+    """Make one full-precision checkpoint of one source model."""
+
+    name: ClassVar[str] = "base"
+    source_digest: str
+    dtype: str
+    tool: str  # the gguf version that dequantizes; "" for a folder
+    path: Path = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Dequantize or link."""
+        model = ctx.out / "model"
+        if self.path.is_file():
+            from edgedistill.formats.gguf.dequantize import gguf_to_hf
+
+            ctx.progress(0, 1, f"dequantizing {self.path.name}")
+            return {"dequantized": gguf_to_hf(self.path, model, dtype=self.dtype)}
+        model.mkdir()
+        for file in model_files(self.path):
+            try:
+                os.link(file.resolve(), model / file.name)
+            except OSError:  # another disk
+                shutil.copyfile(file, model / file.name)
+        return {"linked": True}

@@ -1,0 +1,66 @@
+"""calibrate: measure which inputs of each matrix matter on the task's own text (importance matrix).
+
+In: the converted full-precision GGUF, kept rows. Out: ``imatrix.gguf`` (llama.cpp's format). Shared by every target.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(Stage):
+    """Collect squared activations over the first ``rows`` kept conversations."""
+
+    name: ClassVar[str] = "calibrate"
+    model: Key
+    kept: Key
+    rows: int
+    tool: str
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Render the conversations with the model's own template and run them."""
+        from edgedistill.evals.runners.gguf import GgufRunner
+        from edgedistill.formats.gguf.imatrix import collect
+
+        gguf = ctx.path(self.model, "model.gguf")
+        lines = [json.loads(line) for line in ctx.path(self.kept, "kept.jsonl").read_text().splitlines()[: self.rows]]
+        with GgufRunner(gguf, threads=ctx.threads) as runner:
+            token_rows = [
+                [
+                    *runner.encode(Row(id=line["id"], messages=tuple(line["messages"]))),
+                    *runner.encode_text(line["text"]),
+                    runner.end_token(),
+                ]
+                for line in lines
+            ]
+        report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
+        return {"imatrix": report.to_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateText(Stage):
+    """Collect squared activations over plain text: ``quantize MODEL --calibration FILE``."""
+
+    name: ClassVar[str] = "calibrate-text"
+    model: Key
+    text: tuple[str, ...]
+    tool: str
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Tokenize each piece by itself and run it."""
+        from edgedistill.evals.runners.gguf import GgufRunner
+        from edgedistill.formats.gguf.imatrix import collect
+
+        gguf = ctx.path(self.model, "model.gguf")
+        with GgufRunner(gguf, threads=ctx.threads) as runner:
+            token_rows = [runner.encode_text(piece)[:512] for piece in self.text]
+        report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
+        return {"imatrix": report.to_json()}

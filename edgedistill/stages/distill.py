@@ -1,0 +1,50 @@
+"""distill: train the student on the kept text and the teacher's distributions.
+
+In: the student checkpoint, kept rows, soft targets. Out: ``adapter/`` (LoRA) or ``model/`` (full), ``log/train.jsonl``. Before the
+first step the losses prove themselves: student = teacher gives 0, sparse agrees with dense, shift and mask are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill(Stage):
+    """Train one student. Without ``targets`` this is plain fine-tuning (kd must be 0)."""
+
+    name: ClassVar[str] = "distill"
+    deterministic: ClassVar[bool] = False
+    student: Key
+    kept: Key
+    text: str  # "text": what the filters kept; "reference": gold only
+    targets: Key | None
+    training: Mapping[str, Any]
+    loss: Mapping[str, Any]
+    seed: int
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Check the losses, train, save."""
+        from edgedistill.training.recipe import load_kept, load_model, take_results, train_settings
+        from edgedistill.training.selfcheck import selfcheck
+        from edgedistill.training.targets import read_targets, tokenizer_hash
+        from edgedistill.training.trainer import train
+
+        source = ctx.path(self.student, "model")
+        examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source, text=self.text)
+        targets = None
+        if self.targets is not None:
+            path = ctx.path(self.targets, "targets.parquet")
+            targets = read_targets(path, examples, tokenizer=tokenizer_hash(tokenizer))
+        settings = train_settings(self.training, loss=self.loss, seed=self.seed)
+        model = load_model(source)
+        ctx.progress(0, 1, "checking the losses")
+        checks = selfcheck(model, examples, targets, settings=settings)
+        result = train(model, examples, targets, settings=settings, out=ctx.work, progress=ctx.progress)
+        take_results(result, ctx.work, ctx.out, tokenizer=tokenizer)
+        return {"train": result.to_json(), "selfcheck": checks.to_json()}

@@ -1,0 +1,128 @@
+"""evaluate: how well one artifact does the task, and how far its distribution moved.
+
+In: an artifact (HF folder, GGUF or ONNX), the suites. Out: ``answers/<suite>.jsonl``, ``scores.json``. A suite with a grammar is
+answered twice, free and under it. KLD and top-1 agreement are taken over the reference tokens against the merged student and
+the teacher where they are given. Keyed by the runner's build and this machine's instruction set, not by the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage, unkeyed
+
+LIKELIHOOD_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteSpec:
+    """One suite as evaluate keys it: the digest of its rows, not their path."""
+
+    name: str
+    digest: str
+    metric: str
+    max_new_tokens: int
+    grammar: str | None = None  # the GBNF text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Stage):
+    """Answer the suites with one artifact. ``shots`` are training examples put before every prompt."""
+
+    name: ClassVar[str] = "evaluate"
+    model: Key
+    file: str  # "model", "model.gguf" or "onnx" inside the entry
+    suites: tuple[SuiteSpec, ...]
+    shots: tuple[Mapping[str, Any], ...]
+    references: Mapping[str, Key]  # "student" and "teacher": entries with a model.gguf
+    build: str
+    isa: str
+    rows: Mapping[str, tuple[Row, ...]] = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Answer, score, compare distributions."""
+        from edgedistill.evals.runners import open_runner
+        from edgedistill.evals.suites import evaluate
+
+        facts: dict[str, Any] = {"suites": {}, "likelihood": {}}
+        (ctx.out / "answers").mkdir()
+        runner = open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
+        try:
+            for suite in self.suites:
+                rows = self.rows[suite.name]
+                if suite.metric == "perplexity":
+                    facts["suites"][suite.name] = {"perplexity": self._perplexity(runner, rows, ctx)}
+                    continue
+                for grammar in (None, suite.grammar) if suite.grammar else (None,):
+                    label = suite.name + (" (grammar)" if grammar else "")
+                    result = evaluate(
+                        runner,
+                        _with_shots(rows, self.shots),
+                        suite.metric,
+                        max_new_tokens=suite.max_new_tokens,
+                        grammar=grammar,
+                        progress=lambda done, total, note, label=label: ctx.progress(done, total, label),
+                    )
+                    file = f"{suite.name}{'.grammar' if grammar else ''}.jsonl"
+                    result.save_answers(ctx.out / "answers" / file)
+                    if grammar:
+                        facts["suites"][suite.name]["grammar"] = result.summary()
+                    else:
+                        facts["suites"][suite.name] = result.summary()
+            facts["likelihood"] = self._likelihood(runner, ctx)
+        finally:
+            runner.close()
+        (ctx.out / "scores.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
+        return facts
+
+    def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:
+        from edgedistill.evals.likelihood import perplexity
+
+        return perplexity(
+            runner, list(rows), progress=lambda done, total, note: ctx.progress(done, total, "perplexity")
+        ).to_json()
+
+    def _likelihood(self, runner: Any, ctx: Context) -> dict[str, Any]:
+        """Compare distributions on the reference tokens of the first scored suite."""
+        from edgedistill.evals.likelihood import compare_distributions
+
+        scored = [suite for suite in self.suites if suite.metric != "perplexity"]
+        if not scored or not self.references:
+            return {}
+        rows = [row for row in self.rows[scored[0].name] if row.reference][:LIKELIHOOD_ROWS]
+        found = {}
+        for name, key in self.references.items():
+            report = compare_distributions(
+                runner,
+                Path(ctx.path(key, "model.gguf")),
+                rows,
+                threads=ctx.threads,
+                progress=lambda done, total, note, name=name: ctx.progress(done, total, f"KLD against the {name}"),
+            )
+            found[name] = report.to_json()
+        return found
+
+
+def _with_shots(rows: tuple[Row, ...], shots: tuple[Mapping[str, Any], ...]) -> list[Row]:
+    """Put solved examples before each prompt as earlier turns of the chat."""
+    if not shots:
+        return list(rows)
+    import dataclasses
+
+    found = []
+    for row in rows:
+        system = [m for m in row.messages if m["role"] == "system"]
+        turns = [
+            turn
+            for shot in shots
+            for turn in ({"role": "user", "content": shot["prompt"]}, {"role": "assistant", "content": shot["reference"]})
+        ]
+        rest = [m for m in row.messages if m["role"] != "system"]
+        found.append(dataclasses.replace(row, messages=(*system, *turns, *rest)))
+    return found

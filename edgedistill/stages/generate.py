@@ -1,0 +1,136 @@
+"""generate: the teacher answers the prompts.
+
+In: teacher checkpoint, prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the row's key.
+Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the batch in flight only and
+no other recipe asks again. Shards are fixed from the sorted list of questions before the first is put. The batch size is
+not in the key: batches change the last bit of a bf16 logit, and that is not worth buying every answer again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import StepFailed
+from edgedistill.fingerprint import Key
+from edgedistill.rows import Answered, Question
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Stage):
+    """Ask the teacher every prompt ``samples`` times; ``scores`` is its evaluation, which must reach ``min_score``."""
+
+    name: ClassVar[str] = "generate"
+    deterministic: ClassVar[bool] = False
+    teacher: Key
+    rows_digest: str
+    style: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    rows: tuple[Row, ...] = unkeyed()
+    batch_size: int = unkeyed()
+    scores: Key | None = unkeyed()
+    min_score: Mapping[str, float] = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Prove the teacher, ask what is not stored yet, write the view."""
+        self._prove(ctx)
+        sampling = (
+            ("max_new_tokens", self.max_new_tokens),
+            ("style", self.style),
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+        )
+        teacher = ctx.entries[self.teacher].digest
+        questions = [
+            Question(
+                teacher=teacher,
+                messages=tuple((message["role"], message["content"]) for message in row.messages),
+                sampling=sampling,
+                seed=self.seed,
+                sample=sample,
+            )
+            for row in self.rows
+            for sample in range(self.samples)
+        ]
+        stored = ctx.rows.get(question.key for question in questions)
+        missing = {question.key: question for question in questions if question.key not in stored}
+        found = len(questions) - len(missing)
+        if missing:
+            self._ask(ctx, list(missing.values()), found, len(questions))
+            stored = ctx.rows.get(question.key for question in questions)
+        tokens = 0
+        with (ctx.out / "rows.jsonl").open("w") as file:
+            for index, question in enumerate(questions):
+                row, answer = self.rows[index // self.samples], stored[question.key]
+                tokens += len(answer.token_ids)
+                line = {
+                    "id": row.id,
+                    "row": question.key,
+                    "sample": question.sample,
+                    "text": answer.text,
+                    "finish": answer.finish,
+                    "logprob": round(answer.logprob, 4),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return {"rows": len(questions), "asked": len(missing), "from_store": found, "tokens": tokens}
+
+    def _prove(self, ctx: Context) -> None:
+        if self.scores is None:
+            return
+        suites = ctx.facts(self.scores)["suites"]
+        for suite, least in self.min_score.items():
+            score = suites[suite]["score"]
+            if score["value"] < least:
+                raise StepFailed(
+                    f"the teacher scores {score['value']:.3f} on {suite} (n = {score['n']}), under "
+                    f"teacher.min_score.{suite} = {least}: nothing is generated",
+                    "train the teacher longer ([adapt]), take a better one, or lower teacher.min_score",
+                )
+
+    def _ask(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
+        """Put the questions in fixed shards; each shard is stored before the next is asked."""
+        from edgedistill.teachers.transformers import TransformersTeacher
+
+        teacher = TransformersTeacher(ctx.path(self.teacher, "model"), threads=ctx.threads)
+        prompts = [
+            teacher.encode([{"role": role, "content": content} for role, content in question.messages])
+            for question in questions
+        ]
+        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), questions[i].key))
+        shards = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        done = found
+        for shard in shards:
+            asked = [questions[i] for i in shard]
+            ctx.rows.asking(asked)
+            answers = teacher.generate(
+                [prompts[i] for i in shard],
+                row_ids=[f"{question.key}" for question in asked],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                seed=self.seed,
+                batch_size=self.batch_size,
+            )
+            ctx.rows.add(
+                (
+                    question,
+                    Answered(
+                        key=question.key,
+                        text=answer.text,
+                        token_ids=tuple(answer.token_ids),
+                        finish=answer.finish_reason,
+                        logprob=float(answer.logprob),
+                    ),
+                )
+                for question, answer in zip(asked, answers, strict=True)
+            )
+            done += len(shard)
+            ctx.progress(done, total, "answers")

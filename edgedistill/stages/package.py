@@ -1,0 +1,98 @@
+"""package: what ships, if it is good enough: the model, its manifest and card, and how to run it.
+
+In: the quantized entry, its evaluation and measurement, those of teacher and student. Out: the folder that becomes
+``dist/<recipe>/<target>/``. The gates are a pure function over what was measured (edgedistill/gates.py): a new threshold
+re-packages and measures nothing. A missed gate writes no package; ``--ship-anyway`` does and records it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edgedistill.artifact import Manifest, write_files
+from edgedistill.errors import GateMissed
+from edgedistill.fingerprint import Key
+from edgedistill.gates import check_gates
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package(Stage):
+    """Check the gates of one target and write its package."""
+
+    name: ClassVar[str] = "package"
+    model: Key
+    file: str
+    evaluation: Key
+    measurement: Key
+    teacher: Key  # evaluation of the teacher
+    student: Key | None  # evaluation of the merged full-precision student
+    reference: Key | None  # the teacher's f16 GGUF: size and speed are against it
+    recipe: str
+    target: Mapping[str, Any]  # the profile, its name and limits included
+    unproved: str  # why a limit measured here says nothing of the target, or ""
+    gates: Mapping[str, Any]
+    sources: tuple[Mapping[str, Any], ...]
+    generation: Mapping[str, Any]
+    grammar: str | None
+    ship_anyway: bool
+    example: tuple[Mapping[str, Any], ...]  # one prompt's messages, for the command lines on the card
+    all_keys: Mapping[str, str] = unkeyed()  # step id -> key, for the manifest: all of them are upstream of this key
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Decide, then write."""
+        artifact = ctx.path(self.model, self.file)
+        size = sum(p.stat().st_size for p in ([artifact] if artifact.is_file() else artifact.rglob("*")) if p.is_file())
+        reference_size = ctx.path(self.reference, "model.gguf").stat().st_size if self.reference else None
+        verdict = check_gates(
+            gates=self.gates,
+            limits=self.target["limits"],
+            size=size,
+            reference_size=reference_size,
+            evaluation=ctx.path(self.evaluation),
+            measurement=ctx.facts(self.measurement),
+            teacher=ctx.path(self.teacher),
+            student=ctx.path(self.student) if self.student else None,
+            unproved=self.unproved,
+        )
+        if verdict.missed and not self.ship_anyway:
+            raise GateMissed(
+                f"{self.recipe}/{self.target['name']}: " + "; ".join(line.text() for line in verdict.missed),
+                "train longer or take a larger type; --ship-anyway packages it and records the miss",
+            )
+        if artifact.is_file():
+            _link(artifact, ctx.out / "model.gguf")
+        else:
+            for file in sorted(p for p in artifact.rglob("*") if p.is_file()):
+                _link(file, ctx.out / "onnx" / file.relative_to(artifact))
+        manifest = Manifest(
+            recipe=self.recipe,
+            target=dict(self.target),
+            format="gguf" if artifact.is_file() else "onnx",
+            keys=dict(self.all_keys),
+            digests={key: entry.digest for key, entry in ctx.entries.items()},
+            sources=[dict(source) for source in self.sources],
+            evaluation=dict(ctx.facts(self.evaluation)),
+            teacher=dict(ctx.facts(self.teacher)),
+            measurement=dict(ctx.facts(self.measurement)),
+            gates=verdict.to_json(),
+            generation=dict(self.generation),
+            size=size,
+            example=[dict(message) for message in self.example],
+            tools=dict(ctx.entries[self.model].versions),
+        )
+        write_files(ctx.out, manifest, grammar=self.grammar)
+        return {"gates": verdict.to_json(), "size": size}
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk
+        shutil.copyfile(source, target)

@@ -1,0 +1,64 @@
+"""quantize: one converted (GGUF) or merged (ONNX) model to the types a target asks for.
+
+In: the f16 GGUF and the importance matrix, or the merged checkpoint for ONNX. Out: ``model.gguf``, or ``onnx/``. Gate on the hop:
+the file is complete, loads and runs; an ONNX builder's exit code proves nothing, so its model is run beside transformers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(Stage):
+    """Quantize one model. Two targets that ask for the same types share the entry."""
+
+    name: ClassVar[str] = "quantize"
+    model: Key
+    calibration: Key | None
+    format: str
+    type: str
+    embedding_type: str | None
+    output_type: str | None
+    tool: str
+    rows: tuple[Row, ...] = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Quantize, check, say what fell back."""
+        if self.format == "onnx":
+            return self._onnx(ctx)
+        from edgedistill.formats.gguf.quantize import quantize
+
+        source, out = ctx.path(self.model, "model.gguf"), ctx.out / "model.gguf"
+        if self.type == "F16":  # what convert wrote already
+            os.link(source, out)
+            return {"size": out.stat().st_size, "type": "F16"}
+        report = quantize(
+            source,
+            out,
+            self.type,
+            imatrix=ctx.path(self.calibration, "imatrix.gguf") if self.calibration else None,
+            embedding_type=self.embedding_type,
+            output_type=self.output_type,
+            threads=ctx.threads,
+            progress=ctx.progress,
+        )
+        return {"quantize": report.to_json(), "size": out.stat().st_size, "type": self.type}
+
+    def _onnx(self, ctx: Context) -> Mapping[str, Any]:
+        from edgedistill.formats.onnx.build import build
+        from edgedistill.formats.onnx.check import compare
+
+        source, out = ctx.path(self.model, "model"), ctx.out / "onnx"
+        report = build(source, out, self.type, progress=ctx.progress)
+        ctx.progress(1, 1, "comparing with transformers")
+        hop = compare(source, out, [[dict(message) for message in row.messages] for row in self.rows[:4]])
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        return {"build": report.to_json(), "hop": hop.to_json(), "size": size, "type": self.type}

@@ -1,0 +1,333 @@
+"""The build store: finished entries by key, unfinished work beside them, and leases so that two builds share the work.
+
+    entries/ab/abcd…/entry.json   written last: without it the entry does not exist
+    entries/ab/abcd…/…            the files of the entry; what lies under log/ is kept but not part of its digest
+    partial/abcd…/out, work       a step under way: ``out`` becomes the entry, ``work`` is what it resumes from
+    leases/abcd….json             who is working on it (host, pid, boot id); its mtime is the heartbeat
+    models/                       downloaded model files (edgedistill/models.py)
+    rows.sqlite                   the teacher's answers (edgedistill/rows.py)
+
+An entry is valid only while the digests of its inputs are still what it was built from. Correctness needs no lock: an
+entry appears by one rename. Leases only keep two builds from doing the same work twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.fingerprint import Key, digest, file_digest
+
+HEARTBEAT_S = 5.0
+LEASE_DEAD_S = 60.0
+
+
+def default_root() -> Path:
+    """Return ``$EDGEDISTILL_STORE``, else the user's cache folder (XDG on Linux, Library/Caches on macOS)."""
+    if env := os.environ.get("EDGEDISTILL_STORE"):
+        return Path(env).expanduser()
+    if os.uname().sysname == "Darwin":
+        return Path.home() / "Library" / "Caches" / "edgedistill"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgedistill"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of an entry: its digest, and the size and mtime that make re-reading it unnecessary."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A finished step. ``digest`` covers names and bytes of its files, so equal digests mean equal results."""
+
+    key: Key
+    path: Path
+    stage: str
+    digest: str
+    files: Mapping[str, FileRecord]
+    inputs: Mapping[str, str]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    created: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.files.values())
+
+
+class Damaged(StepFailed):
+    """The bytes of an entry are not those that its ``entry.json`` promises."""
+
+    def __init__(self, key: Key, path: Path, why: str) -> None:
+        super().__init__(f"{path}: damaged entry ({why})", "run the build again: it is rebuilt")
+        self.key, self.path, self.why = key, path, why
+
+
+class Store:
+    """Entries, partial work and leases under one root folder."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or default_root()).absolute()
+        self._entries: dict[Key, Entry] = {}
+        self._verified: set[tuple[Key, str]] = set()
+        try:
+            for name in ("entries", "partial", "leases", "models"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.root}: the store cannot be written ({error.strerror})",
+                "set EDGEDISTILL_STORE to a folder with room",
+            ) from error
+
+    # ── reading ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def entry_path(self, key: Key) -> Path:
+        """Return where the entry of ``key`` lies once it exists."""
+        return self.root / "entries" / key[:2] / key
+
+    def load(self, key: Key) -> Entry | None:
+        """Return the entry if its ``entry.json`` exists and its files have the size and mtime it recorded, else None.
+
+        A file whose mtime moved is read again: same bytes are accepted, other bytes raise Damaged.
+        """
+        path = self.entry_path(key)
+        try:
+            raw = json.loads((path / "entry.json").read_text())
+            files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+            entry = Entry(key=key, path=path, files=files, **raw)
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise Damaged(key, path, f"entry.json: {error}") from error
+        for name, record in files.items():
+            try:
+                stat = (path / name).stat()
+            except FileNotFoundError:
+                raise Damaged(key, path, f"{name} is missing") from None
+            if stat.st_size != record.size:
+                raise Damaged(key, path, f"{name} has {stat.st_size} bytes, not {record.size}")
+            if stat.st_mtime_ns != record.mtime_ns and file_digest(path / name) != record.sha256:
+                raise Damaged(key, path, f"{name} has other bytes than recorded")
+        self._entries[key] = entry
+        return entry
+
+    def inputs_match(self, entry: Entry) -> str:
+        """Return "" if every input of ``entry`` still has the digest it was built from, else which one changed."""
+        for key, known in entry.inputs.items():
+            upstream = self._entries.get(Key(key)) or self.load(Key(key))
+            if upstream is None:
+                return f"input {key[:12]} is gone"
+            if upstream.digest != known:
+                return f"input {upstream.stage} {key[:12]} was rebuilt with other bytes"
+        return ""
+
+    def verify(self, entry: Entry) -> None:
+        """Read every file of ``entry`` and compare digests; raises Damaged. Done once per process and entry."""
+        if (entry.key, entry.digest) in self._verified:
+            return
+        for name, record in entry.files.items():
+            if file_digest(entry.path / name) != record.sha256:
+                raise Damaged(entry.key, entry.path, f"{name} has other bytes than recorded")
+        self._verified.add((entry.key, entry.digest))
+
+    def keys(self) -> Iterator[Key]:
+        """Yield the key of every entry on disk."""
+        for path in sorted((self.root / "entries").glob("*/*/entry.json")):
+            yield Key(path.parent.name)
+
+    # ── writing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def discard(self, key: Key) -> None:
+        """Remove an entry; the rename comes first, so no half entry is ever seen."""
+        self._entries.pop(key, None)
+        self._verified = {pair for pair in self._verified if pair[0] != key}
+        path = self.entry_path(key)
+        if path.exists():
+            trash = self.root / "partial" / f"trash-{uuid.uuid4().hex}"
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def partial(self, key: Key) -> tuple[Path, Path]:
+        """Return (out, work) for a step about to run: ``out`` empty, ``work`` as the last attempt left it."""
+        base = self.root / "partial" / key
+        out, work = base / "out", base / "work"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        work.mkdir(exist_ok=True)
+        return out, work
+
+    def commit(
+        self,
+        key: Key,
+        *,
+        stage: str,
+        inputs: Mapping[Key, str],
+        fields: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        seconds: float,
+        versions: Mapping[str, str],
+    ) -> Entry:
+        """Turn ``partial/<key>/out`` into the entry: hash the files, write ``entry.json`` last, rename into place."""
+        out = self.root / "partial" / key / "out"
+        files: dict[str, FileRecord] = {}
+        for path in sorted(p for p in out.rglob("*") if p.is_file()):
+            stat = path.stat()
+            name = path.relative_to(out).as_posix()
+            files[name] = FileRecord(sha256=file_digest(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        content = {name: record.sha256 for name, record in files.items() if not name.startswith("log/")}
+        entry = Entry(
+            key=key,
+            path=self.entry_path(key),
+            stage=stage,
+            digest=digest(content),
+            files=files,
+            inputs=dict(inputs),
+            facts=dict(facts),
+            seconds=round(seconds, 3),
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            fields=dict(fields),
+            versions=dict(versions),
+        )
+        body = {
+            "stage": entry.stage,
+            "digest": entry.digest,
+            "files": {name: vars(record) for name, record in files.items()},
+            "inputs": dict(entry.inputs),
+            "facts": entry.facts,
+            "seconds": entry.seconds,
+            "created": entry.created,
+            "fields": entry.fields,
+            "versions": entry.versions,
+        }
+        write_atomic(out / "entry.json", json.dumps(body, indent=1, sort_keys=True))
+        if entry.path.exists():
+            self.discard(key)
+        entry.path.parent.mkdir(parents=True, exist_ok=True)
+        out.rename(entry.path)
+        shutil.rmtree(out.parent, ignore_errors=True)
+        self._entries[key] = entry
+        self._verified.add((key, entry.digest))
+        return entry
+
+    # ── leases ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def lease(self, key: Key, *, waiting: Callable[[str], None] = lambda who: None) -> Iterator[bool]:
+        """Hold the lease of ``key`` while the block runs. Yields False if another build finished the step meanwhile."""
+        path = self.root / "leases" / f"{key}.json"
+        token = uuid.uuid4().hex
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot_id(), "token": token}
+        told, waited = False, False
+        while not _take(path, me):
+            holder = _holder(path)
+            if holder is None or _is_dead(holder, path):
+                _remove_if(path, holder)
+                continue
+            waited = True
+            if not told:
+                waiting(f"process {holder.get('pid')} on {holder.get('host')}")
+                told = True
+            time.sleep(0.2)
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(HEARTBEAT_S):
+                try:
+                    os.utime(path)
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield not (waited and (self.entry_path(key) / "entry.json").exists())
+        finally:
+            stop.set()
+            thread.join(timeout=1)
+            _remove_if(path, me)
+
+    def lease_holders(self) -> set[str]:
+        """Return the keys that a live build is working on."""
+        held = set()
+        for path in (self.root / "leases").glob("*.json"):
+            holder = _holder(path)
+            if holder is not None and not _is_dead(holder, path):
+                held.add(path.stem)
+        return held
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def boot_id() -> str:
+    """Return an id that changes when the machine restarts (Linux), so that a reused pid is not taken for the old one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _take(path: Path, me: dict[str, Any]) -> bool:
+    """Create the lease by a hard link, which fails if it exists and is never seen half-written."""
+    temporary = path.with_name(f".{me['token']}")
+    temporary.write_text(json.dumps(me))
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _is_dead(holder: dict[str, Any], path: Path) -> bool:
+    if holder.get("host") == socket.gethostname() and holder.get("boot") == boot_id():
+        try:
+            os.kill(int(holder["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, ValueError, KeyError):
+            pass
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > LEASE_DEAD_S
+    except FileNotFoundError:
+        return True
+
+
+def _remove_if(path: Path, holder: dict[str, Any] | None) -> None:
+    """Remove the lease if it is still ``holder``'s."""
+    if _holder(path) == holder:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Teachers: where answers and distributions come from."""

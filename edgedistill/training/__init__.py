@@ -1,0 +1,1 @@
+"""Losses, batches, adapters, shaping and the training loop."""

@@ -1,0 +1,135 @@
+"""From logits to sparse targets: the draws of RS-KD, top-K, log-normalisers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from edgedistill.training.data import counter_rng
+from edgedistill.training.targets import TEMPERATURES, Kind, SparseTargets
+
+
+def uniforms(seed: int, row_id: str, positions: int, n: int) -> np.ndarray:
+    """Return the numbers in [0, 1) that decide a row's draws: float32 [positions, n]; a function of (seed, row) only."""
+    return counter_rng("targets", seed, row_id).random((positions, n), dtype=np.float32)
+
+
+def stored_temperatures(temperature: float) -> tuple[float, ...]:
+    """Return the temperatures whose normalisers are stored: the usual ones and the one asked for."""
+    if any(abs(temperature - one) < 1e-6 for one in (1.0, *TEMPERATURES)):
+        return TEMPERATURES
+    return (*TEMPERATURES, temperature)
+
+
+def log_normalisers(p: torch.Tensor, logp: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """Return A(t) = log sum p^(1/t) for each temperature: [positions, temperatures]. p and logp are float32 [positions, V]."""
+    half = p.sqrt()
+    quarter: torch.Tensor | None = None
+    sums = []
+    for t in temperatures:
+        beta = 1.0 / t
+        if abs(beta - 2.0) < 1e-9:
+            total = torch.linalg.vecdot(p, p)
+        elif abs(beta - 1.5) < 1e-9:
+            total = torch.linalg.vecdot(p, half)
+        elif abs(beta - 0.5) < 1e-9:
+            total = half.sum(-1)
+        elif abs(beta - 0.75) < 1e-9 or abs(beta - 0.25) < 1e-9:
+            quarter = half.sqrt() if quarter is None else quarter
+            total = torch.linalg.vecdot(half, quarter) if beta > 0.5 else quarter.sum(-1)
+        else:
+            sums.append(torch.logsumexp(logp / t, -1))
+            continue
+        sums.append(total.log())
+    return torch.stack(sums, -1)
+
+
+def sparse_from_logits(
+    logits: torch.Tensor,
+    *,
+    kind: Kind,
+    n: int,
+    temperature: float,
+    uniform: torch.Tensor | None = None,
+) -> SparseTargets:
+    """Keep n draws, or the top n, of each position of ``logits`` [positions, V]; ``uniform`` [positions, n] for draws."""
+    z = logits.float()
+    lse = torch.logsumexp(z, -1, keepdim=True)
+    logp = z.sub(lse)
+    p = logp.exp()
+    temperatures = stored_temperatures(temperature)
+    normalisers = log_normalisers(p, logp, temperatures).numpy()
+    positions = z.shape[0]
+    if kind == "top-k":
+        values, ids = logp.topk(n, -1)
+        return SparseTargets(
+            kind=kind,
+            n=n,
+            temperature=temperature,
+            temperatures=temperatures,
+            offsets=np.arange(positions + 1, dtype=np.int64) * n,
+            ids=ids.to(torch.int32).numpy().ravel(),
+            counts=np.zeros(0, np.float32),
+            logp=values.numpy().ravel(),
+            normalisers=normalisers,
+        )
+    assert uniform is not None
+    if abs(temperature - 1.0) > 1e-9:
+        p = torch.softmax(logp / temperature, -1)
+    cumulative = p.cumsum(-1)
+    # The last entry is the sum as computed: scaling by it keeps every draw inside the vocabulary.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1)
+    drawn = drawn.sort(-1).values
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    start = first.reshape(-1).nonzero()[:, 0].numpy()
+    counts = np.diff(np.append(start, drawn.numel())).astype(np.float32)
+    offsets = np.zeros(positions + 1, dtype=np.int64)
+    np.cumsum(first.sum(-1).numpy(), out=offsets[1:])
+    return SparseTargets(
+        kind=kind,
+        n=n,
+        temperature=temperature,
+        temperatures=temperatures,
+        offsets=offsets,
+        ids=drawn[first].to(torch.int32).numpy(),
+        counts=counts,
+        logp=logp.gather(1, drawn)[first].numpy(),
+        normalisers=normalisers,
+    )
+
+
+def slice_targets(targets: SparseTargets, start: int, end: int) -> SparseTargets:
+    """Cut the positions [start, end) out."""
+    from dataclasses import replace
+
+    low, high = targets.offsets[start], targets.offsets[end]
+    return replace(
+        targets,
+        offsets=targets.offsets[start : end + 1] - low,
+        ids=targets.ids[low:high],
+        counts=targets.counts[low:high] if len(targets.counts) else targets.counts,
+        logp=targets.logp[low:high],
+        normalisers=targets.normalisers[start:end],
+    )
+
+
+def join_targets(parts: Sequence[SparseTargets]) -> SparseTargets:
+    """Put the positions of several parts one after the other."""
+    from dataclasses import replace
+
+    if len(parts) == 1:
+        return parts[0]
+    sizes = np.concatenate([np.diff(part.offsets) for part in parts])
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return replace(
+        parts[0],
+        offsets=offsets,
+        ids=np.concatenate([part.ids for part in parts]),
+        counts=np.concatenate([part.counts for part in parts]),
+        logp=np.concatenate([part.logp for part in parts]),
+        normalisers=np.concatenate([part.normalisers for part in parts]),
+    )

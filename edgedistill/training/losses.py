@@ -1,0 +1,234 @@
+"""Distillation losses over sparse targets, computed without a full [tokens, vocabulary] tensor.
+
+All losses are sums over completion tokens, to be divided by the number of completion tokens of the whole optimiser step
+(all micro-batches, all processes): means of means weigh short micro-batches wrongly. The distillation term carries T^2
+(Hinton 2015), so that its gradient keeps its size when the temperature changes.
+
+``HeadLoss`` computes the logits of a few positions at a time, and with them the gradient, which is known in closed form:
+cross-entropy p - y; forward KL at T: T (p_T - q); top-K with the tail as one bucket: p_j - q_j for kept ids and
+p_j (1 - q_tail / p_tail) elsewhere. Nothing but the gradient of the hidden states is kept for the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgedistill.training.targets import SparseTargets
+
+CHUNK = 128
+TAIL_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Weights of the terms and the temperature of the distillation term."""
+
+    kd: float = 0.0
+    ce: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass(eq=False)
+class BatchTargets:
+    """Sparse targets of a batch in row-compressed form: position t has entries [offsets[t], offsets[t + 1]).
+
+    ``q`` are probabilities at the loss temperature. ``tail`` [positions] is the mass of the tail bucket (top-k), or None.
+    ``constant`` [positions] is the teacher's part of the divergence, sum of q log q, estimated where targets are sampled.
+    """
+
+    offsets: torch.Tensor
+    ids: torch.Tensor
+    q: torch.Tensor
+    tail: torch.Tensor | None
+    constant: torch.Tensor
+
+
+def batch_targets(targets: Sequence[SparseTargets], temperature: float) -> BatchTargets:
+    """Put the targets of a batch's examples together at the loss temperature, in the order of the completion tokens."""
+    sizes = np.concatenate([np.diff(one.offsets) for one in targets])
+    offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    ids = np.concatenate([one.ids for one in targets]).astype(np.int64)
+    q = np.concatenate([one.probabilities(temperature) for one in targets]).astype(np.float64)
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    tail = None
+    if targets[0].kind == "top-k":
+        tail = np.clip(1.0 - np.bincount(rows, q, len(sizes)), 0.0, 1.0)
+        constant = np.bincount(rows, q * np.log(np.maximum(q, 1e-30)), len(sizes))
+        constant += tail * np.log(np.maximum(tail, 1e-30))
+    else:
+        known = [one.normaliser(temperature) for one in targets]
+        logp = np.concatenate([one.logp for one in targets]).astype(np.float64) / temperature
+        if all(one is not None for one in known):
+            shift = np.concatenate([one for one in known if one is not None]).astype(np.float64)
+            constant = np.bincount(rows, q * (logp - shift[rows]), len(sizes))
+        else:
+            constant = np.zeros(len(sizes))
+    return BatchTargets(
+        offsets=torch.from_numpy(offsets),
+        ids=torch.from_numpy(ids),
+        q=torch.from_numpy(q.astype(np.float32)),
+        tail=None if tail is None else torch.from_numpy(tail.astype(np.float32)),
+        constant=torch.from_numpy(constant.astype(np.float32)),
+    )
+
+
+def dense_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Return the forward KL(teacher_T || student_T) of each position, without T^2: [positions]. The check for the rest."""
+    logq = torch.log_softmax(teacher / temperature, -1)
+    logp = torch.log_softmax(student / temperature, -1)
+    return (logq.exp() * (logq - logp)).sum(-1)
+
+
+def sparse_kl(targets: BatchTargets, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Return the sparse form of the same divergence for each position, plainly and differentiably: [positions]."""
+    positions = student.shape[0]
+    rows = torch.repeat_interleave(torch.arange(positions), targets.offsets.diff())
+    logp = torch.log_softmax(student / temperature, -1)
+    kept = logp[rows, targets.ids]
+    cross = torch.zeros(positions, dtype=student.dtype).index_add(0, rows, targets.q.to(student.dtype) * kept)
+    if targets.tail is not None:
+        mass = torch.zeros(positions, dtype=student.dtype).index_add(0, rows, kept.exp())
+        cross = cross + targets.tail.to(student.dtype) * torch.log((1.0 - mass).clamp_min(TAIL_FLOOR))
+    return targets.constant.to(student.dtype) - cross
+
+
+class HeadLoss(torch.autograd.Function):
+    """LM head and loss in one: hidden states [N, H] and head weight [>= V, H] -> (kd sum, ce sum), both weighted.
+
+    The two results carry their own gradients when ``separate`` is true; otherwise all of it hangs on the first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        targets: BatchTargets | None,
+        terms: LossTerms,
+        vocab_size: int,
+        separate: bool,
+        chunk: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = hidden.shape[0]
+        head = weight[:vocab_size]
+        head_bias = None if bias is None else bias[:vocab_size]
+        use_kd = targets is not None and terms.kd != 0.0
+        use_ce = terms.ce != 0.0
+        train_head = ctx.needs_input_grad[1]
+        grads = [torch.empty_like(hidden) for _ in range(2 if separate else 1)]
+        head_grad = torch.zeros_like(weight, dtype=torch.float32) if train_head else None
+        totals = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, count, chunk):
+            end = min(start + chunk, count)
+            states = hidden[start:end]
+            logits = torch.nn.functional.linear(states, head, head_bias)
+            token_weights = weights[start:end]
+            ce_grad = kd_grad = None
+            if use_ce:
+                values, ce_grad = _ce_chunk(logits, labels[start:end])
+                totals[1] += (values * token_weights).sum().double()
+                ce_grad.mul_((terms.ce * token_weights)[:, None])
+            if use_kd:
+                assert targets is not None
+                values, kd_grad = _kd_chunk(logits, targets, start, end, terms.temperature)
+                totals[0] += (values * token_weights).sum().double() * terms.temperature**2
+                kd_grad.mul_((terms.kd * terms.temperature * token_weights)[:, None])
+            if separate:
+                for at, grad in enumerate((kd_grad, ce_grad)):
+                    grads[at][start:end] = 0 if grad is None else grad.to(head.dtype) @ head
+            both = ce_grad if kd_grad is None else kd_grad if ce_grad is None else kd_grad.add_(ce_grad)
+            if both is None:
+                both = torch.zeros_like(logits)
+            both = both.to(head.dtype)
+            if not separate:
+                grads[0][start:end] = both @ head
+            if head_grad is not None:
+                head_grad[:vocab_size] += (both.T @ states).float()
+        ctx.separate = separate
+        ctx.save_for_backward(*grads, *([] if head_grad is None else [head_grad]))
+        ctx.weight_dtype = weight.dtype
+        kd_value = terms.kd * totals[0]
+        ce_value = terms.ce * totals[1]
+        return kd_value.float(), ce_value.float()
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)
+        head_grad = saved.pop() if ctx.needs_input_grad[1] else None
+        if ctx.separate:
+            grad = saved[0] * outputs[0].to(saved[0].dtype) + saved[1] * outputs[1].to(saved[1].dtype)
+        else:
+            grad = saved[0] * outputs[0].to(saved[0].dtype)
+        weight_grad = None if head_grad is None else (head_grad * outputs[0]).to(ctx.weight_dtype)
+        return (grad, weight_grad, *([None] * 8))
+
+
+def _ce_chunk(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return -log p(label) [n] and its gradient [n, V] (float32)."""
+    p = torch.softmax(logits, -1, dtype=torch.float32)
+    best, at = logits.max(-1)
+    # log-sum-exp from the largest logit: exact where p(label) itself would underflow.
+    lse = best.float() - p.gather(1, at[:, None])[:, 0].log()
+    rows = torch.arange(len(labels))
+    values = lse - logits[rows, labels].float()
+    p[rows, labels] -= 1.0
+    return values, p
+
+
+def _kd_chunk(
+    logits: torch.Tensor, targets: BatchTargets, start: int, end: int, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the divergence of each position [n], without T^2, and its gradient times T [n, V] (float32)."""
+    offsets = targets.offsets[start : end + 1]
+    low, high = int(offsets[0]), int(offsets[-1])
+    rows = torch.repeat_interleave(torch.arange(end - start), offsets.diff())
+    ids, q = targets.ids[low:high], targets.q[low:high]
+    scaled = logits if temperature == 1.0 else logits.float() / temperature
+    p = torch.softmax(scaled, -1, dtype=torch.float32)
+    best, at = scaled.max(-1)
+    lse = best.float() - p.gather(1, at[:, None])[:, 0].log()
+    logp = scaled[rows, ids].float() - lse[rows]
+    cross = torch.zeros(end - start).index_add_(0, rows, q * logp)
+    kept = logp.exp()
+    if targets.tail is not None:
+        tail = targets.tail[start:end]
+        rest = (1.0 - torch.zeros(end - start, dtype=torch.float64).index_add_(0, rows, kept.double())).float()
+        rest.clamp_(min=TAIL_FLOOR)
+        cross += tail * rest.log()
+        p.mul_((1.0 - tail / rest)[:, None])
+    p[rows, ids] = kept - q
+    return targets.constant[start:end] - cross, p
+
+
+def completion_loss(
+    model: Any,
+    states: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    targets: BatchTargets | None,
+    terms: LossTerms,
+    *,
+    vocab_size: int,
+    separate: bool = False,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed, weighted (kd, ce) of the states that predict completion tokens.
+
+    ``vocab_size`` is the tokenizer's: rows of the head beyond it are padding (152,064 for 151,936 in one family) and stay
+    out of every softmax. With ``separate`` false only the sum kd + ce is to be differentiated.
+    """
+    from edgedistill.training.packing import causal_lm
+
+    head = causal_lm(model).get_output_embeddings()
+    return HeadLoss.apply(
+        states, head.weight, head.bias, labels, weights, targets, terms, vocab_size, separate, chunk
+    )  # pyright: ignore[reportReturnType]

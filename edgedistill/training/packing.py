@@ -1,0 +1,295 @@
+"""Flat batches: no padding in the linear layers, and the prefix that all rows share is computed once.
+
+A chat template puts the same system prompt in front of every row, often a third of the tokens of a short row. Here the
+sequences of a batch lie one after the other in a tensor [1, tokens], the common prefix first and once. Positions and
+attention make each row see what it would see alone: the results are those of one row at a time, up to rounding, which
+``selfcheck`` proves for the model at hand before it trains. Attention alone is computed on a padded view.
+
+transformers hands every keyword that a model does not know to the attention function: that is how the layout of the
+batch reaches it without a change to any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgedistill.training.data import Example, PaddedBatch, collate
+
+ATTENTION = "edgedistill_packed"
+PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "smollm3"})
+"""Model types whose attention hands keywords on and whose mask is causal, with or without a sliding window."""
+
+
+class _Rows(torch.autograd.Function):
+    """Select rows where each real row is used once; the way back is a selection too, no scatter with addition."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """Drop padding rows; their gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        out = grads[0].new_zeros((ctx.count, *grads[0].shape[1:]))
+        out[index] = grads[0]
+        return out, None
+
+
+@dataclass(eq=False)
+class Layout:
+    """Where the rows of a flat batch lie: a shared prefix of ``prefix`` tokens, then each row's own tokens."""
+
+    prefix: int
+    counts: list[int]
+    pad_index: torch.Tensor  # [rows * widest] flat index among the own tokens (0 where there is padding)
+    unpad_index: torch.Tensor  # [own tokens] where each own token lies in the padded view
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def widest(self) -> int:
+        """Longest row without the prefix."""
+        return max(self.counts)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Return the boolean mask [widest, prefix + widest] (true = may look), or None where plain causal will do."""
+        if window is not None and window >= self.prefix + self.widest:
+            window = None
+        if window not in self.masks:
+            self.masks[window] = _causal(self.widest, self.prefix, window, self.pad_index.device)
+        return self.masks[window]
+
+    def prefix_mask(self, window: int | None) -> torch.Tensor | None:
+        """Return the mask of the prefix on itself."""
+        if window is None or window >= self.prefix:
+            return None
+        return _causal(self.prefix, 0, window, self.pad_index.device)
+
+
+def _causal(width: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    if prefix == 0 and window is None:
+        return None
+    behind = prefix + torch.arange(width, device=device)[:, None] - torch.arange(prefix + width, device=device)[None, :]
+    mask = behind >= 0
+    return mask & (behind < window) if window is not None else mask
+
+
+@dataclass(eq=False, kw_only=True)
+class PackedBatch:
+    """A flat batch [1, tokens] with the indices of the states that predict completion tokens, and those tokens."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: Layout
+    index: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+
+    def select(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Pick the states that predict completion tokens: [1, tokens, H] -> [completion tokens, H]."""
+        return hidden[0].index_select(0, self.index)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Count the tokens that all sequences start with."""
+    first, last = min(sequences), max(sequences)
+    count = 0
+    for left, right in zip(first, last, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+def lay_out(sequences: Sequence[Sequence[int]], prefix: int) -> tuple[list[int], list[int], Layout]:
+    """Flatten sequences that share their first ``prefix`` tokens; return ids, positions and the layout."""
+    ids = list(sequences[0][:prefix])
+    positions = list(range(prefix))
+    counts = [len(sequence) - prefix for sequence in sequences]
+    widest = max(counts)
+    pad_index: list[int] = []
+    unpad_index: list[int] = []
+    start = 0
+    for row, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+        ids += sequence[prefix:]
+        positions += range(prefix, prefix + count)
+        pad_index += [*range(start, start + count), *([0] * (widest - count))]
+        unpad_index += range(row * widest, row * widest + count)
+        start += count
+    layout = Layout(prefix, counts, torch.tensor(pad_index), torch.tensor(unpad_index))
+    return ids, positions, layout
+
+
+def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> PackedBatch:
+    """Lay examples out flat; the shared prefix ends before the last prompt token of the shortest prompt."""
+    sequences = [(*example.prompt_ids, *example.completion_ids) for example in examples]
+    prefix = 0
+    if share_prefix and len(examples) > 1:
+        prefix = min(common_prefix(sequences), min(len(example.prompt_ids) for example in examples) - 1)
+    ids, positions, layout = lay_out(sequences, max(prefix, 0))
+    index: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    start = layout.prefix
+    for example, count in zip(examples, layout.counts, strict=True):
+        end = start + count
+        index += range(end - len(example.completion_ids) - 1, end - 1)
+        targets += example.completion_ids
+        weights += [example.weight] * len(example.completion_ids)
+        start = end
+    return PackedBatch(
+        input_ids=torch.tensor([ids]),
+        position_ids=torch.tensor([positions]),
+        layout=layout,
+        index=torch.tensor(index),
+        targets=torch.tensor(targets),
+        weights=torch.tensor(weights, dtype=torch.float32),
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    layout: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend over a flat batch. query [1, heads, tokens, D], key and value [1, kv heads, tokens, D] -> [1, tokens, heads, D].
+
+    ``layout`` is a Layout, or an object with an ``attend`` method (the decoder's key/value cache).
+    """
+    if hasattr(layout, "attend"):
+        return layout.attend(module, query, key, value, scaling, sliding_window), None
+    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
+    groups = heads // kv_heads
+    prefix, rows, widest = layout.prefix, len(layout.counts), layout.widest
+    parts: list[torch.Tensor] = []
+    padded: list[torch.Tensor] = []
+    for tensor in (query, key, value):
+        own = tensor[0, :, prefix:].transpose(0, 1)
+        own = _Rows.apply(own, layout.pad_index, layout.unpad_index)
+        padded.append(own.view(rows, widest, tensor.shape[1], dim).transpose(1, 2))
+    wide_query, wide_key, wide_value = padded
+    if prefix:
+        mask = layout.prefix_mask(sliding_window)
+        alone = nn.functional.scaled_dot_product_attention(
+            query[:, :, :prefix],
+            key[:, :, :prefix].repeat_interleave(groups, 1),
+            value[:, :, :prefix].repeat_interleave(groups, 1),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            dropout_p=dropout,
+        )
+        parts.append(alone[0].transpose(0, 1))
+        wide_key = torch.cat([key[:, :, :prefix].expand(rows, -1, -1, -1), wide_key], 2)
+        wide_value = torch.cat([value[:, :, :prefix].expand(rows, -1, -1, -1), wide_value], 2)
+    mask = layout.mask(sliding_window)
+    own = nn.functional.scaled_dot_product_attention(
+        wide_query,
+        wide_key.repeat_interleave(groups, 1),
+        wide_value.repeat_interleave(groups, 1),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    own = own.transpose(1, 2).reshape(rows * widest, heads, dim)
+    parts.append(_Unpad.apply(own, layout.unpad_index))
+    return torch.cat(parts, 0)[None] if prefix else parts[0][None], None
+
+
+def register() -> None:
+    """Make the attention function known to transformers under the name ``ATTENTION``."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, packed_attention)
+
+
+def packable(model: Any) -> bool:
+    """Tell whether flat batches are possible with this model; ``selfcheck`` compares them with plain ones."""
+    config = model.config
+    return config.model_type in PACKABLE and not getattr(config, "attn_logit_softcapping", None)
+
+
+@contextmanager
+def packed_mode(model: Any) -> Iterator[bool]:
+    """Switch the model to packed attention while inside, where it can; yields whether it did."""
+    causal = causal_lm(model)
+    if not packable(causal):
+        yield False
+        return
+    register()
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation(ATTENTION)
+    try:
+        yield True
+    finally:
+        causal.set_attn_implementation(before)
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def body(model: Any) -> Any:
+    """Return the decoder without its LM head."""
+    causal = causal_lm(model)
+    return getattr(causal, causal.base_model_prefix)
+
+
+def make_batch(examples: Sequence[Example], *, packed: bool, pad_id: int = 0) -> PackedBatch | PaddedBatch:
+    """Make the batch that ``completion_states`` takes: flat where the model can, padded elsewhere."""
+    return pack(examples) if packed else collate(examples, pad_id=pad_id)
+
+
+def completion_states(model: Any, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
+    """Run the decoder and return the last hidden states that predict completion tokens: [completion tokens, H]."""
+    decoder = body(model)
+    device = next(decoder.parameters()).device
+    if isinstance(batch, PackedBatch):
+        layout = batch.layout
+        if device.type != "cpu":
+            layout.pad_index, layout.unpad_index = layout.pad_index.to(device), layout.unpad_index.to(device)
+            batch.index = batch.index.to(device)
+        out = decoder(
+            input_ids=batch.input_ids.to(device),
+            position_ids=batch.position_ids.to(device),
+            use_cache=False,
+            layout=layout,
+        )
+    else:
+        out = decoder(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            position_ids=batch.position_ids.to(device),
+            use_cache=False,
+        )
+    return batch.select(out.last_hidden_state)

@@ -1,0 +1,75 @@
+"""From recipe tables and kept rows to what the training library takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgedistill.training.data import Example, encode_example
+from edgedistill.training.lora import LoraSettings
+from edgedistill.training.losses import LossTerms
+from edgedistill.training.trainer import TrainSettings
+
+
+def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, Any] | None = None) -> TrainSettings:
+    """Translate ``[adapt]``, ``[heal]`` or ``[distill]``. ``accumulate`` splits a batch, so the step stays the same."""
+    lora = table.get("lora") or {}
+    terms = {key: loss[key] for key in ("kd", "ce", "temperature")} if loss else {"kd": 0.0, "ce": 1.0}
+    targets = lora.get("targets", "all-linear")
+    return TrainSettings(
+        method=table.get("method", "full"),
+        lora=LoraSettings(**{**lora, "targets": targets if isinstance(targets, str) else tuple(targets)}),
+        lr=table["lr"],
+        epochs=table["epochs"],
+        batch_size=table["batch_size"],
+        micro_batch=max(1, -(-table["batch_size"] // table["accumulate"])),
+        schedule=table["schedule"],
+        warmup=table["warmup"],
+        weight_decay=table["weight_decay"],
+        clip=table["max_grad_norm"],
+        loss=LossTerms(**terms),
+        freeze_embeddings=table.get("freeze_embeddings", True),
+        seed=seed,
+    )
+
+
+def load_kept(
+    kept: Path, model: Path, *, text: str = "text", limit: int | None = None
+) -> tuple[list[Example], Any]:
+    """Encode the rows that the filters kept with the model's tokenizer: (examples, tokenizer).
+
+    ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). Raises UsageError for a row
+    that is longer than the model's context.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    examples = []
+    for number, line in enumerate(kept.read_text().splitlines()):
+        if limit is not None and number >= limit:
+            break
+        row = json.loads(line)
+        if row[text]:
+            examples.append(encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context))
+    return examples, tokenizer
+
+
+def load_model(path: Path) -> Any:
+    """Load a checkpoint in float32: the trainer chooses what it computes in."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+
+
+def take_results(result: Any, work: Path, out: Path, *, tokenizer: Any = None) -> None:
+    """Move what ``train`` left in ``work`` into the entry: ``adapter/`` or ``model/`` (with its tokenizer), and the log."""
+    shutil.move(result.path, out / result.path.name)
+    (out / "log").mkdir()
+    shutil.move(work / "log.jsonl", out / "log" / "train.jsonl")
+    if result.path.name == "model" and tokenizer is not None:
+        tokenizer.save_pretrained(out / "model")

@@ -1,0 +1,498 @@
+"""The training loop: LoRA or full, cross-entropy and distillation, exact to resume.
+
+A loop of our own rather than transformers.Trainer, for three reasons: Trainer's checkpoints hold pickles (optimizer.pt,
+rng_state.pth, training_args.bin); its resume replays the data loader and so depends on the state of a global generator,
+where here batches and dropout are functions of (seed, step); and keeping the model in bf16 with float32 master weights
+outside costs less on a CPU than autocast, which casts every weight again in every step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
+from edgedistill.training.data import Example, make_batches
+from edgedistill.training.lora import LoraSettings, attach
+from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
+from edgedistill.training.packing import completion_states, make_batch, packed_mode
+from edgedistill.training.precision import pick_device, torch_dtype
+from edgedistill.training.targets import SparseTargets
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. ``batch_size`` rows make one optimiser step, computed ``micro_batch`` rows at a time.
+
+    ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
+    computation; weights in training are kept in float32 beside it. ``gradient_norms`` is every how many steps the norms of
+    the kd and ce gradients are taken apart (0: never).
+    """
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    lr: float = 2e-4
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 16
+    micro_batch: int | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    clip: float = 1.0
+    loss: LossTerms = field(default_factory=LossTerms)
+    freeze_embeddings: bool = True
+    dtype: str = "auto"
+    seed: int = 0
+    checkpoint_steps: int = 0
+    checkpoint_seconds: float = 60.0
+    gradient_norms: int = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run did. ``path`` is the adapter's folder (lora) or the model's (full); rates are of this process."""
+
+    path: Path
+    method: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    loss: float
+    kd: float
+    ce: float
+    trainable_parameters: int
+    peak_memory: int
+    resumed_at: int
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "path": self.path.name}
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """Return the learning rate of optimiser step ``step`` (from 0) of ``total``."""
+    warm = max(1, round(settings.warmup * total)) if settings.warmup > 0 else 0
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    if settings.schedule == "constant":
+        factor = 1.0
+    elif settings.schedule == "linear":
+        factor = 1.0 - share
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * share))
+    return settings.min_lr + (settings.lr - settings.min_lr) * factor
+
+
+def plan_steps(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
+    """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps."""
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    total = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < total:
+        plan += make_batches(examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
+        epoch += 1
+    return plan[:total]
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    targets: Sequence[SparseTargets] | None,
+    *,
+    settings: TrainSettings,
+    out: Path,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
+
+    Writes ``out/adapter`` (lora) or ``out/model`` (full), safetensors in float32, and ``out/log.jsonl``; checkpoints live in
+    ``out/checkpoints`` until the end. Killed at any moment, the same call goes on from the last checkpoint and ends
+    with the same weights (same machine and thread count). ``model`` is used up. ``vocab_size`` is the tokenizer's.
+    Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
+    """
+    run = _Run(model, examples, targets, settings, Path(out), vocab_size, progress)
+    return run.finished() or run.go()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        targets: Sequence[SparseTargets] | None,
+        settings: TrainSettings,
+        out: Path,
+        vocab_size: int | None,
+        progress: Progress | None,
+    ) -> None:
+        self.device = pick_device()
+        _check(settings, examples, targets, self.device)
+        self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
+        self.out, self.progress = out, progress
+        self.rank, self.world = _processes()
+        self.plan = plan_steps(examples, settings)
+        head = model.get_output_embeddings()
+        self.vocab_size = vocab_size or head.weight.shape[0]
+        self.digest = _digest(model, examples, targets, settings, self.vocab_size)
+        self.dtype = torch_dtype(settings.dtype, self.device)
+        self.final = out / ("model" if settings.method == "full" else "adapter")
+
+    def finished(self) -> TrainResult | None:
+        """Return the result of a run that came to its end, or None."""
+        path = self.out / "train.json"
+        if not (path.exists() and self.final.is_dir()):
+            return None
+        data = json.loads(path.read_text())
+        if data.pop("digest") != self.digest:
+            raise UsageError(f"{self.out}: trained with other settings or data", hint=f"remove {self.out} and run again")
+        return TrainResult(**{**data, "path": self.final})
+
+    def go(self) -> TrainResult:
+        """Train from the last checkpoint, or from the start."""
+        self._prepare()
+        settings, checkpoints = self.settings, self.out / "checkpoints"
+        state = State(digest=self.digest)
+        found = latest_checkpoint(checkpoints)
+        if found is not None:
+            state = load_checkpoint(found, self.digest, self.masters, self.optimizer)
+        resumed_at = state.step
+        self._publish()
+        log = StepLog(self.out / "log.jsonl", state.step) if self.rank == 0 else None
+        begun = saved = time.monotonic()
+        before, tokens_here = state.seconds, 0
+        total = len(self.plan)
+        record: dict[str, Any] = {}
+        tail: list[dict[str, Any]] = []
+        try:
+            with torch.random.fork_rng(devices=[]), packed_mode(self.model) as self.packed:
+                for step in range(state.step, total):
+                    started = time.monotonic()
+                    record = self._step(step, total)
+                    now = time.monotonic()
+                    tokens_here += record["tokens"]
+                    state.step, state.tokens = step + 1, state.tokens + record["tokens"]
+                    state.seconds = before + now - begun
+                    record |= {
+                        "tokens_per_s": round(record["tokens"] / (now - started), 1),
+                        "seconds": round(state.seconds, 3),
+                        "memory": _memory(),
+                    }
+                    if log is not None:
+                        log.write(record)
+                    _check_loss(record, state, settings)
+                    tail = [*tail[-9:], record]
+                    if self.progress is not None:
+                        left = (now - begun) / (step + 1 - resumed_at) * (total - step - 1)
+                        self.progress(step + 1, total, f"loss {record['loss']:.4f}, {_duration(left)} left")
+                    due = settings.checkpoint_steps and (step + 1) % settings.checkpoint_steps == 0
+                    due = due or now - saved >= settings.checkpoint_seconds
+                    if due and step + 1 < total and log is not None:
+                        log.sync()
+                        save_checkpoint(checkpoints, state, self.masters, self.optimizer)
+                        saved = time.monotonic()
+        finally:
+            if log is not None:
+                log.close()
+        seconds = time.monotonic() - begun
+        mean = {
+            key: sum(one[key] for one in tail) / len(tail) if tail else float("nan") for key in ("loss", "kd", "ce")
+        }
+        result = TrainResult(
+            path=self.final,
+            method=settings.method,
+            steps=total,
+            tokens=state.tokens,
+            seconds=round(state.seconds, 3),
+            tokens_per_s=round(tokens_here / seconds, 1),
+            **mean,
+            trainable_parameters=sum(master.numel() for master in self.masters.values()),
+            peak_memory=_memory(),
+            resumed_at=resumed_at,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        if self.rank == 0:
+            self._finish(result)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return result
+
+    def _prepare(self) -> None:
+        """Attach the adapter, choose what is trained, and take float32 masters of it."""
+        settings = self.settings
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.model.config.use_cache = False
+        if settings.method == "full":
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(True)
+            if settings.freeze_embeddings:
+                self.model.get_input_embeddings().weight.requires_grad_(False)
+        else:
+            self.model.requires_grad_(False)
+            self.model = attach(self.model, settings.lora, seed=settings.seed)
+        self.model.to(self.device).train()
+        self.trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.masters: dict[str, torch.Tensor] = {}
+        self.frozen: dict[str, torch.Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            exact = parameter.detach()
+            parameter.data = exact.to(self.dtype)
+            if name in self.trained:
+                self.masters[name] = exact.float().clone()
+            elif settings.method == "full":
+                # Saved as it came: a pass through bf16 would change weights that were never trained.
+                self.frozen[name] = exact
+        decay = [master for master in self.masters.values() if master.ndim > 1]
+        rest = [master for master in self.masters.values() if master.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": settings.weight_decay}]
+        if rest:
+            groups.append({"params": rest, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+    def _publish(self) -> None:
+        """Copy the masters into the model's weights."""
+        with torch.no_grad():
+            torch._foreach_copy_([self.trained[name] for name in self.masters], list(self.masters.values()))
+
+    def _collect(self) -> None:
+        """Add the model's gradients to those of the masters, in float32."""
+        for name, parameter in self.trained.items():
+            if parameter.grad is None:
+                continue
+            master = self.masters[name]
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def _norm(self) -> torch.Tensor:
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+
+    def _step(self, step: int, total: int) -> dict[str, Any]:
+        """Run one optimiser step and return its line of the log (without times)."""
+        settings, rows = self.settings, self.plan[step]
+        completion = sum(len(self.examples[row].completion_ids) for row in rows)
+        tokens = sum(self.examples[row].length for row in rows)
+        size = settings.micro_batch or len(rows)
+        micro = [rows[at : at + size] for at in range(0, len(rows), size)]
+        terms = settings.loss
+        apart = bool(
+            settings.gradient_norms and step % settings.gradient_norms == 0 and terms.kd and terms.ce and self.world == 1
+        )
+        kd = ce = 0.0
+        norms: dict[str, float] = {}
+        pending: list[torch.Tensor] = []
+        for at, part in enumerate(micro):
+            if at % self.world != self.rank:
+                continue
+            if settings.lora.dropout and settings.method != "full":
+                torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + at)
+            one_kd, one_ce = self._forward(part, apart)
+            kd, ce = kd + float(one_kd.detach()), ce + float(one_ce.detach())
+            if apart:
+                (one_kd / completion).backward(retain_graph=True)
+                self._collect()
+                pending.append(one_ce)
+            else:
+                (one_kd / completion).backward()
+                self._collect()
+        if apart:
+            norms["gradient_kd"] = float(self._norm())
+            of_kd = [None if one.grad is None else one.grad.clone() for one in self.masters.values()]
+            for one_ce in pending:
+                (one_ce / completion).backward()
+                self._collect()
+            squares = 0.0
+            for master, before in zip(self.masters.values(), of_kd, strict=True):
+                if master.grad is not None:
+                    squares += float(((master.grad - before) if before is not None else master.grad).square().sum())
+            norms["gradient_ce"] = math.sqrt(squares)
+        if self.world > 1:
+            kd, ce = self._sum_over_processes(kd, ce)
+        norm = float(self._norm())
+        if settings.clip and norm > settings.clip and math.isfinite(norm):
+            torch._foreach_mul_(
+                [master.grad for master in self.masters.values() if master.grad is not None],  # pyright: ignore
+                settings.clip / norm,
+            )
+        rate = learning_rate(settings, step, total)
+        loss = (kd + ce) / completion
+        if math.isfinite(loss) and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self._publish()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {
+            "step": step + 1,
+            "loss": loss,
+            "kd": kd / completion / terms.kd if terms.kd else 0.0,
+            "ce": ce / completion / terms.ce if terms.ce else 0.0,
+            "gradient": norm,
+            **norms,
+            "lr": rate,
+            "tokens": tokens,
+            "completion_tokens": completion,
+        }
+
+    def _forward(self, rows: Sequence[int], separate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        terms = self.settings.loss
+        batch = make_batch([self.examples[row] for row in rows], packed=self.packed)
+        soft = None
+        if self.targets is not None and terms.kd:
+            soft = batch_targets([self.targets[row] for row in rows], terms.temperature)
+        states = completion_states(self.model, batch)
+        return completion_loss(
+            self.model,
+            states,
+            batch.targets.to(states.device),
+            batch.weights.to(states.device),
+            soft,
+            terms,
+            vocab_size=self.vocab_size,
+            separate=separate,
+        )
+
+    def _sum_over_processes(self, kd: float, ce: float) -> tuple[float, float]:
+        """Add gradients and losses of all processes: each has divided by the token count of the whole step."""
+        import torch.distributed as dist
+
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            dist.all_reduce(master.grad)
+        both = torch.tensor([kd, ce], dtype=torch.float64, device=self.device)
+        dist.all_reduce(both)
+        return float(both[0]), float(both[1])
+
+    def _finish(self, result: TrainResult) -> None:
+        """Write the trained weights in float32 under their final name, then the result."""
+        for name, parameter in self.model.named_parameters():
+            if name in self.masters:
+                parameter.data = self.masters[name]
+            elif name in self.frozen:
+                parameter.data = self.frozen[name]
+        partial = self.out / "final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.config.use_cache = True
+        self.model.save_pretrained(partial)
+        if self.final.exists():
+            shutil.rmtree(self.final)
+        os.rename(partial, self.final)
+        path = self.out / "train.json"
+        text = json.dumps({**result.to_json(), "digest": self.digest}, indent=1)
+        path.with_suffix(".partial").write_text(text)
+        os.replace(path.with_suffix(".partial"), path)
+
+
+def _check(
+    settings: TrainSettings, examples: Sequence[Example], targets: Sequence[SparseTargets] | None, device: str
+) -> None:
+    if not examples:
+        raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
+    if settings.method == "qlora":
+        raise UsageError(
+            "method = 'qlora' needs an NVIDIA GPU (its 4-bit kernels are CUDA code)"
+            + (" and the package bitsandbytes, which is not part of this version" if device == "cuda" else ""),
+            hint="use method = 'lora'",
+        )
+    if settings.method not in ("lora", "full"):
+        raise UsageError(f"method = {settings.method!r}: use 'lora' or 'full'")
+    if settings.loss.kd and targets is None:
+        raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
+    if not settings.loss.kd and not settings.loss.ce:
+        raise UsageError("loss.kd and loss.ce are both 0: there is nothing to learn from")
+    if targets is not None:
+        if len(targets) != len(examples):
+            raise UsageError(f"{len(targets)} soft targets for {len(examples)} examples")
+        for example, one in zip(examples, targets, strict=True):
+            if one.positions != len(example.completion_ids):
+                raise UsageError(
+                    f"row {example.id!r}: soft targets for {one.positions} of {len(example.completion_ids)} tokens"
+                )
+
+
+def _check_loss(record: dict[str, Any], state: State, settings: TrainSettings) -> None:
+    loss = record["loss"]
+    if not math.isfinite(loss) or not math.isfinite(record["gradient"]):
+        raise StepFailed(
+            f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
+            hint=f"try lr = {settings.lr / 4:g}, a longer warmup, or dtype = 'float32'",
+        )
+    if len(state.first_losses) < 10:
+        state.first_losses.append(loss)
+    state.last_losses = [*state.last_losses[-19:], loss]
+    if state.step >= 30:
+        first = sum(state.first_losses) / len(state.first_losses)
+        last = sum(state.last_losses) / len(state.last_losses)
+        if last > 1.5 * first + 1.0:
+            raise StepFailed(
+                f"step {record['step']}: the loss runs away (mean of the last 20 steps {last:.3g}, of the first 10 {first:.3g})",
+                hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2:g} or a longer warmup",
+            )
+
+
+def _digest(
+    model: Any,
+    examples: Sequence[Example],
+    targets: Sequence[SparseTargets] | None,
+    settings: TrainSettings,
+    vocab_size: int,
+) -> str:
+    """Hash what a checkpoint must agree with: settings (but for how often to save), rows, targets, the model's shape."""
+    fields = asdict(settings)
+    for name in ("checkpoint_steps", "checkpoint_seconds"):
+        del fields[name]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(f"{vocab_size} {model.config.model_type}".encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
+    for example in examples:
+        digest.update(example.token_hash + repr(example.weight).encode())
+    for one in targets or ():
+        digest.update(one.ids.tobytes())
+        digest.update(one.counts.tobytes())
+    return digest.hexdigest()
+
+
+def _processes() -> tuple[int, int]:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _memory() -> int:
+    """Return the memory in use: of the GPU at its peak, else this process's resident set, in bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,203 @@
+"""The plan: what is in a key and what is not, what shares, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
+from edgedistill.models import ModelFacts, Resolved
+from edgedistill.plan import Plan, expand, read_inputs, student_layers
+from edgedistill.recipe import load_recipe
+from edgedistill.recipes import copy_recipe
+from edgedistill.target import find_target
+
+FACTS = {
+    "architecture": "llama", "layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152,
+    "tied": True, "context": 8192, "tokenizer": "t", "quantized_from": "Q4_1", "licence": "apache-2.0", "size": 98362432,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return copy_recipe("quickstart", tmp_path / "quickstart")
+
+
+def make(folder: Path, *, student: dict[str, Any] | None = None, **overrides: Any) -> Plan:
+    path = folder / "recipe.toml"
+    recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
+    gguf = folder / "recipe.toml"  # any file: the plan never opens it
+
+    def resolved(facts: dict[str, Any]) -> Resolved:
+        return Resolved(source="x", kind="pypi", revision="1", digest="d", path=gguf, facts=ModelFacts(**facts))
+
+    targets = [find_target(name, folder) for name in recipe.targets]
+    targets = [
+        t.with_types(recipe.quantize[t.name].model_dump(exclude_none=True)) if t.name in recipe.quantize else t
+        for t in targets
+    ]
+    return expand(
+        read_inputs(recipe, path, resolved(FACTS), resolved({**FACTS, **(student or {})}), targets)
+    )
+
+
+def changed(a: Plan, b: Plan) -> set[str]:
+    before = {name: step.key for step in a.steps for name in step.ids}
+    after = {name: step.key for step in b.steps for name in step.ids}
+    return {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+
+
+def stages(names: set[str]) -> set[str]:
+    return {name.split("/")[0] for name in names}
+
+
+def test_a_plan_needs_no_torch_and_every_step_follows_its_inputs(folder: Path) -> None:
+    plan = make(folder)
+    seen: set[str] = set()
+    for step in plan.steps:
+        assert set(step.stage.inputs()) <= seen
+        seen.add(step.key)
+    assert set(plan.packages) == {"phone-midrange", "laptop-x86", "laptop-x86-onnx"}
+
+
+def test_the_same_recipe_in_another_folder_has_the_same_keys(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert changed(make(folder), make(tmp_path / "elsewhere")) == set()
+
+
+def test_lr_reruns_from_distill_on(folder: Path) -> None:
+    names = changed(make(folder), make(folder, distill__lr=5e-4))
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
+    assert "distill/1" in names and "package/phone-midrange" in names
+    assert "evaluate/teacher" not in names and "convert/teacher" not in names
+
+
+def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
+    names = changed(make(folder), make(folder, distill__loss__temperature=1.5))
+    assert "score" in names
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "shape", "heal"})
+    fixed = changed(make(folder, score__temperature=1.0), make(folder, score__temperature=1.0, distill__loss__temperature=1.5))
+    assert "score" not in fixed and "distill/1" in fixed
+
+
+def test_a_targets_limits_remeasure_nothing(folder: Path) -> None:
+    before = make(folder)
+    local = folder / "targets"
+    local.mkdir(exist_ok=True)
+    profile = find_target("laptop-x86", folder)
+    assert profile.path is not None
+    text = profile.path.read_text().replace("[limits]", '[limits]\ntg128 = 3.5\n#', 1)
+    lines = [line for n, line in enumerate(text.splitlines()) if not (line.startswith("tg128") and "3.5" not in line)]
+    (local / "laptop-x86.toml").write_text("\n".join(lines))
+    assert changed(before, make(folder)) == {"package/laptop-x86"}
+
+
+def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path) -> None:
+    with (folder / "recipe.toml").open("a") as file:
+        file.write('\n[quantize.laptop-x86]\ntype = "Q5_0"\n')
+    before = make(folder)
+    text = (folder / "recipe.toml").read_text()
+    (folder / "recipe.toml").write_text(text.replace('type = "Q5_0"', 'type = "Q6_K"'))
+    assert changed(before, make(folder)) == {
+        "quantize/laptop-x86", "evaluate/laptop-x86", "measure/laptop-x86", "package/laptop-x86",
+    }  # fmt: skip
+
+
+def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
+    both = {"type": "Q4_0", "imatrix": True}
+    with (folder / "recipe.toml").open("a") as file:
+        for name in ("phone-midrange", "laptop-x86"):
+            file.write(f"\n[quantize.{name}]\ntype = \"{both['type']}\"\nimatrix = true\n")
+    plan = make(folder)
+    shared = plan.match("quantize/laptop-x86")[0]
+    names = find_target("phone-midrange", folder), find_target("laptop-x86", folder)
+    if names[0].quantize.embedding_type == names[1].quantize.embedding_type:
+        assert {"quantize/phone-midrange", "quantize/laptop-x86"} <= set(shared.ids)
+
+
+def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
+    assert any("Q4_1" in warning for warning in make(folder).warnings)
+
+
+def test_the_number_of_layers(folder: Path) -> None:
+    assert student_layers(make_inputs(folder)) == 10
+
+
+def make_inputs(folder: Path) -> Any:
+    path = folder / "recipe.toml"
+    recipe = load_recipe(path)
+    facts = ModelFacts(**FACTS)
+    model = Resolved(source="x", kind="pypi", revision="1", digest="d", path=path, facts=facts)
+    return read_inputs(recipe, path, model, model, [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "student", "message"),
+    [
+        ({}, {"tokenizer": "other"}, "different tokenizers"),
+        ({"distill__lora__targets": ["lm_head"]}, {}, "ties its head"),
+        ({"adapt__lora__targets": ["q_proj", "embed_tokens"]}, {}, "ties its head"),
+        ({"distill__method": "qlora"}, {}, "QLoRA needs a CUDA device"),
+        ({"student__layers": 31}, {}, "has 30 layers"),
+        ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
+        ({"prompts__files": ["data/nothing.jsonl"]}, {}, "no such file"),
+        ({"suites__holdout__grammar": "no.gbnf"}, {}, "No such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_file_and_the_key(
+    folder: Path, overrides: dict[str, Any], student: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        make(folder, student=student, **overrides)
+    assert "recipe.toml" in str(caught.value)
+
+
+def test_a_limit_that_no_type_can_meet_is_refused(folder: Path) -> None:
+    local = folder / "targets"
+    local.mkdir(exist_ok=True)
+    profile = find_target("phone-midrange", folder)
+    assert profile.path is not None
+    lines = [
+        'file_size = "5 MiB"' if line.startswith("file_size") else line for line in profile.path.read_text().splitlines()
+    ]
+    (local / "phone-midrange.toml").write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match="no type brings this student under 5 MiB"):
+        make(folder)
+
+
+def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
+    huge = {"hidden": 16384, "ffn": 65536, "layers": 120, "heads": 128, "kv_heads": 8}
+    with pytest.raises(UsageError, match="of memory; this machine has"):
+        make(folder, student=huge, student__layers="all", distill__method="full")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (("lr         = 6e-4", "lrr        = 6e-4"), r"recipe\.toml:\d+: heal\.lrr.*lr"),
+        (("epochs     = 3", 'epochs     = "three"'), r"recipe\.toml:\d+: heal\.epochs"),
+        (("[score]", "[scores]"), r"scores.*score"),
+        (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
+        (('kind = "sampled"', 'kind = "sampel"'), r"score\.kind.*sampled"),
+        (("holdout = 0.90, ood", "houldout = 0.90, ood"), "houldout"),
+    ],
+)
+def test_a_wrong_key_is_told_with_its_line(folder: Path, edit: tuple[str, str], message: str) -> None:
+    path = folder / "recipe.toml"
+    text = path.read_text()
+    assert edit[0] in text
+    path.write_text(text.replace(edit[0], edit[1], 1))
+    with pytest.raises(EdgeDistillError, match=message):
+        load_recipe(path)
+
+
+def test_rows_from_two_files_must_not_share_ids(folder: Path) -> None:
+    rows = [{"id": "same", "prompt": "a", "reference": "b"}]
+    for name in ("one", "two"):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(RecipeError, match="two rows have the id 'same'"):
+        make(folder, prompts__files=["one.jsonl", "two.jsonl"])

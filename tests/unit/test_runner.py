@@ -1,0 +1,228 @@
+"""The runner: nothing twice, damage rebuilt, failures contained, interrupted work resumed, reasons told."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from edgedistill.errors import StepFailed
+from edgedistill.fingerprint import Key
+from edgedistill.plan import Graph, Plan
+from edgedistill.rates import Rates, Work
+from edgedistill.runner import Reporter, Runner, assess
+from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.store import Store
+
+RUNS: list[str] = []
+WORK = Work(kind="bytes", amount=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Stage):
+    name: ClassVar[str] = "source"
+    text: str
+    note: str = unkeyed(default="")
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        RUNS.append(f"source {self.text}")
+        (ctx.out / "text").write_text(self.text.lower())
+        return {"length": len(self.text)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Double(Stage):
+    name: ClassVar[str] = "double"
+    source: Key
+    times: int = 2
+    error: str = unkeyed(default="")
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        RUNS.append("double")
+        if self.error == "step":
+            raise StepFailed("it broke", "mend it")
+        if self.error == "bug":
+            raise ValueError("surprise")
+        if self.error == "disk":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        (ctx.work / "seen").write_text("x")
+        (ctx.out / "text").write_text(ctx.path(self.source, "text").read_text() * self.times)
+        return {}
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def make(text: str = "Ab", times: int = 2, error: str = "", note: str = "") -> Plan:
+    graph = Graph()
+    source = graph.add("source", Source(text=text, note=note), WORK)
+    graph.add("double", Double(source=source, times=times, error=error), WORK)
+    graph.add("other", Double(source=source, times=3), WORK)
+    return Plan(identity="test", steps=graph.steps())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    RUNS.clear()
+    return Store(tmp_path / "store")
+
+
+def build(plan: Plan, store: Store, reporter: Reporter | None = None, **options: Any) -> Any:
+    RUNS.clear()
+    return Runner(plan, Store(store.root), reporter).build(**options)
+
+
+def text_of(plan: Plan, store: Store, step: str) -> str:
+    entry = Store(store.root).load(plan.match(step)[0].key)
+    assert entry is not None
+    return (entry.path / "text").read_text()
+
+
+def test_a_second_build_runs_nothing(store: Store) -> None:
+    assert build(make(), store).ran == ["source", "double", "other"]
+    again = build(make(), store)
+    assert (again.ran, again.cached, RUNS) == ([], ["source", "double", "other"], [])
+    assert text_of(make(), store, "double") == "abab"
+
+
+def test_what_is_not_keyed_changes_nothing(store: Store) -> None:
+    build(make(), store)
+    assert build(make(note="another path"), store).ran == []
+
+
+def test_a_changed_field_runs_its_step_and_what_follows_and_says_so(store: Store) -> None:
+    build(make(), store)
+    verdicts = assess(make(times=4), store)
+    reasons = {make(times=4).by_key[key].id: verdict.reason for key, verdict in verdicts.items()}
+    assert reasons == {"source": "", "double": "times 2 -> 4", "other": ""}
+    assert build(make(times=4), store).ran == ["double"]
+    changed = make(text="cd")
+    reasons = {changed.by_key[key].id: verdict.reason for key, verdict in assess(changed, store).items()}
+    assert reasons == {"source": "text Ab -> cd", "double": "times 4 -> 2", "other": "source changed"}
+
+
+def test_an_input_rebuilt_with_the_same_bytes_keeps_its_descendants(store: Store) -> None:
+    build(make(), store)
+    store.discard(make().match("source")[0].key)
+    assert assess(make(), Store(store.root))[make().match("double")[0].key].status == "wait"
+    assert build(make(), store).ran == ["source"]
+
+
+def test_an_input_with_other_bytes_rebuilds_them(store: Store) -> None:
+    build(make(), store)
+    entry = store.load(make().match("source")[0].key)
+    assert entry is not None
+    store.discard(entry.key)
+    out, _ = store.partial(entry.key)
+    (out / "text").write_text("zz")
+    store.commit(entry.key, stage="source", inputs={}, fields={}, facts={}, seconds=0, versions={})
+    assert build(make(), store).ran == ["double", "other"]
+    assert text_of(make(), store, "double") == "zzzz"
+
+
+def test_force_runs_one_step(store: Store) -> None:
+    build(make(), store)
+    assert build(make(), store, force=["double"]).ran == ["double"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_damaged_entry_is_rebuilt_and_the_build_says_so(store: Store, quiet: bool) -> None:
+    build(make(), store)
+    entry = store.load(make().match("source")[0].key)
+    assert entry is not None
+    file = entry.path / "text"
+    stat = file.stat()
+    file.write_text("xx")
+    if quiet:  # size and mtime as before: found only when a step consumes it
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        store.discard(make().match("double")[0].key)
+    else:
+        os.utime(file, ns=(1, 1))
+    notes = Notes()
+    outcome = build(make(), store, notes)
+    assert "source" in outcome.ran
+    assert any("source" in note and "damaged" in note for note in notes.notes)
+    assert text_of(make(), store, "double") == "abab"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"), [("step", 3, "it broke"), ("bug", 1, "surprise"), ("disk", 3, "disk of .* is full")]
+)
+def test_a_failure_is_told_once_not_cached_and_loses_no_other_step(
+    store: Store, error: str, code: int, message: str
+) -> None:
+    outcome = build(make(error=error), store)
+    assert outcome.ran == ["source", "other"]
+    assert outcome.exit_code == code
+    with pytest.raises(type(outcome.failed["double"]), match=message):
+        raise outcome.failed["double"]
+    assert build(make(), store).ran == ["double"]
+
+
+def test_steps_after_a_failure_are_skipped(store: Store) -> None:
+    graph = Graph()
+    source = graph.add("source", Source(text="a"), WORK)
+    bad = graph.add("bad", Double(source=source, error="step"), WORK)
+    graph.add("after", Double(source=bad), WORK)
+    outcome = build(Plan(identity="x", steps=graph.steps()), store)
+    assert (outcome.skipped, list(outcome.failed)) == (["after"], ["bad"])
+
+
+def test_work_of_an_interrupted_step_is_still_there(store: Store) -> None:
+    plan = make()
+    key = plan.match("double")[0].key
+    _, work = store.partial(key)
+    (work / "checkpoint").write_text("half")
+    assert "goes on" in assess(plan, store)[key].reason
+    out, again = store.partial(key)
+    assert (again / "checkpoint").read_text() == "half"
+    assert not any(out.iterdir())
+
+
+def test_a_step_that_needs_more_disk_than_there_is_says_so(store: Store) -> None:
+    graph = Graph()
+    graph.add("big", Source(text="a"), WORK, disk=10**18)
+    outcome = build(Plan(identity="x", steps=graph.steps()), store)
+    with pytest.raises(StepFailed, match="MiB of disk"):
+        raise outcome.failed["big"]
+
+
+def test_two_names_of_one_key_are_one_step(store: Store) -> None:
+    graph = Graph()
+    graph.add("one", Source(text="a"), WORK)
+    graph.add("two", Source(text="a"), WORK)
+    plan = Plan(identity="x", steps=graph.steps())
+    assert [step.ids for step in plan.steps] == [("one", "two")]
+    assert build(plan, store).ran == ["one"]
+    assert plan.match("two") == plan.match("one")
+
+
+def test_only_keeps_what_a_step_needs() -> None:
+    plan = make()
+    assert [step.id for step in plan.only(plan.match("other")).steps] == ["source", "other"]
+
+
+def test_an_unknown_step_lists_what_there_is() -> None:
+    from edgedistill.errors import UsageError
+
+    with pytest.raises(UsageError, match="no step 'bogus'") as caught:
+        make().match("bogus")
+    assert "double" in caught.value.hint
+
+
+def test_rates_are_learnt(tmp_path: Path) -> None:
+    rates = Rates(tmp_path)
+    rates.learn(Work(kind="decode", amount=1000), 2.0)
+    assert Rates(tmp_path).seconds(Work(kind="decode", amount=500)) == pytest.approx(1.0)
+    rates.learn(Work(kind="decode", amount=1e9), 0.01)  # too short to say anything
+    assert Rates(tmp_path).seconds(Work(kind="decode", amount=500)) == pytest.approx(1.0)
