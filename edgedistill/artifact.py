@@ -48,6 +48,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise UsageError(f"{path}: not a manifest of this version ({error})", "build again") from error
 
 
+def model_of(path: Path) -> Path:
+    """Return the model inside a package folder (``model.gguf`` or ``onnx/``); any other path is the model itself."""
+    if (path / "manifest.json").is_file():
+        return path / "model.gguf" if (path / "model.gguf").is_file() else path / "onnx"
+    return path
+
+
 def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
     """Write everything beside the model file into ``out``; the manifest comes last and lists the digest of each file."""
     (out / "generation.json").write_text(json.dumps(manifest.generation, indent=1, sort_keys=True) + "\n")

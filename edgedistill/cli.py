@@ -241,13 +241,22 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Measure pp512, tg128, time to first token and memory on this machine."""
-    from edgedistill.devices.local import Settings, bench_table, measure
-    from edgedistill.devices.local import artifact_path as find
+    from edgedistill.artifact import model_of
+    from edgedistill.devices.host import usable_cores
+    from edgedistill.devices.local import measure
+    from edgedistill.devices.protocol import Settings
+    from edgedistill.devices.table import bench_table
     from edgedistill.tables import print_table
 
-    settings = Settings(threads=threads or None, context=context, reps=repetitions)
-    found = [measure(find(path), settings) for path in artifact]
+    settings = Settings(threads=threads or usable_cores(), context=context, reps=repetitions)
+    found = [measure(model_of(path), settings, prompts=_chat()) for path in artifact]
     _print_json([m.to_json() for m in found]) if as_json else print_table(bench_table(found))
+
+
+def _chat() -> list[list[dict[str, str]]]:
+    """Short chat requests for time to first token, where no suite brings the user's own."""
+    asked = ["What is the capital of France?", "Write one sentence about the sea.", "How many days are in a leap year?"]
+    return [[{"role": "user", "content": text}] for text in asked * 4]
 
 
 # ── targets, store, machine ────────────────────────────────────────────────────────────────────────────────────────────

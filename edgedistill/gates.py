@@ -74,8 +74,8 @@ def check_gates(
     ``evaluation``, ``teacher`` and ``student`` are folders that ``evaluate`` wrote: their per-row answers make the paired
     intervals. ``unproved`` says why this machine is not the target ("" if it is).
     """
-    from edgedistill.evals.suites import load_scores
     from edgedistill.evals.statistics import paired_difference, retention
+    from edgedistill.evals.suites import load_scores
 
     lines: list[Line] = []
     for suite, bound in gates.get("min_retention", {}).items():
@@ -139,7 +139,7 @@ def _limits(limits: Mapping[str, Any], size: int, measured: Mapping[str, Any], u
         "peak_rss": measured.get("peak_rss"),
         "pp512": (measured.get("pp") or {}).get("median"),
         "tg128": (measured.get("tg") or {}).get("median"),
-        "ttft_p95_ms": (measured.get("ttft") or {}).get("p95_ms"),
+        "ttft_p95_ms": (measured.get("ttft_ms") or {}).get("p95"),
     }
     for name, value in found.items():
         if (bound := limits.get(name)) is not None:

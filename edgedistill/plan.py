@@ -665,7 +665,7 @@ class _Expander:
             generation={"temperature": 0.0, "max_new_tokens": max(tokens, default=64), "context": target.runtime.context},
             grammar=grammar,
             ship_anyway=self.inputs.ship_anyway,
-            all_keys={name: step.key for step in self.graph.steps() for name in step.ids},
+            all_keys={name: str(step.key) for step in self.graph.steps() for name in step.ids},
             example=tuple(self.inputs.prompts[0].messages),
         )
         return self.graph.add(f"package/{target.name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))

@@ -14,6 +14,7 @@ import platform
 import shutil
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,7 @@ class Runner:
     def build(self, *, force: Iterable[str] = ()) -> Outcome:
         """Bring every step of the plan up to date. Errors of steps are collected in the outcome, not raised."""
         started = time.monotonic()
+        _quiet()
         forced = set(force)
         verdicts = assess(self.plan, self.store, force=forced)
         to_run = [step for step in self.plan.steps if verdicts[step.key].status != "cached"]
@@ -329,6 +331,17 @@ class Runner:
         return EdgeDistillError(
             f"{step.id}: {type(error).__name__}: {error}", f"this is a bug; the traceback is in {log}; finished steps are kept"
         )
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notes out of the progress; must run before they are imported."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
 
 
 def versions() -> dict[str, str]:

@@ -137,7 +137,8 @@ class Target(_Table):
             if feature not in known:
                 raise key_error(
                     f"features.{index}",
-                    f'"{feature}" is no feature of {self.arch}{did_you_mean(feature, known)}: {", ".join(known)}',
+                    f'"{feature}" is no feature of {self.arch}{did_you_mean(feature, known) or "."}'
+                    f" It has {', '.join(known)}",
                 )
         engine, format_ = self.runtime.engine, self.runtime.format
         if engine != ENGINES[format_]:
@@ -160,7 +161,9 @@ class Target(_Table):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in ("quantize", self.name, *first["loc"]))
-            raise UsageError(f"{where}: {first['msg']}") from None
+            said = f"unknown key{did_you_mean(first['loc'][-1], Types.model_fields)}"
+            said = said if first["type"] == "extra_forbidden" else first["msg"]
+            raise UsageError(f"{where}: {said}", f"edgedistill targets show {self.name}") from None
         except PydanticCustomError as error:
             context = error.context or {}
             raise UsageError(f"{context['key']}: {context['text']}", "edgedistill targets show " + self.name) from None
@@ -187,8 +190,8 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
 
 def _check_type(given: str, known: Any, key: str, format_: str) -> None:
     if given not in known:
-        hint = did_you_mean(given, known)
-        raise key_error(key, f'"{given}" is no type of {format_}{hint}; types: {", ".join(sorted(known))}')
+        near = did_you_mean(given, known) or "."
+        raise key_error(key, f'"{given}" is no type of {format_}{near} It has {", ".join(sorted(known))}')
 
 
 # --------------------------------------------------------------------------------------------------------- look-up
@@ -213,7 +216,7 @@ def find_target(name_or_path: str, recipe_dir: Path | None = None) -> Target:
     files = _files(recipe_dir)
     if name_or_path not in files:
         raise UsageError(
-            f'no target is called "{name_or_path}"{did_you_mean(name_or_path, files)}; there are: {", ".join(files)}',
+            f'no target is called "{name_or_path}"{did_you_mean(name_or_path, files)}\nTargets: {", ".join(files)}',
             "edgedistill targets list",
         )
     return check_target(files[name_or_path])

@@ -191,9 +191,7 @@ class _Scanner:
                 key = (*key, self.tables[key] - 1)
         end, self.at = self.at + (2 if many else 1), start
         self.note(key)
-        self.lines[key] = (
-            self.text.count("\n", 0, start) + 1
-        )  # also when its own [table.child] came first
+        self.lines[key] = self.text.count("\n", 0, start) + 1  # also when its own [table.child] came first
         self.at = end
         return key
 

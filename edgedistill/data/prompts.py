@@ -227,9 +227,9 @@ def _canonical(value: Any) -> bytes:
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Return the sha256 (hex) of what the rows say. Order, spacing and key order in the file do not change it."""
+    """Return the sha256 (hex) of what the rows say, in their order. Spacing and key order in the file do not change it."""
     digest = hashlib.sha256()
-    for row in sorted(rows, key=lambda row: row.id):
+    for row in rows:
         digest.update(_canonical(row.to_json()) + b"\n")
     return digest.hexdigest()
 

@@ -1,8 +1,9 @@
 """Run one GGUF for timing, with llama-bench's settings, through llama-cpp-python's own shared library.
 
-What llama-bench does and this does too (tools/llama-bench/llama-bench.cpp): a context of its own for each test, no longer than
-the test; batch 2048, micro-batch 512, f16 KV cache, flash attention "auto"; an explicit thread pool with default polling;
-KV cache cleared before each sample; random tokens after BOS; one synchronize after a prompt, one after every generated token.
+What llama-bench does and this does too (tools/llama-bench/llama-bench.cpp): a context of its own for each test, no
+longer than the test; batch 2048, micro-batch 512, f16 KV cache, flash attention "auto"; an explicit thread pool with
+default polling; KV cache cleared before each sample; random tokens after BOS; one synchronize after a prompt, one
+after every generated token.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class GgufEngine:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if not self.model:
             raise UsageError(f"{path}: llama.cpp cannot load it: {last_log(2)}", "edgedistill doctor")
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab: Any = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.add_bos = llama_cpp.llama_vocab_get_add_bos(self.vocab)
         self.pool = _thread_pool(llama_cpp.llama_cpp._lib, threads)
@@ -95,7 +96,7 @@ class GgufEngine:
         return time.perf_counter() - start
 
     def answer(self, messages: Messages, limit: int, context: int) -> tuple[float, float, int, int]:
-        """Answer greedily from an empty cache; return (s to the first token, s to the last, prompt tokens, new tokens)."""
+        """Answer greedily; return (seconds to the first token, seconds to the last, prompt tokens, new tokens)."""
         import numpy as np
 
         self._open("chat", context)
@@ -124,7 +125,7 @@ class GgufEngine:
         return first, time.perf_counter() - start, len(tokens), made
 
     def fill(self, context: int, prompt: int) -> None:
-        """Hold a KV cache of ``context`` tokens and process a prompt in it: the memory that a chat of that length takes."""
+        """Hold a KV cache of ``context`` tokens and process a prompt in it: the memory that a chat takes."""
         self._open("chat", context)
         self._feed(self._random_tokens(min(prompt, context)))
         self.api.llama_synchronize(self.context)
@@ -182,11 +183,13 @@ class GgufEngine:
 
 
 def _no_template(path: Path) -> str:
-    raise UsageError(f"{path}: the GGUF has no chat template, so chat prompts cannot be timed", "measure without prompts")
+    raise UsageError(
+        f"{path}: the GGUF has no chat template, so chat prompts cannot be timed", "measure without prompts"
+    )
 
 
 def _thread_pool(lib: ctypes.CDLL, threads: int) -> Any:
-    """Make the thread pool that llama-bench makes: default polling and priority. The binding does not wrap these calls."""
+    """Make the thread pool that llama-bench makes, by calls that the binding does not wrap."""
     for name, arguments in (
         ("ggml_backend_dev_by_type", [ctypes.c_int]),
         ("ggml_backend_dev_backend_reg", [ctypes.c_void_p]),

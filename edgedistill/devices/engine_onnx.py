@@ -1,4 +1,4 @@
-"""Run one ONNX model folder for timing through onnxruntime-genai, as engine_gguf does a GGUF: same tests, same tokens."""
+"""Run one ONNX model folder for timing through onnxruntime-genai: the same tests as engine_gguf's."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ class OnnxEngine:
             import onnxruntime_genai
         except ImportError:
             raise UsageError("onnxruntime-genai is not installed", "pip install 'edgedistill[onnx]'") from None
-        self.api, self.path = onnxruntime_genai, path
+        self.api: Any = onnxruntime_genai
+        self.path = path
         self.settings = json.loads((path / "genai_config.json").read_text())["model"]
         self.random = random.Random(0)
-        config = onnxruntime_genai.Config(str(path))
+        config = self.api.Config(str(path))
         config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         try:
-            self.model = onnxruntime_genai.Model(config)
+            self.model = self.api.Model(config)
         except RuntimeError as error:
-            raise UsageError(f"{path}: onnxruntime-genai cannot load it: {str(error)[:300]}", "edgedistill doctor") from None
-        self.tokenizer = onnxruntime_genai.Tokenizer(self.model)
+            raise UsageError(
+                f"{path}: onnxruntime-genai cannot load it: {str(error)[:300]}", "edgedistill doctor"
+            ) from None
+        self.tokenizer = self.api.Tokenizer(self.model)
         self.held: Any = None
 
     def describe(self) -> dict[str, str]:
@@ -64,12 +67,14 @@ class OnnxEngine:
         return time.perf_counter() - start
 
     def answer(self, messages: Messages, limit: int, context: int) -> tuple[float, float, int, int]:
-        """Answer greedily from an empty cache; return (s to the first token, s to the last, prompt tokens, new tokens)."""
+        """Answer greedily; return (seconds to the first token, seconds to the last, prompt tokens, new tokens)."""
         start = time.perf_counter()
         try:
             text = self.tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         except RuntimeError as error:
-            raise UsageError(f"{self.path}: the chat template fails: {str(error)[:200]}", "measure without prompts") from None
+            raise UsageError(
+                f"{self.path}: the chat template fails: {str(error)[:200]}", "measure without prompts"
+            ) from None
         tokens = list(self.tokenizer.encode(text))
         if len(tokens) + limit > context:
             raise UsageError(
@@ -86,7 +91,7 @@ class OnnxEngine:
         return first, time.perf_counter() - start, len(tokens), made
 
     def fill(self, context: int, prompt: int) -> None:
-        """Hold a KV cache of ``context`` tokens and process a prompt in it: the memory that a chat of that length takes."""
+        """Hold a KV cache of ``context`` tokens and process a prompt in it: the memory that a chat takes."""
         self.held = self._generator(context)
         self.held.append_tokens(self._random_tokens(min(prompt, context - 1)))
         self.held = None

@@ -59,7 +59,7 @@ _ARM_PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class HostFingerprint:
-    """One machine as far as speed depends on it. Equal ``digest`` means: a cached speed of the one stands for the other."""
+    """One machine as far as speed depends on it. With equal ``digest`` the speed of one stands for the other."""
 
     arch: str
     cpu: str
@@ -70,7 +70,7 @@ class HostFingerprint:
 
     @property
     def digest(self) -> str:
-        """Return 16 hex digits over all fields; memory counts in whole GiB, because kernels keep back differing bits of it."""
+        """Return 16 hex digits over all fields; memory in whole GiB, for kernels keep back differing bits of it."""
         data = {**asdict(self), "memory_bytes": round(self.memory_bytes / 2**30)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -108,7 +108,7 @@ def fingerprint() -> HostFingerprint:
 
 
 def parse_cpuinfo(text: str, arch: str) -> tuple[str, tuple[str, ...]]:
-    """Return (processor name, features in our words) of a Linux /proc/cpuinfo; of unlike cores only the shared features."""
+    """Return (processor name, features in our words) of a Linux /proc/cpuinfo; of unlike cores the shared ones."""
     blocks = [_block(block) for block in text.strip().split("\n\n")]
     flag_sets = [set(flags.split()) for block in blocks if (flags := block.get("flags") or block.get("Features"))]
     shared = set.intersection(*flag_sets) if flag_sets else set()
@@ -123,7 +123,7 @@ def parse_cpuinfo(text: str, arch: str) -> tuple[str, tuple[str, ...]]:
 
 
 def usable_cores(cpuinfo: str | None = None) -> int:
-    """Count the physical cores that this process may use: not hyper-threads, not what affinity or a cgroup withholds."""
+    """Count the physical cores that this process may use: no hyper-threads, nothing that a cgroup withholds."""
     logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = set()
     for block in (cpuinfo or "").strip().split("\n\n"):
@@ -151,8 +151,8 @@ def load_average() -> float | None:
 def busy_seconds() -> float | None:
     """Return the CPU seconds that all processes have used on this process's cores since boot, stolen time included.
 
-    The difference over a measurement, less our own, is the load of others; the load average lags it by a minute and counts
-    our own threads too. None where there is no /proc/stat.
+    The difference over a measurement, less our own, is the load of others; the load average lags it by a minute and
+    counts our own threads too. None where there is no /proc/stat.
     """
     text = _read("/proc/stat")
     if not text or not hasattr(os, "sched_getaffinity"):
@@ -182,7 +182,9 @@ def _part(block: dict[str, str]) -> str:
 def _macos() -> tuple[str, tuple[str, ...]]:
     cpu = _sysctl("machdep.cpu.brand_string") or "Apple"
     if platform.machine() != "arm64":
-        flags = f"{_sysctl('machdep.cpu.features')} {_sysctl('machdep.cpu.leaf7_features')}".lower().replace("avx1.0", "avx")
+        flags = f"{_sysctl('machdep.cpu.features')} {_sysctl('machdep.cpu.leaf7_features')}".lower().replace(
+            "avx1.0", "avx"
+        )
         flags = flags.replace("sse4.2", "sse4_2")
         return cpu, parse_cpuinfo(f"flags : {flags}", "x86_64")[1]
     return cpu, ("neon", *(name for name, key in _MACOS_FLAGS.items() if _sysctl(key) == "1"))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,8 +44,8 @@ def measure(
 ) -> Measurement:
     """Measure speed, memory and time to first token of ``artifact`` on this machine (about 15 s for a 100 MB model).
 
-    pp and tg are llama-bench's tests; ``prompts`` (chat messages; the first ``settings.ttft_prompts``) give time to first
-    token and request time. Raises UsageError for an artifact that cannot be run, StepFailed if its runner dies.
+    pp and tg are llama-bench's tests; ``prompts`` (chat messages; the first ``settings.ttft_prompts``) give time to
+    first token and request time. Raises UsageError for an artifact that cannot be run, StepFailed if its runner dies.
     """
     file_size = artifact_size(artifact)
     asked = list(prompts or [])[: settings.ttft_prompts]
@@ -61,9 +63,7 @@ def measure(
         for index, messages in enumerate(asked):
             say(f"prompt {index + 1}/{len(asked)}")
             with others.watch(worker):
-                reply = worker.ask(
-                    "answer", messages=messages, limit=settings.answer_tokens, context=settings.context
-                )
+                reply = worker.ask("answer", messages=messages, limit=settings.answer_tokens, context=settings.context)
             first.append(1000 * reply["first"])
             last.append(1000 * reply["last"])
             prompt_tokens.append(reply["prompt_tokens"])
@@ -110,8 +110,9 @@ def measure_ratio(
 ) -> RatioMeasurement:
     """Measure how many times as fast ``ours`` decodes and prefills as ``baseline``, in one session.
 
-    Both stay loaded in processes of their own and take turns (ours first, then baseline first, and so on, which cancels a
-    drift of the machine); at least 8 pairs. Formats may differ. The interval is a bootstrap over pairs. Raises as `measure`.
+    Both stay loaded in processes of their own and take turns (ours first, then baseline first, and so on, which cancels
+    a drift of the machine); at least 8 pairs. Formats may differ. The interval is a bootstrap over pairs. Raises as
+    `measure`.
     """
     pairs = max(_PAIRS, settings.reps)
     say = _Steps(progress, total=2 + 2 * (pairs + settings.warmup))
@@ -209,6 +210,7 @@ class Worker:
         self.artifact, self.threads = artifact, threads
         self.loaded: dict[str, Any] = {}
         self.cpu_seconds = 0.0
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would fill up while nobody reads it
 
     def __enter__(self) -> Worker:
         package = str(Path(__file__).parents[2])
@@ -217,7 +219,7 @@ class Worker:
             [sys.executable, "-m", "edgedistill.devices.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.log,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
@@ -231,9 +233,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                pipe.close()
+        for file in (self.process.stdin, self.process.stdout, self.log):
+            with contextlib.suppress(OSError):  # what a dead process did not read cannot be flushed
+                if file:
+                    file.close()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and return its reply. Raises UsageError or StepFailed as the other end does."""
@@ -247,8 +250,10 @@ class Worker:
         if not line:
             code = self.process.wait()
             died = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+            self.log.seek(0)
+            last = (self.log.read().strip().splitlines() or ["it said nothing"])[-1]
             raise StepFailed(
-                f"{self.artifact}: the process that ran it {died} during {do}",
+                f"{self.artifact}: the process that ran it {died} during {do}: {last[:300]}",
                 "out of memory, or a library built for another processor: edgedistill doctor",
             )
         reply = json.loads(line)

@@ -22,7 +22,7 @@ NOISY_SPREAD, NOISY_LOAD = 0.05, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to measure. ``pp``, ``tg`` and ``reps`` as llama-bench's -p, -n and -r; ``context`` is for chat and memory."""
+    """How to measure. ``pp``, ``tg``, ``reps`` are llama-bench's -p, -n, -r; ``context`` is for chat and memory."""
 
     threads: int
     context: int = 2048
@@ -95,7 +95,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Latencies:
-    """Milliseconds per request over real prompts. With n below 100, P99 is close to the slowest request: read n with it."""
+    """Milliseconds per request over real prompts. With n below 100, P99 is close to the slowest request."""
 
     values: tuple[float, ...]
 
@@ -133,7 +133,7 @@ class Latencies:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Speed, memory and time to first token of one artifact on one device, with all that a reader needs to judge them."""
+    """Speed, memory and time to first token of one artifact on one device, and what is needed to judge them."""
 
     artifact: str
     format: str
@@ -159,7 +159,7 @@ class Measurement:
 
     @property
     def noisy(self) -> bool:
-        """Whether the numbers are not to be trusted; ``noise`` says why. Noisy measurements are shown and never cached."""
+        """Whether the numbers are not to be trusted; ``noise`` says why. Such are shown and never cached."""
         return bool(self.noise)
 
     @property

@@ -1,7 +1,7 @@
 """The process that runs a model while another one holds the watch: JSON lines in, JSON lines out.
 
-A process of its own, so that its peak memory is the runner's alone, so that a crash of an engine is an error and not our end,
-and so that two artifacts stay loaded side by side while their speeds are compared.
+A process of its own, so that its peak memory is the runner's alone, so that a crash of an engine is an error and not
+our end, and so that two artifacts stay loaded side by side while their speeds are compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgedistill.errors import EdgeDistillError, UsageError
 
 
 def main() -> None:
-    """Serve requests from stdin until it closes. Replies go to the original stdout; whatever engines print goes to stderr."""
+    """Serve requests from stdin until it closes. Replies go to stdout; what engines print there goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     engine: Any = None

@@ -192,6 +192,32 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int], level: float = 
     return Estimate(value=value, low=value - half, high=value + half, n=rows, method="clustered t", level=level), error
 
 
+def clustered_proportion(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> Estimate:
+    """Estimate a share of tokens that come in rows: Wilson's interval at the effective sample size.
+
+    ``sums[i]`` of the ``counts[i]`` tokens of row i are hits. The effective size is tokens over the design effect; where all
+    tokens agree that cannot be seen, and it is the number of rows. ``n`` counts tokens.
+    """
+    s, c = _array(sums), _array(counts)
+    estimate, error = clustered_mean(sums, counts, level)
+    p, tokens = min(1.0, max(0.0, estimate.value)), float(c.sum())
+    if 0 < p < 1 and math.isfinite(error) and error > 0:
+        size = min(tokens, p * (1 - p) / error**2)
+    else:
+        size = float(s.size)
+    z = _z(level)
+    centre = (p + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
+    return Estimate(
+        value=p,
+        low=max(0.0, min(p, centre - half)),
+        high=min(1.0, max(p, centre + half)),
+        n=int(tokens),
+        method="wilson, tokens clustered by row",
+        level=level,
+    )
+
+
 def median(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate a median with a percentile bootstrap."""
     return bootstrap(_array(values), lambda s: np.median(s, axis=1), level=level, method="bootstrap of the median")

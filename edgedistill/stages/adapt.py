@@ -32,7 +32,7 @@ class Adapt(Stage):
 
         from edgedistill.training.data import encode_example
         from edgedistill.training.lora import merge
-        from edgedistill.training.recipe import load_model, take_results, train_settings
+        from edgedistill.training.recipe import copy_tokenizer, load_model, take_results, train_settings
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.model, "model")
@@ -42,10 +42,11 @@ class Adapt(Stage):
         ]
         settings = train_settings(self.training, seed=self.seed)
         result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
-        take_results(result, ctx.work, ctx.out, tokenizer=tokenizer)
+        take_results(result, ctx.work, ctx.out, source=source)
         if settings.method == "full":
             return {"train": result.to_json()}
         ctx.progress(1, 1, "merging")
         checks = [[*e.prompt_ids, *e.completion_ids] for e in examples[:4]]
         report = merge(source, ctx.out / "adapter", ctx.out / "model", rows=checks)
+        copy_tokenizer(source, ctx.out / "model")
         return {"train": result.to_json(), "merge": report.to_json()}

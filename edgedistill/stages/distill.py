@@ -39,12 +39,12 @@ class Distill(Stage):
         examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source, text=self.text)
         targets = None
         if self.targets is not None:
-            path = ctx.path(self.targets, "targets.parquet")
-            targets = read_targets(path, examples, tokenizer=tokenizer_hash(tokenizer))
+            shards = sorted(ctx.path(self.targets, "targets").glob("*.parquet"))
+            targets = read_targets(shards, examples, tokenizer=tokenizer_hash(tokenizer))
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         ctx.progress(0, 1, "checking the losses")
         checks = selfcheck(model, examples, targets, settings=settings)
         result = train(model, examples, targets, settings=settings, out=ctx.work, progress=ctx.progress)
-        take_results(result, ctx.work, ctx.out, tokenizer=tokenizer)
+        take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json(), "selfcheck": checks.to_json()}

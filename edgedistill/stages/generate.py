@@ -97,40 +97,42 @@ class Generate(Stage):
 
     def _ask(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
         """Put the questions in fixed shards; each shard is stored before the next is asked."""
+        from edgedistill.teachers.protocol import Sampling
         from edgedistill.teachers.transformers import TransformersTeacher
 
-        teacher = TransformersTeacher(ctx.path(self.teacher, "model"), threads=ctx.threads)
-        prompts = [
-            teacher.encode([{"role": role, "content": content} for role, content in question.messages])
-            for question in questions
-        ]
+        teacher = TransformersTeacher(ctx.path(self.teacher, "model"))
+        prompts = teacher.encode(
+            [[{"role": role, "content": content} for role, content in question.messages] for question in questions],
+            [question.key for question in questions],
+        )
+        sampling = Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
         order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), questions[i].key))
         shards = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         done = found
         for shard in shards:
             asked = [questions[i] for i in shard]
             ctx.rows.asking(asked)
+            # The row id is the question's key, which holds the number of the sample: so each question is one sample.
             answers = teacher.generate(
                 [prompts[i] for i in shard],
-                row_ids=[f"{question.key}" for question in asked],
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                seed=self.seed,
+                sampling=sampling,
+                row_ids=[question.key for question in asked],
                 batch_size=self.batch_size,
             )
             ctx.rows.add(
                 (
-                    question,
+                    asked[answer.index],
                     Answered(
-                        key=question.key,
+                        key=answer.row_id,
                         text=answer.text,
                         token_ids=tuple(answer.token_ids),
                         finish=answer.finish_reason,
                         logprob=float(answer.logprob),
                     ),
                 )
-                for question, answer in zip(asked, answers, strict=True)
+                for answer in answers
             )
             done += len(shard)
             ctx.progress(done, total, "answers")

@@ -31,8 +31,8 @@ class Heal(Stage):
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.student, "model")
-        examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source)
+        examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), source)
         settings = train_settings(self.training, seed=self.seed)
         result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
-        take_results(result, ctx.work, ctx.out, tokenizer=tokenizer)
+        take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json()}

@@ -27,7 +27,7 @@ class Merge(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Merge and compare."""
         from edgedistill.training.lora import merge
-        from edgedistill.training.recipe import load_kept
+        from edgedistill.training.recipe import copy_tokenizer, load_kept
 
         source = ctx.path(self.student, "model")
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), source, limit=4)
@@ -38,4 +38,5 @@ class Merge(Stage):
             ctx.out / "model",
             rows=[[*example.prompt_ids, *example.completion_ids] for example in examples],
         )
+        copy_tokenizer(source, ctx.out / "model")
         return {"merge": report.to_json()}

@@ -1,18 +1,21 @@
 """score: the teacher's distribution over the next token, at every kept token.
 
-In: teacher checkpoint, kept rows. Out: ``targets.parquet``: per position n random draws with counts and log-probability (RS-KD,
+In: teacher checkpoint, kept rows. Out: ``targets/*.parquet``: per position n random draws with counts and log-probability (RS-KD,
 "Sparse Logit Sampling", ACL 2025), or the top n and the tail as one bucket. Another student, filter order or loss weight asks the
-teacher nothing anew.
+teacher nothing anew. Shards are fixed from the list sorted by length; a killed run keeps those that it finished.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage
+
+SHARD_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +33,43 @@ class Score(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Run the teacher forward over the kept rows, shard by shard."""
-        from edgedistill.training.data import load_kept
-        from edgedistill.training.score import score_to_parquet
+        from edgedistill.teachers.transformers import TransformersTeacher
+        from edgedistill.training.draws import stored_temperatures
+        from edgedistill.training.recipe import load_kept
+        from edgedistill.training.targets import TargetsHeader, TargetsWriter
 
-        examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), ctx.path(self.teacher, "model"))
-        return score_to_parquet(
-            ctx.path(self.teacher, "model"),
-            examples,
-            tokenizer,
-            out=ctx.out / "targets.parquet",
-            work=ctx.work,
-            revision=ctx.entries[self.teacher].digest,
-            kind=self.kind,
+        model = ctx.path(self.teacher, "model")
+        examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
+        teacher = TransformersTeacher(model)
+        header = TargetsHeader(
+            kind="top-k" if self.kind == "top-k" else "sampled",
             n=self.n,
             temperature=self.temperature,
+            temperatures=stored_temperatures(self.temperature),
+            vocab_size=teacher.vocab_size,
+            tokenizer=teacher.tokenizer_hash,
+            teacher=ctx.entries[self.teacher].digest,
             seed=self.seed,
-            threads=ctx.threads,
-            progress=ctx.progress,
         )
+        examples.sort(key=lambda example: (example.length, example.id))
+        tokens = 0
+        for start in range(0, len(examples), SHARD_ROWS):
+            part = examples[start : start + SHARD_ROWS]
+            tokens += sum(len(example.completion_ids) for example in part)
+            path = ctx.work / f"{start // SHARD_ROWS:05d}.parquet"
+            if path.exists():
+                continue
+            with TargetsWriter(path, header) as writer:
+                scored = teacher.score(
+                    part,
+                    kind=header.kind,
+                    n=self.n,
+                    temperature=self.temperature,
+                    seed=self.seed,
+                    progress=lambda done, total, note, start=start: ctx.progress(start + done, len(examples), note),
+                )
+                for index, targets in scored:
+                    writer.write(part[index], targets)
+        shutil.copytree(ctx.work, ctx.out / "targets")
+        size = sum(path.stat().st_size for path in (ctx.out / "targets").iterdir())
+        return {"rows": len(examples), "tokens": tokens, "bytes": size, "bytes_per_token": round(size / max(1, tokens), 2)}

@@ -24,9 +24,7 @@ class Shape(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prune and save."""
-        from transformers import AutoTokenizer
-
-        from edgedistill.training.recipe import load_model
+        from edgedistill.training.recipe import copy_tokenizer, load_model
         from edgedistill.training.shaping import prune_depth
 
         source = ctx.path(self.model, "model")
@@ -35,5 +33,5 @@ class Shape(Stage):
         before = sum(p.numel() for p in model.parameters())
         pruned = prune_depth(model, self.layers if isinstance(self.layers, int) else list(self.layers))
         pruned.save_pretrained(ctx.out / "model")
-        AutoTokenizer.from_pretrained(source).save_pretrained(ctx.out / "model")
+        copy_tokenizer(source, ctx.out / "model")
         return {"params_before": before, "params": sum(p.numel() for p in pruned.parameters())}

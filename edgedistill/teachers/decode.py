@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgedistill.training.draws import invert
 from edgedistill.training.packing import Layout, body, common_prefix, lay_out, packed_attention
 
 
@@ -84,7 +85,7 @@ class KeyValues:
             mask = at < self.lengths[:, None]
             if window is not None:
                 mask &= at >= self.lengths[:, None] - window
-            self._masks[window] = mask[:, None, None]
+            self._masks[window] = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None]
         return self._masks[window]
 
     def attend(
@@ -106,10 +107,11 @@ class KeyValues:
         heads = query.shape[1]
         # The query heads of one kv head stand in for positions: no copy of the cache for grouped heads.
         grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, dim)
-        out = nn.functional.scaled_dot_product_attention(
-            grouped, keys[:, :, : self._used], values[:, :, : self._used], attn_mask=self._mask(window), scale=scaling
-        )
-        return out.reshape(1, rows, heads, dim)
+        # One query a row: two batched products are faster on a CPU than the flash kernel.
+        scores = torch.matmul(grouped, keys[:, :, : self._used].transpose(2, 3)).float()
+        scores.mul_(scaling if scaling is not None else dim**-0.5).add_(self._mask(window))
+        weights = torch.softmax(scores, -1).to(values.dtype)
+        return torch.matmul(weights, values[:, :, : self._used]).view(1, rows, heads, dim)
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these."""
@@ -160,7 +162,7 @@ def decode(
             assert uniforms is not None
             chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[alive, step]))
         else:
-            chosen = logp.argmax(-1)
+            chosen = logp.max(-1).indices
         gained = logp.gather(1, chosen[:, None])[:, 0].tolist()
         tokens = chosen.tolist()
         for row, token, value in zip(alive, tokens, gained, strict=True):
@@ -194,6 +196,4 @@ def draw(logp: torch.Tensor, temperature: float, top_p: float, uniform: torch.Te
         # Keep the smallest set that reaches top_p: every id before which less than top_p has been collected.
         kept = ordered * (ordered.cumsum(-1) - ordered < top_p)
         p = torch.zeros_like(p).scatter_(1, order, kept)
-    cumulative = p.cumsum(-1)
-    point = (uniform.float() * cumulative[:, -1])[:, None]
-    return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=p.shape[1] - 1)
+    return invert(p, uniform.float()[:, None])[:, 0]

@@ -45,7 +45,7 @@ def plain_decode(
             assert uniforms is not None
             chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[:, step]))
         else:
-            chosen = logp.argmax(-1)
+            chosen = logp.max(-1).indices
         gained = logp.gather(1, chosen[:, None])[:, 0].tolist()
         for row in sorted(open_rows):
             token = int(chosen[row])

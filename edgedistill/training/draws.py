@@ -46,6 +46,29 @@ def log_normalisers(p: torch.Tensor, logp: torch.Tensor, temperatures: Sequence[
     return torch.stack(sums, -1)
 
 
+BLOCK = 128
+
+
+def invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Invert the cumulative distribution at ``uniform`` [rows, n] in [0, 1): ids [rows, n]. p [rows, V] need not add up to 1.
+
+    In two levels, over sums of blocks and then inside one block a draw: a running sum over a whole vocabulary costs more
+    than all the rest of a draw.
+    """
+    rows, size = p.shape
+    blocks = torch.nn.functional.pad(p, (0, -size % BLOCK)).view(rows, -1, BLOCK)
+    edges = blocks.sum(-1).cumsum(-1)
+    # Scaled by the sum as computed, and kept below it: every draw falls inside the vocabulary, on an id with p > 0.
+    point = torch.minimum(uniform * edges[:, -1:], torch.nextafter(edges[:, -1:], torch.zeros(())))
+    block = torch.searchsorted(edges, point, right=True).clamp_(max=edges.shape[1] - 1)
+    before = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), torch.zeros(()))
+    inside = blocks[torch.arange(rows)[:, None], block].cumsum(-1)
+    offset = torch.searchsorted(inside, (point - before)[..., None], right=True)[..., 0]
+    # Rounding can put the point past the block's last id that has any probability: that id is meant.
+    last = (inside < inside[..., -1:]).sum(-1)
+    return block * BLOCK + torch.minimum(offset, last)
+
+
 def sparse_from_logits(
     logits: torch.Tensor,
     *,
@@ -78,9 +101,7 @@ def sparse_from_logits(
     assert uniform is not None
     if abs(temperature - 1.0) > 1e-9:
         p = torch.softmax(logp / temperature, -1)
-    cumulative = p.cumsum(-1)
-    # The last entry is the sum as computed: scaling by it keeps every draw inside the vocabulary.
-    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=z.shape[1] - 1)
+    drawn = invert(p, uniform)
     drawn = drawn.sort(-1).values
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]

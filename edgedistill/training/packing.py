@@ -11,6 +11,7 @@ batch reaches it without a change to any model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from edgedistill.training.data import Example, PaddedBatch, collate
+from edgedistill.training.short_attention import ShortAttention, fits
 
 ATTENTION = "edgedistill_packed"
 PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "smollm3"})
@@ -66,6 +68,7 @@ class Layout:
     pad_index: torch.Tensor  # [rows * widest] flat index among the own tokens (0 where there is padding)
     unpad_index: torch.Tensor  # [own tokens] where each own token lies in the padded view
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    additive: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @property
     def widest(self) -> int:
@@ -80,6 +83,21 @@ class Layout:
             self.masks[window] = _causal(self.widest, self.prefix, window, self.pad_index.device)
         return self.masks[window]
 
+    def additive_mask(self, window: int | None, groups: int) -> torch.Tensor:
+        """Return 0 and -inf for [groups * widest, prefix + widest], float32: the form of ``short_attention``."""
+        if window not in self.additive:
+            mask = _causal(self.widest, self.prefix, window, self.pad_index.device, always=True)
+            assert mask is not None
+            self.additive[window] = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).repeat(groups, 1)
+        return self.additive[window]
+
+    @functools.cached_property
+    def real(self) -> torch.Tensor:
+        """Return 1 for a token and 0 for padding: [rows, 1, 1, widest, 1]."""
+        real = torch.zeros(len(self.counts) * self.widest, dtype=torch.bool)
+        real[self.unpad_index] = True
+        return real.view(len(self.counts), 1, 1, self.widest, 1)
+
     def prefix_mask(self, window: int | None) -> torch.Tensor | None:
         """Return the mask of the prefix on itself."""
         if window is None or window >= self.prefix:
@@ -87,8 +105,10 @@ class Layout:
         return _causal(self.prefix, 0, window, self.pad_index.device)
 
 
-def _causal(width: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    if prefix == 0 and window is None:
+def _causal(
+    width: int, prefix: int, window: int | None, device: torch.device, *, always: bool = False
+) -> torch.Tensor | None:
+    if prefix == 0 and window is None and not always:
         return None
     behind = prefix + torch.arange(width, device=device)[:, None] - torch.arange(prefix + width, device=device)[None, :]
     mask = behind >= 0
@@ -189,13 +209,8 @@ def packed_attention(
     heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
     groups = heads // kv_heads
     prefix, rows, widest = layout.prefix, len(layout.counts), layout.widest
+    own: torch.Tensor
     parts: list[torch.Tensor] = []
-    padded: list[torch.Tensor] = []
-    for tensor in (query, key, value):
-        own = tensor[0, :, prefix:].transpose(0, 1)
-        own = _Rows.apply(own, layout.pad_index, layout.unpad_index)
-        padded.append(own.view(rows, widest, tensor.shape[1], dim).transpose(1, 2))
-    wide_query, wide_key, wide_value = padded
     if prefix:
         mask = layout.prefix_mask(sliding_window)
         alone = nn.functional.scaled_dot_product_attention(
@@ -208,10 +223,38 @@ def packed_attention(
             dropout_p=dropout,
         )
         parts.append(alone[0].transpose(0, 1))
+    if fits(rows, heads, widest, prefix, query.device) and not dropout:
+        scale = scaling if scaling is not None else dim**-0.5
+        own = ShortAttention.apply(query, key, value, layout, scale, sliding_window)  # pyright: ignore[reportAssignmentType]
+    else:
+        own = _long_attention(query, key, value, layout, scaling, sliding_window, dropout)
+    parts.append(own)
+    return torch.cat(parts, 0)[None] if prefix else own[None], None
+
+
+def _long_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend with torch's kernel over a padded view: the rows' own tokens -> [own tokens, heads, D]."""
+    heads, dim, groups = query.shape[1], query.shape[3], query.shape[1] // key.shape[1]
+    prefix, rows, widest = layout.prefix, len(layout.counts), layout.widest
+    padded: list[torch.Tensor] = []
+    for tensor in (query, key, value):
+        own = tensor[0, :, prefix:].transpose(0, 1)
+        own: torch.Tensor = _Rows.apply(own, layout.pad_index, layout.unpad_index)  # pyright: ignore
+        padded.append(own.view(rows, widest, tensor.shape[1], dim).transpose(1, 2))
+    wide_query, wide_key, wide_value = padded
+    if prefix:
         wide_key = torch.cat([key[:, :, :prefix].expand(rows, -1, -1, -1), wide_key], 2)
         wide_value = torch.cat([value[:, :, :prefix].expand(rows, -1, -1, -1), wide_value], 2)
-    mask = layout.mask(sliding_window)
-    own = nn.functional.scaled_dot_product_attention(
+    mask = layout.mask(window)
+    wide = nn.functional.scaled_dot_product_attention(
         wide_query,
         wide_key.repeat_interleave(groups, 1),
         wide_value.repeat_interleave(groups, 1),
@@ -220,9 +263,8 @@ def packed_attention(
         scale=scaling,
         dropout_p=dropout,
     )
-    own = own.transpose(1, 2).reshape(rows * widest, heads, dim)
-    parts.append(_Unpad.apply(own, layout.unpad_index))
-    return torch.cat(parts, 0)[None] if prefix else parts[0][None], None
+    wide = wide.transpose(1, 2).reshape(rows * widest, heads, dim)
+    return _Unpad.apply(wide, layout.unpad_index)  # pyright: ignore[reportReturnType]
 
 
 def register() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,10 @@ from edgedistill.training.trainer import TrainSettings
 
 
 def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, Any] | None = None) -> TrainSettings:
-    """Translate ``[adapt]``, ``[heal]`` or ``[distill]``. ``accumulate`` splits a batch, so the step stays the same."""
+    """Translate ``[adapt]``, ``[heal]`` or ``[distill]``. ``accumulate`` splits a batch, so the step stays the same.
+
+    ``EDGEDISTILL_CHECKPOINT_SECONDS`` (60) is how much training a killed build may lose; it changes no byte.
+    """
     lora = table.get("lora") or {}
     terms = {key: loss[key] for key in ("kd", "ce", "temperature")} if loss else {"kd": 0.0, "ce": 1.0}
     targets = lora.get("targets", "all-linear")
@@ -33,6 +37,7 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         loss=LossTerms(**terms),
         freeze_embeddings=table.get("freeze_embeddings", True),
         seed=seed,
+        checkpoint_seconds=float(os.environ.get("EDGEDISTILL_CHECKPOINT_SECONDS", "60")),
     )
 
 
@@ -66,10 +71,17 @@ def load_model(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
 
 
-def take_results(result: Any, work: Path, out: Path, *, tokenizer: Any = None) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation settings as they are: saving them anew may rewrite them."""
+    for pattern in ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "generation_config.json"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def take_results(result: Any, work: Path, out: Path, *, source: Path) -> None:
     """Move what ``train`` left in ``work`` into the entry: ``adapter/`` or ``model/`` (with its tokenizer), and the log."""
     shutil.move(result.path, out / result.path.name)
     (out / "log").mkdir()
     shutil.move(work / "log.jsonl", out / "log" / "train.jsonl")
-    if result.path.name == "model" and tokenizer is not None:
-        tokenizer.save_pretrained(out / "model")
+    if result.path.name == "model":
+        copy_tokenizer(source, out / "model")

@@ -24,6 +24,7 @@ import torch
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
 from edgedistill.training.data import Example, make_batches
+from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.lora import LoraSettings, attach
 from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
@@ -249,6 +250,7 @@ class _Run:
         else:
             self.model.requires_grad_(False)
             self.model = attach(self.model, settings.lora, seed=settings.seed)
+            speed_up(self.model)
         self.model.to(self.device).train()
         self.trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
@@ -315,7 +317,7 @@ class _Run:
                 self._collect()
                 pending.append(one_ce)
             else:
-                (one_kd / completion).backward()
+                ((one_kd + one_ce) / completion).backward()
                 self._collect()
         if apart:
             norms["gradient_kd"] = float(self._norm())
@@ -395,6 +397,7 @@ class _Run:
                 parameter.data = self.frozen[name]
         partial = self.out / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
+        restore(self.model)
         self.model.config.use_cache = True
         self.model.save_pretrained(partial)
         if self.final.exists():

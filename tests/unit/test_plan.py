@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
-from edgedistill.plan import Plan, expand, read_inputs, student_layers
+from edgedistill.plan import Plan, check_machine, expand, read_inputs, student_layers
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.target import find_target
@@ -97,26 +98,16 @@ def test_a_targets_limits_remeasure_nothing(folder: Path) -> None:
 
 
 def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path) -> None:
-    with (folder / "recipe.toml").open("a") as file:
-        file.write('\n[quantize.laptop-x86]\ntype = "Q5_0"\n')
-    before = make(folder)
-    text = (folder / "recipe.toml").read_text()
-    (folder / "recipe.toml").write_text(text.replace('type = "Q5_0"', 'type = "Q6_K"'))
-    assert changed(before, make(folder)) == {
+    assert changed(make(folder), make(folder, **{"quantize__laptop-x86__type": "Q6_K"})) == {
         "quantize/laptop-x86", "evaluate/laptop-x86", "measure/laptop-x86", "package/laptop-x86",
     }  # fmt: skip
 
 
 def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
-    both = {"type": "Q4_0", "imatrix": True}
-    with (folder / "recipe.toml").open("a") as file:
-        for name in ("phone-midrange", "laptop-x86"):
-            file.write(f"\n[quantize.{name}]\ntype = \"{both['type']}\"\nimatrix = true\n")
-    plan = make(folder)
+    plan = make(folder, **{"quantize__laptop-x86__type": "Q4_0", "quantize__laptop-x86__imatrix": True})
     shared = plan.match("quantize/laptop-x86")[0]
-    names = find_target("phone-midrange", folder), find_target("laptop-x86", folder)
-    if names[0].quantize.embedding_type == names[1].quantize.embedding_type:
-        assert {"quantize/phone-midrange", "quantize/laptop-x86"} <= set(shared.ids)
+    assert shared.ids == ("quantize/phone-midrange", "quantize/laptop-x86")
+    assert plan.match("evaluate/laptop-x86") == plan.match("evaluate/phone-midrange")
 
 
 def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
@@ -170,9 +161,9 @@ def test_a_limit_that_no_type_can_meet_is_refused(folder: Path) -> None:
 
 
 def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
-    huge = {"hidden": 16384, "ffn": 65536, "layers": 120, "heads": 128, "kv_heads": 8}
+    (step, *_) = make(folder).steps
     with pytest.raises(UsageError, match="of memory; this machine has"):
-        make(folder, student=huge, student__layers="all", distill__method="full")
+        check_machine(Plan(identity="x", steps=[dataclasses.replace(step, memory=10**15)]))
 
 
 @pytest.mark.parametrize(

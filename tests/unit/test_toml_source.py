@@ -26,7 +26,7 @@ class Strict(BaseModel):
 
 
 class Lora(Strict):
-    rank: int = Field(16, gt=0)
+    rank: int = Field(default=16, gt=0)
 
 
 class Distill(Strict):

@@ -110,9 +110,15 @@ def _compile(template: str) -> Any:
 
 
 def render_chat(
-    template: str, messages: Sequence[Message], *, tools: Sequence[Message] = (), bos: str = "", eos: str = ""
+    template: str,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Message] = (),
+    bos: str = "",
+    eos: str = "",
+    generation_prompt: bool = True,
 ) -> str:
-    """Render a chat template the way transformers does, with the generation prompt at the end.
+    """Render a chat template the way transformers does, up to where the model starts to write.
 
     Runs in jinja2's sandbox: a template is a program that came with a model. Raises UsageError where it fails.
     """
@@ -125,7 +131,7 @@ def render_chat(
             documents=None,
             bos_token=bos,
             eos_token=eos,
-            add_generation_prompt=True,
+            add_generation_prompt=generation_prompt,
         )
     except jinja2.TemplateError as error:
         raise UsageError(

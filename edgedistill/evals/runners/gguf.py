@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.data.prompts import Row
+from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, render_chat
 from edgedistill.evals.runners.grammar import Grammar
@@ -61,6 +61,7 @@ class GgufRunner:
         self._model: Any = self._llama._model.model
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._end: int | None = None
         self.context_limit = int(llama_cpp.llama_model_n_ctx_train(self._model))
 
     def __enter__(self) -> GgufRunner:
@@ -103,20 +104,33 @@ class GgufRunner:
 
     def encode(self, row: Row) -> list[int]:
         """Return the prompt's token ids under the file's own chat template. Raises UsageError where it has none."""
+        return self.encode_text(self._render(row.messages, tools=row.tools))
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
         template = self._lib.llama_model_chat_template(self._model, None)
         if not template:
             raise UsageError(
                 f"{self.path}: has no chat template", "Convert it from a folder whose tokenizer has a chat template."
             )
-        special = {}
-        for name, token in (("bos", self._lib.llama_vocab_bos(self._vocab)), ("eos", self.end_token())):
-            special[name] = self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
-        return self.encode_text(render_chat(template.decode("utf-8"), row.messages, tools=row.tools, **special))
+        for name, token in (
+            ("bos", self._lib.llama_vocab_bos(self._vocab)),
+            ("eos", self._lib.llama_vocab_eos(self._vocab)),
+        ):
+            options[name] = self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+        return render_chat(template.decode("utf-8"), messages, **options)
 
     def end_token(self) -> int:
-        """Return the id that ends an answer: the end of turn where the file has one, else the end of text."""
-        token = int(self._lib.llama_vocab_eot(self._vocab))
-        return token if token >= 0 else int(self._lib.llama_vocab_eos(self._vocab))
+        """Return the id with which the chat template ends an answer; the file's end of sequence where it has none.
+
+        llama.cpp's own end of turn is a guess by name: for SmolLM2 it is <|endoftext|>, which no answer ends with.
+        """
+        if self._end is None:
+            mark = "xyzzy"
+            turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": mark}]
+            rest = self.encode_text(self._render(turns, generation_prompt=False).rpartition(mark)[2])
+            ends = [token for token in rest if self._lib.llama_vocab_is_eog(self._vocab, token)]
+            self._end = ends[0] if ends else int(self._lib.llama_vocab_eos(self._vocab))
+        return self._end
 
     # -- answers ----------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.checkpoint import read_config
@@ -15,6 +15,9 @@ from edgedistill.formats.gguf.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+
+# A text, token ids, or the messages of a conversation.
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 # Shares of the spread of the logits. A faithful f16 hop of SmolLM2-135M measures 0.019 and 0.0015 here, forgotten q/k
 # reordering 5.5 and 1.3.
@@ -37,8 +40,9 @@ class TokenReport:
 class HopReport:
     """Logits compared on the prompts' tokens, in nats and logit units; the reference is transformers in float32.
 
-    ``spread`` is the standard deviation of the reference logits, which gives the differences a scale. ``greedy_ties`` counts
-    prompts whose greedy texts part at two tokens that the reference itself holds for equal within the difference.
+    ``spread`` is the standard deviation of the reference logits, which gives the differences a scale. ``greedy_ties``
+    counts prompts whose greedy texts part at two tokens that the reference itself holds for equal within the
+    difference.
     """
 
     prompts: int
@@ -50,6 +54,7 @@ class HopReport:
     top1: float
     greedy_tokens: int
     greedy_ties: int
+    texts: TokenReport
     echo: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -59,8 +64,8 @@ class HopReport:
 def compare_tokens(model_dir: Path | str, gguf: Path | str, texts: Sequence[str]) -> TokenReport:
     """Require that transformers, tokenizer.json and llama.cpp give the same token ids on every text.
 
-    Texts should be the user's own. Special tokens in the text are parsed; the BOS that a tokenizer adds is compared too.
-    Raises StepFailed at the first difference, saying between whom and where; UsageError when there is no text.
+    Texts should be the user's own. Special tokens in the text are parsed; the BOS that a tokenizer adds is compared
+    too. Raises StepFailed at the first difference, saying between whom and where; UsageError when there is no text.
     """
     from transformers import AutoTokenizer
 
@@ -81,14 +86,16 @@ def compare_tokens(model_dir: Path | str, gguf: Path | str, texts: Sequence[str]
                 theirs = list(hugging.encode(text, add_special_tokens=special))
                 if theirs != want:
                     raise StepFailed(
-                        f"transformers tokenizes {_around(text, want, theirs, plain)} otherwise than {model_dir}/tokenizer.json",
+                        f"transformers tokenizes {_around(text, want, theirs, plain)} otherwise than "
+                        f"{model_dir}/tokenizer.json",
                         f"set \"tokenizer_class\": \"PreTrainedTokenizerFast\" in {model_dir}/tokenizer_config.json: "
                         f"{type(hugging).__name__} rebuilds its pre-tokenizer",
                     )  # fmt: skip
                 ours = model.tokenize(text.encode(), add_bos=special, special=True)
                 if ours != want:
                     raise StepFailed(
-                        f"llama.cpp tokenizes {_around(text, want, ours, plain)} otherwise than {model_dir}/tokenizer.json",
+                        f"llama.cpp tokenizes {_around(text, want, ours, plain)} otherwise than "
+                        f"{model_dir}/tokenizer.json",
                         f"look at tokenizer.ggml.pre ({read_info(gguf).tokenizer_pre!r}) and add_bos_token in {gguf}",
                     )
                 total += len(want)
@@ -98,7 +105,9 @@ def compare_tokens(model_dir: Path | str, gguf: Path | str, texts: Sequence[str]
 
 
 def _around(text: str, want: list[int], got: list[int], tokenizer: Any) -> str:
-    at = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), min(len(want), len(got)))
+    at = next(
+        (i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), min(len(want), len(got))
+    )
     piece = tokenizer.decode(want[max(0, at - 2) : at + 4], skip_special_tokens=False)
     return f"{piece!r} (token {at} of {text[:30]!r}: {got[at : at + 3]} instead of {want[at : at + 3]})"
 
@@ -117,7 +126,10 @@ def compare_config(model_dir: Path | str, gguf: Path | str) -> dict[str, Any]:
         "hidden_size": (config["hidden_size"], info.hidden),
         "vocab_size": (config["vocab_size"], info.vocab),
         "num_attention_heads": (heads, info.of_arch("attention.head_count")),
-        "num_key_value_heads": (config.get("num_key_value_heads") or heads, info.of_arch("attention.head_count_kv", heads)),
+        "num_key_value_heads": (
+            config.get("num_key_value_heads") or heads,
+            info.of_arch("attention.head_count_kv", heads),
+        ),
         "rope_theta": (float(rope_of(config)["rope_theta"]), float(info.of_arch("rope.freq_base", 10000.0))),
         "rms_norm_eps": (float(config["rms_norm_eps"]), float(info.of_arch("attention.layer_norm_rms_epsilon", 0.0))),
         "tie_word_embeddings": (bool(config.get("tie_word_embeddings", False)), tied),
@@ -130,7 +142,9 @@ def compare_config(model_dir: Path | str, gguf: Path | str) -> dict[str, Any]:
     if template:
         pairs["chat_template"] = (template, info.chat_template)
     for key, (want, got) in pairs.items():
-        same = abs(want - got) <= 1e-6 * abs(want) if isinstance(want, float) and isinstance(got, float) else want == got
+        same = (
+            abs(want - got) <= 1e-6 * abs(want) if isinstance(want, float) and isinstance(got, float) else want == got
+        )
         if not same:
             raise StepFailed(
                 f"{gguf}: {key} is {str(got)[:80]!r}, {model_dir}/config.json and its tokenizer say {str(want)[:80]!r}",
@@ -150,14 +164,15 @@ def _template(folder: Path) -> str:
 
 
 def compare_logits(
-    model_dir: Path | str, gguf: Path | str, prompts: Sequence[str | Sequence[int]], *, greedy: int = 16,
+    model_dir: Path | str, gguf: Path | str, prompts: Sequence[Prompt], *, texts: Sequence[str] = (), greedy: int = 16,
     threads: int | None = None,
 ) -> HopReport:  # fmt: skip
-    """Require that the unquantized ``gguf`` computes what transformers does on ``prompts`` (texts, or token ids).
+    """Require that the unquantized ``gguf`` computes what transformers does on ``prompts``.
 
-    Both run on the same ids (texts are encoded without added special tokens). Raises StepFailed when the configuration differs, when logits differ by more than a
-    share of their own spread (``MAX_DIFF``, ``MEAN_DIFF``), or when the greedy continuations of ``greedy`` tokens part at
-    anything but a tie.
+    A prompt is a text (encoded without added special tokens), token ids, or messages (rendered with the folder's chat
+    template). Token ids are compared first, on ``texts`` and on the prompts' own text. Raises StepFailed when the
+    configuration or the ids differ, when logits differ by more than a share of their own spread (``MAX_DIFF``,
+    ``MEAN_DIFF``), or when the greedy continuations of ``greedy`` tokens part at anything but a tie.
     """
     import numpy as np
     import torch
@@ -167,17 +182,21 @@ def compare_logits(
 
     echo = compare_config(model_dir, gguf)
     tokenizer = load_tokenizer(Path(model_dir))
+    rendered = [_render(Path(model_dir), prompt) for prompt in prompts]
     rows = [
-        tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt) for prompt in prompts
+        tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+        for prompt in rendered
     ]
     rows = [row for row in rows if row]
     if not rows:
         raise UsageError("no prompt to compare logits on", "pass a few prompts of the recipe")
+    texts = [*texts, *(prompt for prompt in rendered if isinstance(prompt, str))]
+    tokens = compare_tokens(model_dir, gguf, texts) if texts else TokenReport(texts=0, tokens=0)
     longest = max(map(len, rows)) + greedy
     reference = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     model = open_model(gguf, n_ctx=longest, threads=threads)
     diffs: list[float] = []
-    worst, kld, agree, count, spread, ties, made = 0.0, 0.0, 0, 0, 0.0, 0, 0
+    worst, divergence, agree, count, spread, ties, made = 0.0, 0.0, 0, 0, 0.0, 0, 0
     try:
         for row in rows:
             with torch.inference_mode():
@@ -187,27 +206,42 @@ def compare_logits(
             delta = np.abs(want - got)
             worst, spread = max(worst, float(delta.max())), spread + float(want.std()) * len(row)
             diffs.append(float(delta.mean()) * len(row))
-            kld += float(_kld(want, got).sum())
+            divergence += float(kld(want, got).sum())
             agree += int((want.argmax(-1) == got.argmax(-1)).sum())
             count += len(row)
-            tie, tokens = _compare_greedy(reference, model, row, greedy, float(delta.max()), tokenizer)
-            ties, made = ties + tie, made + tokens
+            tie, agreed = _compare_greedy(reference, model, row, greedy, float(delta.max()), tokenizer)
+            ties, made = ties + tie, made + agreed
     finally:
         model.close()
     report = HopReport(
-        prompts=len(rows), tokens=count, max_diff=worst, mean_diff=sum(diffs) / count, spread=spread / count, kld=kld / count,
-        top1=agree / count, greedy_tokens=made, greedy_ties=ties, echo=echo,
+        prompts=len(rows), tokens=count, max_diff=worst, mean_diff=sum(diffs) / count, spread=spread / count,
+        kld=divergence / count, top1=agree / count, greedy_tokens=made, greedy_ties=ties,
+        texts=tokens, echo=echo,
     )  # fmt: skip
     if not (report.max_diff <= MAX_DIFF * report.spread and report.mean_diff <= MEAN_DIFF * report.spread):
         raise StepFailed(
-            f"{gguf}: logits differ from transformers' by {report.mean_diff:.3g} on average and {report.max_diff:.3g} at most, where they "
-            f"spread over {report.spread:.3g} (allowed: {MEAN_DIFF:.0%} and {MAX_DIFF:.0%} of it); KLD {report.kld:.2g}",
+            f"{gguf}: logits differ from transformers' by {report.mean_diff:.3g} on average and {report.max_diff:.3g} "
+            f"at most, where they spread over {report.spread:.3g} "
+            f"(allowed: {MEAN_DIFF:.0%} and {MAX_DIFF:.0%} of it); KLD {report.kld:.2g}",
             "look at the RoPE settings and the order of the q/k rows: edgedistill's converter does not know this model",
         )
     return report
 
 
-def _kld(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+def _render(model_dir: Path, prompt: Prompt) -> str | list[int]:
+    """Return text or token ids; messages are rendered with the chat template of the folder."""
+    if isinstance(prompt, str):
+        return prompt
+    if prompt and isinstance(prompt[0], Mapping):
+        from transformers import AutoTokenizer
+
+        hugging = AutoTokenizer.from_pretrained(model_dir)
+        messages = [dict(cast(Mapping[str, Any], message)) for message in prompt]
+        return str(hugging.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return [int(cast(int, token)) for token in prompt]
+
+
+def kld(want: np.ndarray, got: np.ndarray) -> np.ndarray:
     """Return KL(want || got) per row, in nats, from logits of shape (rows, vocabulary)."""
     import numpy as np
 
@@ -219,7 +253,9 @@ def _kld(want: np.ndarray, got: np.ndarray) -> np.ndarray:
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-def _compare_greedy(reference: Any, model: Any, row: list[int], count: int, noise: float, tokenizer: Any) -> tuple[int, int]:
+def _compare_greedy(
+    reference: Any, model: Any, row: list[int], count: int, noise: float, tokenizer: Any
+) -> tuple[int, int]:
     """Return (1 when the texts part at a tie, tokens that agreed). Raises StepFailed when they part elsewhere."""
     import torch
 

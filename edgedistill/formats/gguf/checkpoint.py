@@ -56,7 +56,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     names = config.get("architectures") or []
     name = str(names[0]) if names else str(config.get("model_type", "unnamed"))
     if config.get("is_encoder_decoder"):
-        raise UsageError(f"{folder}: {name} is an encoder-decoder model; only decoder models (…ForCausalLM) can be built")
+        raise UsageError(
+            f"{folder}: {name} is an encoder-decoder model; only decoder models (…ForCausalLM) can be built"
+        )
     if not name.endswith("ForCausalLM"):
         raise UsageError(
             f"{folder}: {name} is an encoder or another kind of model that writes no text; only decoder models "
@@ -87,7 +89,8 @@ def open_checkpoint(folder: Path) -> dict[str, Entry]:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickles:
             raise UsageError(
-                f"{folder}: only pickle files ({pickles[0]}): safetensors only, since loading a pickle runs what it holds",
+                f"{folder}: only pickle files ({pickles[0]}): safetensors only, since loading a pickle runs what it "
+                "holds",
                 "if you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
                 f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"",
             )  # fmt: skip
@@ -103,7 +106,9 @@ def _index(path: Path) -> dict[str, Entry]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise UsageError(f"{path}: not a safetensors file, or cut short inside its header", "download the model again")
+            raise UsageError(
+                f"{path}: not a safetensors file, or cut short inside its header", "download the model again"
+            )
         try:
             header = json.loads(file.read(length))
             entries = {
@@ -130,7 +135,9 @@ def read_entry(entry: Entry) -> np.ndarray:
     import numpy as np
 
     if entry.dtype not in _DTYPES:
-        raise UsageError(f"{entry.file}: a tensor of type {entry.dtype}; only F32, F16, BF16 and F64 weights can be converted")
+        raise UsageError(
+            f"{entry.file}: a tensor of type {entry.dtype}; only F32, F16, BF16 and F64 weights can be converted"
+        )
     width = np.dtype(_DTYPES[entry.dtype]).itemsize
     raw = np.fromfile(entry.file, dtype=_DTYPES[entry.dtype], count=entry.nbytes // width, offset=entry.offset)
     if entry.dtype == "BF16":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +28,9 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one architecture of transformers becomes one of llama.cpp's. ``permute``: q/k rows are reordered (RoPE in pairs)."""
+    """How one architecture of transformers becomes one of llama.cpp's. ``permute``: q/k rows are reordered (RoPE in
+    pairs).
+    """
 
     arch: str
     permute: bool
@@ -43,15 +46,18 @@ _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 PROBES = (
     "Set an alarm for 7:45 and call 555-0199 on 12/03/2025.", "I'm sure it's Bob's, they'll've DON'T WE'RE",
     "  two  spaces,\ttabs\t\tand\n\n\nlines \r\n end   ", " ", "\n\n", "naïve café, Straße, Ελλάδα, Привет мир, שלום",
-    "日本語のテキスト、中文，한국어 1234567890", "🙂🙃 👩‍👩‍👧 ½ ² ٣٤ \u00a0 \u2028 \u3000 x", "def f(x):\n    return x**2  # 100%\n",
-    '{"name": "set_timer", "arguments": {"minutes": 10, "label": "tea"}}', "<html>&amp;</html> a/b\\c ~!@#$%^&*()_+[]|;:,.?",
-    "e\u0301 vs \u00e9; \ufb01; A\u030a",
+    "日本語のテキスト、中文\uff0c한국어 1234567890", "🙂🙃 👩‍👩‍👧 ½ ² ٣٤ \u00a0 \u2028 \u3000 x",
+    "def f(x):\n    return x**2  # 100%\n",
+    '{"name": "set_timer", "arguments": {"minutes": 10, "label": "tea"}}',
+    "<html>&amp;</html> a/b\\c ~!@#$%^&*()_+[]|;:,.?", "e\u0301 vs \u00e9; \ufb01; A\u030a",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertReport:
-    """What was written: sizes in bytes, ``tokens`` as llama.cpp and the tokenizer agreed on them, ``echo`` of the config."""
+    """What was written: sizes in bytes, ``tokens`` as llama.cpp and the tokenizer agreed on them, ``echo`` of the
+    config.
+    """
 
     path: Path
     architecture: str
@@ -86,9 +92,9 @@ def convert(
 ) -> ConvertReport:  # fmt: skip
     """Convert the model in ``model_dir`` to the GGUF file ``out`` (written under a temporary name, then renamed).
 
-    Matrices are stored as ``dtype`` (f32, f16 or bf16), vectors as f32. One tensor is in memory at a time. Raises UsageError
-    for what cannot be converted (see ``family_of``, ``checkpoint`` and ``vocabulary``), and for weights that overflow f16;
-    StepFailed when llama.cpp then tokenizes otherwise than tokenizer.json.
+    Matrices are stored as ``dtype`` (f32, f16 or bf16), vectors as f32. One tensor is in memory at a time. Raises
+    UsageError for what cannot be converted (see ``family_of``, ``checkpoint`` and ``vocabulary``), and for weights that
+    overflow f16; StepFailed when llama.cpp then tokenizes otherwise than tokenizer.json.
     """
     import gguf
 
@@ -102,9 +108,15 @@ def convert(
     notes: list[str] = []
     layers = int(config["num_hidden_layers"])
     plan = _plan(model_dir, config, family, entries, dtype, layers)
-    vocabulary = read_vocabulary(model_dir, int(config["vocab_size"]), _first(config, "bos_token_id"), _first(config, "eos_token_id"))
+    vocabulary = read_vocabulary(
+        model_dir, int(config["vocab_size"]), _first(config, "bos_token_id"), _first(config, "eos_token_id")
+    )
+    if vocabulary.normalizer:
+        notes.append(
+            f"the tokenizer normalizes text to {vocabulary.normalizer}, llama.cpp does not: normalize prompts before"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, family.arch)
     try:
         writer.add_type("model")
@@ -137,19 +149,24 @@ def convert(
         probe_tokens = check_probes(model_dir, partial)
         partial.replace(out)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error.strerror or error}", "free some disk space, or choose another place") from error
+        raise UsageError(
+            f"{out}: cannot be written: {error.strerror or error}", "free some disk space, or choose another place"
+        ) from error
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
     return ConvertReport(
         path=out, architecture=family.arch, dtype=dtype, size=out.stat().st_size, sha256=file_digest(out),
         tensors=len(plan) + (factors is not None), parameters=sum(math.prod(entry.shape) for entry, _ in plan.values()),
-        probe_tokens=probe_tokens, echo={**_echo(config), **special}, notes=tuple(notes), seconds=time.monotonic() - started,
+        probe_tokens=probe_tokens, echo={**_echo(config), **special}, notes=tuple(notes),
+        seconds=time.monotonic() - started,
     )  # fmt: skip
 
 
 def check_probes(model_dir: Path, gguf_path: Path, texts: tuple[str, ...] = PROBES) -> int:
-    """Compare llama.cpp's token ids with tokenizer.json's on ``texts``; returns how many tokens agreed, else StepFailed."""
+    """Compare llama.cpp's token ids with tokenizer.json's on ``texts``; returns how many tokens agreed, else
+    StepFailed.
+    """
     from edgedistill.formats.gguf.model_io import open_model
 
     tokenizer = load_tokenizer(model_dir)
@@ -157,11 +174,16 @@ def check_probes(model_dir: Path, gguf_path: Path, texts: tuple[str, ...] = PROB
     total = 0
     try:
         for text in texts:
+            if tokenizer.normalizer is not None:
+                text = tokenizer.normalizer.normalize_str(text)  # llama.cpp does not; ``convert`` notes that
             for special in (False, True):
                 want = tokenizer.encode(text, add_special_tokens=special).ids
                 got = model.tokenize(text.encode(), add_bos=special, special=True)
                 if want != got:
-                    at = next((i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]), min(len(want), len(got)))
+                    at = next(
+                        (i for i, pair in enumerate(zip(want, got, strict=False)) if pair[0] != pair[1]),
+                        min(len(want), len(got)),
+                    )
                     raise StepFailed(
                         f"llama.cpp tokenizes {text[:60]!r} otherwise than {model_dir}/tokenizer.json: token {at} is "
                         f"{got[at : at + 3]} instead of {want[at : at + 3]}",
@@ -182,7 +204,9 @@ def file_digest(path: Path) -> str:
 def _plan(
     model_dir: Path, config: dict[str, Any], family: Family, entries: dict[str, Entry], dtype: str, layers: int
 ) -> dict[str, tuple[Entry, str]]:
-    """Map GGUF tensor names to (where, type), in the order of the layers. Raises UsageError when a tensor has no place."""
+    """Map GGUF tensor names to (where, type), in the order of the layers. Raises UsageError when a tensor has no
+    place.
+    """
     import gguf
 
     arch = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == family.arch)
@@ -204,7 +228,9 @@ def _plan(
         raise UsageError(f"{model_dir}: the checkpoint lacks {len(missing)} tensors, {missing[0]} among them")
     rows = plan["token_embd.weight"][0].shape[0]
     if rows != int(config["vocab_size"]):
-        raise UsageError(f"{model_dir}/config.json: vocab_size is {config['vocab_size']}, the embedding has {rows} rows")
+        raise UsageError(
+            f"{model_dir}/config.json: vocab_size is {config['vocab_size']}, the embedding has {rows} rows"
+        )
     return plan
 
 
@@ -233,7 +259,9 @@ def _tensor(target: str, entry: Entry, type_name: str, config: dict[str, Any], f
             stored = weights.astype(np.float16)
         if not np.isfinite(stored).all():
             why = "weights over 65504" if np.isfinite(weights).all() else "NaN or infinite weights"
-            raise UsageError(f"{entry.file}: {target} has {why}", 'use dtype "bf16"' if "65504" in why else "train it again")
+            raise UsageError(
+                f"{entry.file}: {target} has {why}", 'use dtype "bf16"' if "65504" in why else "train it again"
+            )
         return np.ascontiguousarray(stored)
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     if not np.isfinite(weights).all():
@@ -271,7 +299,9 @@ def _write_config(writer: Any, config: dict[str, Any], model_dir: Path, notes: l
     hidden = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden // heads)
     if config.get("hidden_act", "silu") != "silu":
-        raise UsageError(f"{model_dir}/config.json: hidden_act {config['hidden_act']!r}; llama.cpp computes silu in this family")
+        raise UsageError(
+            f"{model_dir}/config.json: hidden_act {config['hidden_act']!r}; llama.cpp computes silu in this family"
+        )
     context = int(config["max_position_embeddings"])
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and int(window) < context:
@@ -279,9 +309,13 @@ def _write_config(writer: Any, config: dict[str, Any], model_dir: Path, notes: l
         context = int(window)
     rope = rope_of(config)
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise UsageError(f"{model_dir}/config.json: RoPE scaling {rope['rope_type']!r} cannot be converted; known: linear, llama3")
+        raise UsageError(
+            f"{model_dir}/config.json: RoPE scaling {rope['rope_type']!r} cannot be converted; known: linear, llama3"
+        )
     if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise UsageError(f"{model_dir}/config.json: partial_rotary_factor is not 1; llama.cpp rotates all of a head here")
+        raise UsageError(
+            f"{model_dir}/config.json: partial_rotary_factor is not 1; llama.cpp rotates all of a head here"
+        )
     writer.add_vocab_size(int(config["vocab_size"]))
     writer.add_context_length(context)
     writer.add_embedding_length(hidden)
@@ -322,6 +356,6 @@ def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
 
 def _echo(config: dict[str, Any]) -> dict[str, Any]:
     rope = rope_of(config)
-    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "rms_norm_eps",
-            "tie_word_embeddings", "bos_token_id", "eos_token_id")  # fmt: skip
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+            "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id")  # fmt: skip
     return {**{key: config[key] for key in keys if key in config}, "rope": rope}

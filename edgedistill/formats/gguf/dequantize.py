@@ -1,4 +1,5 @@
-"""Turn a GGUF back into a Hugging Face folder with weights in full precision and a tokenizer that splits as llama.cpp does.
+"""Turn a GGUF back into a Hugging Face folder with weights in full precision and a tokenizer that splits as llama.cpp
+does.
 
 transformers can load a GGUF too, but it cannot save what it loaded, and the tokenizer that it rebuilds forgets the
 pre-tokenizer (SmolLM2 loses its digit splitting): models trained on such ids would see other ids on the phone.
@@ -38,7 +39,9 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 
 def hf_tensor_name(name: str) -> str | None:
-    """Translate a llama-family GGUF tensor name to transformers' (None for tables that transformers computes itself)."""
+    """Translate a llama-family GGUF tensor name to transformers' (None for tables that transformers computes
+    itself).
+    """
     stem, _, kind = name.rpartition(".")
     if stem == "rope_freqs":
         return None
@@ -47,11 +50,15 @@ def hf_tensor_name(name: str) -> str | None:
     parts = stem.split(".")
     if len(parts) == 3 and parts[0] == "blk" and parts[2] in _BLOCK:
         return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.{kind}"
-    raise UsageError(f"tensor {name!r} is not one of the llama family", "only llama-family GGUF files can be dequantized")
+    raise UsageError(
+        f"tensor {name!r} is not one of the llama family", "only llama-family GGUF files can be dequantized"
+    )
 
 
 def unpermute(weights: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's reordering of q/k rows: pairs (2i, 2i+1) become halves (i, i + head/2), as transformers rotates."""
+    """Undo llama.cpp's reordering of q/k rows: pairs (2i, 2i+1) become halves (i, i + head/2), as transformers
+    rotates.
+    """
     half = weights.shape[0] // heads // 2
     return weights.reshape(heads, half, 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
 
@@ -62,9 +69,10 @@ def gguf_to_hf(
     """Write the llama-family model in ``gguf`` as a Hugging Face folder ``out`` (made whole, then renamed into place).
 
     Weights are dequantized to ``dtype`` (float32, float16 or bfloat16): the numbers are the quantized ones, exactly, in
-    float32. The folder has config.json, model.safetensors, tokenizer.json, tokenizer_config.json with the chat template,
-    and generation_config.json. Returns a dict of what was found (``quantized_from`` names the type of the source, so that
-    callers can warn). Raises UsageError for a damaged file, another family, or a tokenizer that we cannot rebuild.
+    float32. The folder has config.json, model.safetensors, tokenizer.json, tokenizer_config.json with the chat
+    template, and generation_config.json. Returns a dict of what was found (``quantized_from`` names the type of the
+    source, so that callers can warn). Raises UsageError for a damaged file, another family, or a tokenizer that we
+    cannot rebuild.
     """
     info = read_info(gguf)
     out = Path(out)
@@ -106,12 +114,16 @@ def hf_config(info: GgufInfo, *, dtype: str, tied: bool) -> dict[str, Any]:
     heads = int(info.of_arch("attention.head_count", 0))
     if not heads or not info.n_layers or not info.hidden:
         raise UsageError(f"{info.path}: the metadata lacks llama.attention.head_count, block_count or embedding_length")
-    head_dim = int(info.of_arch("attention.key_length", 0) or info.of_arch("rope.dimension_count", 0) or info.hidden // heads)
+    head_dim = int(
+        info.of_arch("attention.key_length", 0) or info.of_arch("rope.dimension_count", 0) or info.hidden // heads
+    )
     if info.of_arch("rope.scaling.type", "none") not in ("none", ""):
         raise UsageError(f"{info.path}: RoPE scaling {info.of_arch('rope.scaling.type')!r} cannot be written back")
     if any(tensor.name == "rope_freqs.weight" for tensor in info.tensors):
         raise UsageError(f"{info.path}: llama3 RoPE factors (rope_freqs) cannot be written back to a config.json")
-    biases = {tensor.name.split(".")[2] for tensor in info.tensors if tensor.name.endswith(".bias") and "." in tensor.name}
+    biases = {
+        tensor.name.split(".")[2] for tensor in info.tensors if tensor.name.endswith(".bias") and "." in tensor.name
+    }
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -159,7 +171,9 @@ def tokenizer_json(info: GgufInfo) -> dict[str, Any]:
         for number in range(len(tokens)) if kinds[number] in (_CONTROL, _USER_DEFINED)
     ]  # fmt: skip
     bos = info.metadata.get("tokenizer.ggml.bos_token_id")
-    steps: list[dict[str, Any]] = [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}]
+    steps: list[dict[str, Any]] = [
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    ]
     if info.metadata.get("tokenizer.ggml.add_bos_token") and bos is not None:
         sequence: list[dict[str, Any]] = [{"SpecialToken": {"id": tokens[bos], "type_id": 0}}]
         steps.append({

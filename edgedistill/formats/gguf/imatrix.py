@@ -1,18 +1,19 @@
 """Collect an importance matrix: mean squared input of every weight matrix over calibration text, in llama.cpp's format.
 
-The stock tool reads raw text in chunks; here the caller passes token rows, so that the calibration has the chat template and
-the length of the task's own prompts and answers. The file is the one that ``llama-imatrix`` writes (GGUF, tensors
-NAME.in_sum2 and NAME.counts) and that ``llama-quantize --imatrix`` reads.
+The stock tool reads raw text in chunks; here the caller passes token rows, so that the calibration has the chat
+template and the length of the task's own prompts and answers. The file is the one that ``llama-imatrix`` writes (GGUF,
+tensors NAME.in_sum2 and NAME.counts) and that ``llama-quantize --imatrix`` reads.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.read import read_info, read_tensor
@@ -29,7 +30,9 @@ _SEQUENCES = 32
 
 @dataclass(frozen=True, kw_only=True)
 class ImatrixReport:
-    """What was collected: ``tensors`` of ``matrices`` weight matrices inside the layers, over ``tokens`` in ``rows``."""
+    """What was collected: ``tensors`` of ``matrices`` weight matrices inside the layers, over ``tokens`` in
+    ``rows``.
+    """
 
     path: Path
     tensors: int
@@ -101,14 +104,13 @@ def collect(
     gguf: Path | str, token_rows: Sequence[Sequence[int]], out: Path | str, *, threads: int | None = None,
     dataset: str = "calibration", progress: Progress | None = None,
 ) -> ImatrixReport:  # fmt: skip
-    """Run ``token_rows`` (each a text of its own, in token ids) through the model and save its importance matrix to ``out``.
+    """Run ``token_rows`` (each a text of its own, in token ids) through the model and save its importance matrix to
+    ``out``.
 
-    ``gguf`` should be the f16, bf16 or f32 file that will be quantized. Logits are asked of every token, since llama.cpp
-    computes the last layer only for tokens whose logits are wanted. Raises UsageError for empty rows or ids outside the
-    vocabulary, StepFailed when a decode fails or the activations are not finite.
+    ``gguf`` should be the f16, bf16 or f32 file that will be quantized. Logits are asked of every token, since
+    llama.cpp computes the last layer only for tokens whose logits are wanted. Raises UsageError for empty rows or ids
+    outside the vocabulary, StepFailed when a decode fails or the activations are not finite.
     """
-    import os
-
     import llama_cpp
     import numpy as np
 
@@ -145,7 +147,7 @@ def collect(
         context = llama_cpp.llama_init_from_model(model, params)
         if not context:
             raise StepFailed(f"llama.cpp could not make a context of {params.n_ctx} tokens: {last_log(2)}")
-        memory = llama_cpp.llama_get_memory(context)
+        memory = cast(Any, llama_cpp.llama_get_memory(context))
         batch = llama_cpp.llama_batch_init(width, 0, 1)
         done = 0
         for fresh, items in _batches(rows, width):
@@ -157,7 +159,9 @@ def collect(
                 batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, sequence, 1
             code = llama_cpp.llama_decode(context, batch)
             if collector.error or code != 0:
-                raise StepFailed(f"calibration stopped: {collector.error or f'llama_decode gave {code}: {last_log(3)}'}")
+                raise StepFailed(
+                    f"calibration stopped: {collector.error or f'llama_decode gave {code}: {last_log(3)}'}"
+                )
             done += len(items)
             if progress:
                 progress(done, total, f"{done} of {total} tokens")
@@ -169,7 +173,9 @@ def collect(
         llama_cpp.llama_model_free(model)
     for name, values in collector.sums.items():
         if not np.isfinite(values).all():
-            raise StepFailed(f"the input of {name} is not finite: the model is broken", "compare the f16 file with the checkpoint")
+            raise StepFailed(
+                f"the input of {name} is not finite: the model is broken", "compare the f16 file with the checkpoint"
+            )
     save(out, {name: (values, collector.counts[name]) for name, values in collector.sums.items()}, total, dataset)
     matrices = sum(1 for tensor in info.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1)
     return ImatrixReport(
@@ -179,7 +185,9 @@ def collect(
 
 
 def _batches(rows: list[list[int]], width: int) -> Iterator[tuple[bool, list[tuple[int, int, int]]]]:
-    """Yield (start with an empty cache?, [(token, position, sequence)]): short rows share a batch, long ones take several."""
+    """Yield (start with an empty cache?, [(token, position, sequence)]): short rows share a batch, long ones take
+    several.
+    """
     shared: list[tuple[int, int, int]] = []
     sequence = 0
     for row in rows:
@@ -203,7 +211,7 @@ def save(out: Path, sums: dict[str, tuple[np.ndarray, int]], tokens: int, datase
     import numpy as np
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, "imatrix")
     try:
         writer.kv_data[0].pop("general.architecture")  # llama.cpp's own file has none
@@ -228,7 +236,8 @@ def save(out: Path, sums: dict[str, tuple[np.ndarray, int]], tokens: int, datase
 
 
 def load(path: Path | str) -> dict[str, np.ndarray]:
-    """Read an importance matrix: {tensor name: mean squared input per column, float32}, as llama-quantize normalizes it.
+    """Read an importance matrix: {tensor name: mean squared input per column, float32}, as llama-quantize normalizes
+    it.
 
     Raises UsageError for a damaged file, one that is no imatrix, and the old .dat format.
     """

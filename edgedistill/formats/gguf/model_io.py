@@ -53,9 +53,10 @@ def open_model(
 ) -> Llama:
     """Load a GGUF with llama.cpp and return its ``llama_cpp.Llama`` (close it with ``.close()``).
 
-    ``n_ctx`` in tokens; ``threads`` for decoding and prompt processing alike (default: the machine's cores); ``options`` go
-    to ``llama_cpp.Llama``. ``logits_all`` keeps n_ctx x vocabulary floats in memory: prefer ``all_logits`` below.
-    Raises UsageError when the file is damaged, of a family that this llama.cpp does not know, or too big for the memory.
+    ``n_ctx`` in tokens; ``threads`` for decoding and prompt processing alike (default: the machine's cores);
+    ``options`` go to ``llama_cpp.Llama``. ``logits_all`` keeps n_ctx x vocabulary floats in memory: prefer
+    ``all_logits`` below. Raises UsageError when the file is damaged, of a family that this llama.cpp does not know, or
+    too big for the memory.
     """
     import os
 
@@ -70,10 +71,13 @@ def open_model(
     try:
         return llama_cpp.Llama(
             str(path), n_ctx=n_ctx, n_batch=min(n_batch, n_ctx) if n_ctx else n_batch, n_ubatch=min(n_batch, 512),
-            n_threads=threads, n_threads_batch=threads, logits_all=logits_all, vocab_only=vocab_only, verbose=False, **options,
+            n_threads=threads, n_threads_batch=threads, logits_all=logits_all, vocab_only=vocab_only,
+            verbose=False, **options,
         )  # fmt: skip
     except (ValueError, RuntimeError, MemoryError) as error:
-        why = next((line.strip() for line in reversed(last_log(60).splitlines()) if "error" in line.lower()), str(error))
+        why = next(
+            (line.strip() for line in reversed(last_log(60).splitlines()) if "error" in line.lower()), str(error)
+        )
         raise UsageError(
             f"{path}: llama.cpp cannot load this {info.architecture or 'GGUF'} model: {why}",
             f"edgedistill doctor (llama-cpp-python {llama_cpp.__version__})",
@@ -89,7 +93,9 @@ def all_logits(model: Llama, ids: list[int], *, start: int = 0) -> np.ndarray:
     import numpy as np
 
     if not 0 < len(ids) <= model.n_ctx():
-        raise UsageError(f"{len(ids)} tokens do not fit the context of {model.n_ctx()}", "open the model with a larger n_ctx")
+        raise UsageError(
+            f"{len(ids)} tokens do not fit the context of {model.n_ctx()}", "open the model with a larger n_ctx"
+        )
     vocab = model.n_vocab()
     out = np.empty((len(ids) - start, vocab), dtype=np.float32)
     context = model._ctx.ctx
@@ -119,7 +125,9 @@ def all_logits(model: Llama, ids: list[int], *, start: int = 0) -> np.ndarray:
 
 
 def greedy(model: Llama, ids: list[int], count: int) -> list[int]:
-    """Continue ``ids`` by ``count`` most likely tokens (first one wins a tie); stops after an end-of-generation token."""
+    """Continue ``ids`` by ``count`` most likely tokens (first one wins a tie); stops after an end-of-generation
+    token.
+    """
     import llama_cpp
     import numpy as np
 
@@ -138,7 +146,9 @@ def greedy(model: Llama, ids: list[int], count: int) -> list[int]:
 
 @lru_cache(maxsize=1)
 def library_build() -> dict[str, Any]:
-    """Return what identifies the llama.cpp in use: versions, digest of its library, processor features it was built for."""
+    """Return what identifies the llama.cpp in use: versions, digest of its library, processor features it was built
+    for.
+    """
     import llama_cpp
     from llama_cpp import llama_cpp as binding
 
@@ -158,6 +168,6 @@ def library_build() -> dict[str, Any]:
         "llama_cpp_python": llama_cpp.__version__,
         "llama_cpp": version().decode() if version else "",
         "library": library.resolve().name if library else "",
-        "sha256": digest.hexdigest(),
+        "library_sha256": digest.hexdigest(),
         "features": features,
     }

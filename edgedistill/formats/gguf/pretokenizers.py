@@ -1,4 +1,5 @@
-"""Name the ways in which byte-level BPE tokenizers split text before merging, in llama.cpp's words and in Hugging Face's.
+"""Name the ways in which byte-level BPE tokenizers split text before merging, in llama.cpp's words and in Hugging
+Face's.
 
 llama.cpp has one hand-written splitter per name in ``tokenizer.ggml.pre`` (src/llama-vocab.cpp); a tokenizer.json holds
 the same thing as JSON (normalizer + pre_tokenizer). Both directions use this one table: converting looks the JSON up,
@@ -14,12 +15,11 @@ _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, 
 # GPT-2's own expression is built into the ByteLevel step of the tokenizers library (use_regex).
 _GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Llama 3 splits as Qwen2 does, but takes up to three digits together.
+_LLAMA3 = _QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def _split(pattern: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Splitter:
-    """One way to split: the steps in Hugging Face's words; ``ignore_merges`` as the model section of the JSON has it."""
+    """One way to split: the steps in Hugging Face's words; ``ignore_merges`` as the model section of the JSON has
+    it.
+    """
 
     steps: tuple[dict[str, Any], ...]
     normalizer: str = ""

@@ -1,4 +1,6 @@
-"""Quantize a full-precision GGUF to any of llama.cpp's types, and say tensor by tensor what was asked and what was got."""
+"""Quantize a full-precision GGUF to any of llama.cpp's types, and say tensor by tensor what was asked and what was
+got.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,10 +24,14 @@ from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, gg
 
 Progress = Callable[[int, int, str], None]
 
+_WORKER = "import sys; from edgedistill.formats.gguf.quantize_worker import main; sys.exit(main())"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorReport:
-    """One tensor: the type that the mix asked for, the type that it got, bytes, and bytes more than asked (fallback)."""
+    """One tensor: the type that the mix asked for, the type that it got, bytes, and bytes more than asked
+    (fallback).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -75,8 +82,9 @@ class QuantizeReport:
         moves = ", ".join(f"{count} x {asked} to {got}" for (asked, got), count in sorted(kinds.items()))
         extra = sum(tensor.extra for tensor in fallen)
         return (
-            f"{len(fallen)} of {len(self.tensors)} tensors cannot have the type that {self.type} wants, since their rows of "
-            f"{', '.join(map(str, columns))} weights are no multiple of its block: {moves}; {extra / 1e6:+.1f} MB, "
+            f"{len(fallen)} of {len(self.tensors)} tensors cannot have the type that {self.type} wants, since their "
+            f"rows of {', '.join(map(str, columns))} weights are no multiple of its block: {moves}; "
+            f"{extra / 1e6:+.1f} MB, "
             f"{self.bpw:.2f} bits per weight instead of {self.asked_bpw:.2f}"
         )
 
@@ -96,8 +104,8 @@ def quantize(
 
     ``imatrix`` is a file of ``imatrix.collect``; ``output_type`` and ``embedding_type`` are tensor types for these two
     matrices; ``pure`` gives every matrix the base type. The work runs in a process of its own; the result is read back,
-    loaded and decoded once before it gets its name. The bytes do not depend on ``threads``. Raises UsageError (unknown type, quantized or
-    damaged source, missing or foreign imatrix, full disk), StepFailed when llama.cpp fails.
+    loaded and decoded once before it gets its name. The bytes do not depend on ``threads``. Raises UsageError (unknown
+    type, quantized or damaged source, missing or foreign imatrix, full disk), StepFailed when llama.cpp fails.
     """
     started = time.monotonic()
     out = Path(out)
@@ -106,14 +114,18 @@ def quantize(
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < need:
-        raise UsageError(f"{out}: needs {need / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free", "free some disk space")
-    partial = out.with_name(out.name + ".partial")
+        raise UsageError(
+            f"{out}: needs {need / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free", "free some disk space"
+        )
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
         _run_worker(info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress)
         try:
             result = read_info(partial)
         except UsageError as error:
-            raise StepFailed(f"llama.cpp left a damaged file: {error.message}", "check the disk, then try again") from None
+            raise StepFailed(
+                f"llama.cpp left a damaged file: {error.message}", "check the disk, then try again"
+            ) from None
         if len(result.tensors) != len(info.tensors):
             raise StepFailed(f"llama.cpp wrote {len(result.tensors)} of {len(info.tensors)} tensors", "check the disk")
         types = {tensor.name: tensor.type for tensor in result.tensors}
@@ -122,7 +134,16 @@ def quantize(
     finally:
         partial.unlink(missing_ok=True)
     return _report(
-        out, type, plans, types, info, size=result.size, sha256=digest, missing=missing, entries=entries, started=started
+        out,
+        type,
+        plans,
+        types,
+        info,
+        size=result.size,
+        sha256=digest,
+        missing=missing,
+        entries=entries,
+        started=started,
     )
 
 
@@ -130,7 +151,9 @@ def dry_run(
     src: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
     embedding_type: str | None = None, pure: bool = False,
 ) -> QuantizeReport:  # fmt: skip
-    """Say what ``quantize`` would give, from llama.cpp's own dry run (a second, nothing written). Raises as ``quantize``."""
+    """Say what ``quantize`` would give, from llama.cpp's own dry run (a second, nothing written). Raises as
+    ``quantize``.
+    """
     started = time.monotonic()
     info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure)
     types = _run_worker(info, Path(os.devnull), type, imatrix, output_type, embedding_type, pure, None, True, None)
@@ -140,9 +163,16 @@ def dry_run(
 
 
 def _prepare(
-    src: Path | str, type: str, imatrix: Path | str | None, output_type: str | None, embedding_type: str | None, pure: bool
+    src: Path | str,
+    type: str,
+    imatrix: Path | str | None,
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
 ) -> tuple[GgufInfo, list[TensorPlan], tuple[str, ...], int]:
-    """Check everything that can be checked before the work; returns source, plan, matrices without imatrix, its entries."""
+    """Check everything that can be checked before the work; returns source, plan, matrices without imatrix, its
+    entries.
+    """
     kind = file_type(type)
     for name in (output_type, embedding_type):
         if name is not None:
@@ -152,14 +182,21 @@ def _prepare(
         raise UsageError(f"{src}: a GGUF without tensors")
     if info.is_quantized:
         raise UsageError(
-            f"{src}: already quantized ({info.file_type or 'mixed'}, {info.bpw:.2f} bits per weight); quantizing twice adds up errors",
+            f"{src}: already quantized ({info.file_type or 'mixed'}, {info.bpw:.2f} bits per weight); "
+            "quantizing twice adds up errors",
             "start from the f16 or bf16 GGUF, or from the Hugging Face folder",
         )
     shapes = {tensor.name: tensor.shape for tensor in info.tensors}
     heads = int(info.of_arch("attention.head_count", 1))
     gqa = heads // int(info.of_arch("attention.head_count_kv", heads) or heads)
     plans = plan_tensors(
-        shapes, type, gqa=gqa, imatrix=imatrix is not None, output_type=output_type, embedding_type=embedding_type, pure=pure
+        shapes,
+        type,
+        gqa=gqa,
+        imatrix=imatrix is not None,
+        output_type=output_type,
+        embedding_type=embedding_type,
+        pure=pure,
     )
     if imatrix is None:
         needy = [plan.name for plan in plans if plan.needs_imatrix]
@@ -175,7 +212,8 @@ def _prepare(
     for plan in plans:
         if plan.name in means and means[plan.name].size != plan.shape[-1] and plan.name != "token_embd.weight":
             raise UsageError(
-                f"{imatrix}: made for another model ({plan.name} has {means[plan.name].size} columns there, {plan.shape[-1]} here)",
+                f"{imatrix}: made for another model ({plan.name} has {means[plan.name].size} columns there, "
+                f"{plan.shape[-1]} here)",
                 "collect it again with this model",
             )
     missing = tuple(
@@ -186,13 +224,15 @@ def _prepare(
         raise UsageError(f"{imatrix}: has no entry for any tensor of {src}", "collect it again with this model")
     needy = [plan.name for plan in plans if plan.needs_imatrix and plan.name in missing]
     if needy:
-        raise UsageError(f"{imatrix}: has no entry for {needy[0]}, which needs one in {type}", "collect it again with this model")
+        raise UsageError(
+            f"{imatrix}: has no entry for {needy[0]}, which needs one in {type}", "collect it again with this model"
+        )
     return info, plans, missing, len(means)
 
 
 def _run_worker(
-    info: GgufInfo, out: Path, type: str, imatrix: Path | str | None, output_type: str | None, embedding_type: str | None,
-    pure: bool, threads: int | None, dry: bool, progress: Progress | None,
+    info: GgufInfo, out: Path, type: str, imatrix: Path | str | None, output_type: str | None,
+    embedding_type: str | None, pure: bool, threads: int | None, dry: bool, progress: Progress | None,
 ) -> dict[str, str]:  # fmt: skip
     """Run the worker; returns {tensor: type} as llama.cpp logged it. Raises StepFailed with its own words."""
     request = {
@@ -204,11 +244,13 @@ def _run_worker(
     }  # fmt: skip
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
+    # A file, not a pipe: a failed assertion prints pages, and nobody reads that pipe meanwhile.
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below, with the pipe)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "edgedistill.formats.gguf.quantize_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-c", _WORKER],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
-    assert worker.stdin and worker.stdout and worker.stderr
+    assert worker.stdin and worker.stdout
     types: dict[str, str] = {}
     last: dict[str, Any] = {}
     try:
@@ -223,14 +265,15 @@ def _run_worker(
                 types[last["tensor"]] = _spell(last["type"])
                 if progress:
                     progress(last["done"], last["total"], last["tensor"])
-        stderr = worker.stderr.read()
         code = worker.wait()
+        errors.seek(0)
+        stderr = errors.read()
     finally:
         if worker.poll() is None:
             worker.kill()
             worker.wait()
         worker.stdout.close()
-        worker.stderr.close()
+        errors.close()
     if last.get("ok"):
         return types
     if code < 0:
@@ -268,8 +311,9 @@ def _report(
     extra = sum(tensor.extra for tensor in tensors)
     build = library_build()
     return QuantizeReport(
-        path=out, type=type, size=total if size is None else size, source_size=info.size, bpw=8 * total / info.parameters,
-        asked_bpw=8 * (total - extra) / info.parameters, sha256=sha256, tensors=tuple(tensors), imatrix_entries=entries,
-        without_imatrix=missing, library={key: build[key] for key in ("llama_cpp_python", "llama_cpp", "sha256")},
+        path=out, type=type, size=total if size is None else size, source_size=info.size,
+        bpw=8 * total / info.parameters, asked_bpw=8 * (total - extra) / info.parameters, sha256=sha256,
+        tensors=tuple(tensors), imatrix_entries=entries, without_imatrix=missing,
+        library={key: build[key] for key in ("llama_cpp_python", "llama_cpp", "library_sha256")},
         seconds=time.monotonic() - started,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Quantize one GGUF in a process of its own: ``python -m edgedistill.formats.gguf.quantize_worker`` (JSON on stdin).
+"""Quantize one GGUF in a process of its own: the request comes as JSON on standard input.
 
 llama.cpp may abort the process on a failed assertion and may leave a truncated file after an error, so the caller never
-runs it in-process. Standard output carries one JSON object a line: {"tensor", "done", "total", "type"} for progress, and
-{"ok": true} or {"error", "log"} at the end. Request: src, out, ftype, output_type, embedding_type (ggml numbers or null),
-pure, dry_run, threads, imatrix (path or null).
+runs it in-process. Standard output carries one JSON object a line: {"tensor", "done", "total", "type"} for progress,
+and {"ok": true} or {"error", "log"} at the end. Request: src, out, ftype, output_type, embedding_type (ggml numbers or
+null), pure, dry_run, threads, imatrix (path or null).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import json
 import re
 import sys
-from typing import Any
+from typing import Any, cast
 
 _LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-\s+\[.*?\], type =\s*(\S+), (.*)")
 _NEW_TYPE = re.compile(r"(?:converting to (\S+) |\((\S+)\)\s*$)")
@@ -21,6 +21,9 @@ _NEW_TYPE = re.compile(r"(?:converting to (\S+) |\((\S+)\)\s*$)")
 def main() -> int:
     """Read the request, quantize, check that the result computes finite logits; the exit code is 0 or 1."""
     request = json.load(sys.stdin)
+    if sys.platform == "linux":
+        # Die with the caller: a killed build must not leave somebody who still writes to the file of the next one.
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     log: list[str] = []
     pending = ""
 
@@ -50,7 +53,9 @@ def main() -> int:
     keep: list[Any] = []  # ctypes keeps no references to what the structure points to
     if request["imatrix"]:
         _attach_imatrix(params, request["imatrix"], keep)
-    code = llama_cpp.llama_model_quantize(request["src"].encode(), request["out"].encode(), ctypes.byref(params))
+    code = llama_cpp.llama_model_quantize(
+        request["src"].encode(), request["out"].encode(), cast(Any, ctypes.byref(params))
+    )
     if code == 0 and not request["dry_run"]:
         problem = _try_out(request["out"])
     else:
@@ -104,7 +109,7 @@ def _try_out(path: str) -> str:
     tokens = (llama_cpp.llama_token * 1)(0)
     if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, 1)) != 0:
         return "the quantized file does not decode"
-    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    vocab = llama_cpp.llama_vocab_n_tokens(cast(Any, llama_cpp.llama_model_get_vocab(model)))
     logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocab,))
     finite = bool(np.isfinite(logits).all())
     llama_cpp.llama_free(context)
@@ -114,7 +119,3 @@ def _try_out(path: str) -> str:
 
 def _tell(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Read what a GGUF file says about itself, and refuse a damaged one with a clear word.
 
-The header is parsed here, not by ``gguf.GGUFReader``: that one memory-maps first and fails in many odd ways on a damaged
-file (ValueError from a reshape, IndexError, a Unicode error), and it takes seconds on a vocabulary of 150,000 entries.
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The header is parsed here, not by ``gguf.GGUFReader``: that one memory-maps first and fails in many odd ways on a
+damaged file (ValueError from a reshape, IndexError, a Unicode error), and it takes seconds on a vocabulary of 150,000
+entries. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -63,23 +63,27 @@ class GgufInfo:
         """Look up ``<architecture>.<key>``."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
+    def _count(self, key: str) -> int:
+        value = self.of_arch(key, 0)
+        return value if isinstance(value, int) else 0
+
     @property
     def n_layers(self) -> int:
-        return int(self.of_arch("block_count", 0))
+        return self._count("block_count")
 
     @property
     def hidden(self) -> int:
-        return int(self.of_arch("embedding_length", 0))
+        return self._count("embedding_length")
 
     @property
     def context_length(self) -> int:
-        return int(self.of_arch("context_length", 0))
+        return self._count("context_length")
 
     @property
     def vocab(self) -> int:
         """Number of tokens: from the list of tokens, else from the embedding's rows."""
         tokens = self.metadata.get("tokenizer.ggml.tokens")
-        if tokens:
+        if isinstance(tokens, list) and tokens:
             return len(tokens)
         return next((t.shape[0] for t in self.tensors if t.name == "token_embd.weight"), 0)
 
@@ -210,13 +214,16 @@ def read_info(path: Path | str) -> GgufInfo:
         if magic != MAGIC:
             if size < 4 and MAGIC.startswith(magic):
                 raise UsageError(f"{path}: GGUF cut short: the file has only {size} bytes", _SOURCE_HINT)
-            raise UsageError(f"{path}: not a GGUF file (it starts with {magic!r})", "pass a .gguf file, or a model folder")
+            raise UsageError(
+                f"{path}: not a GGUF file (it starts with {magic!r})", "pass a .gguf file, or a model folder"
+            )
         header = _Header(file, size)
         try:
             return _parse(path, size, header)
         except _Cut as cut:
             raise UsageError(
-                f"{path}: GGUF cut short: at least {cut.missing} bytes are missing (it ends inside its header)", _SOURCE_HINT
+                f"{path}: GGUF cut short: at least {cut.missing} bytes are missing (it ends inside its header)",
+                _SOURCE_HINT,
             ) from None
         except (ValueError, struct.error, OverflowError, MemoryError) as error:
             raise UsageError(f"{path}: damaged GGUF header: {error}", _SOURCE_HINT) from None
@@ -250,7 +257,9 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
         kind = GGML_TYPES[type_name]
         columns = shape[-1] if shape else 1
         if columns % kind.block:
-            raise ValueError(f"tensor {name!r}: {columns} columns are no multiple of {type_name}'s block of {kind.block}")
+            raise ValueError(
+                f"tensor {name!r}: {columns} columns are no multiple of {type_name}'s block of {kind.block}"
+            )
         elements = 1
         for extent in shape:
             elements *= extent
@@ -267,7 +276,9 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
 
 
 def read_tensor(info: GgufInfo, name: str) -> np.ndarray:
-    """Return one tensor dequantized to float32, in its numpy shape. Raises UsageError when the file has no such tensor."""
+    """Return one tensor dequantized to float32, in its numpy shape. Raises UsageError when the file has no such
+    tensor.
+    """
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize

@@ -39,8 +39,9 @@ GGML_TYPES: dict[str, GgmlType] = {
     "F32": _ggml(0, 1, 4), "F16": _ggml(1, 1, 2), "Q4_0": _ggml(2, 32, 18), "Q4_1": _ggml(3, 32, 20),
     "Q5_0": _ggml(6, 32, 22), "Q5_1": _ggml(7, 32, 24), "Q8_0": _ggml(8, 32, 34), "Q8_1": _ggml(9, 32, 40),
     "Q2_K": _ggml(10, 256, 84), "Q3_K": _ggml(11, 256, 110), "Q4_K": _ggml(12, 256, 144), "Q5_K": _ggml(13, 256, 176),
-    "Q6_K": _ggml(14, 256, 210), "Q8_K": _ggml(15, 256, 292), "IQ2_XXS": _ggml(16, 256, 66), "IQ2_XS": _ggml(17, 256, 74),
-    "IQ3_XXS": _ggml(18, 256, 98), "IQ1_S": _ggml(19, 256, 50), "IQ4_NL": _ggml(20, 32, 18), "IQ3_S": _ggml(21, 256, 110),
+    "Q6_K": _ggml(14, 256, 210), "Q8_K": _ggml(15, 256, 292), "IQ2_XXS": _ggml(16, 256, 66),
+    "IQ2_XS": _ggml(17, 256, 74), "IQ3_XXS": _ggml(18, 256, 98), "IQ1_S": _ggml(19, 256, 50),
+    "IQ4_NL": _ggml(20, 32, 18), "IQ3_S": _ggml(21, 256, 110),
     "IQ2_S": _ggml(22, 256, 82), "IQ4_XS": _ggml(23, 256, 136), "I8": _ggml(24, 1, 1), "I16": _ggml(25, 1, 2),
     "I32": _ggml(26, 1, 4), "I64": _ggml(27, 1, 8), "F64": _ggml(28, 1, 8), "IQ1_M": _ggml(29, 256, 56),
     "BF16": _ggml(30, 1, 2), "TQ1_0": _ggml(34, 256, 54), "TQ2_0": _ggml(35, 256, 66), "MXFP4": _ggml(39, 32, 17),
@@ -53,9 +54,10 @@ GGML_TYPES_BY_ID: dict[int, str] = {kind.number: name for name, kind in GGML_TYP
 class FileType:
     """One type of a whole file, as ``llama-quantize`` names it.
 
-    ``base`` is the type that most matrices get; ``bpw`` the bits per weight of Llama 3.1 8B in it without an importance matrix
-    unless required (tools/quantize/README.md of llama.cpp, which ``plan_tensors`` reproduces to the last digit); ``imatrix``: "no" (not read), "advised", or "required" (llama.cpp
-    refuses to quantize without one, as long as the rows fit the type).
+    ``base`` is the type that most matrices get; ``bpw`` the bits per weight of Llama 3.1 8B in it without an importance
+    matrix unless required (tools/quantize/README.md of llama.cpp, which ``plan_tensors`` reproduces to the last digit);
+    ``imatrix``: "no" (not read), "advised", or "required" (llama.cpp refuses to quantize without one, as long as the
+    rows fit the type).
     """
 
     number: int
@@ -78,8 +80,8 @@ FILE_TYPES: dict[str, FileType] = {
     "Q4_1": _file(3, "Q4_1", 5.1031), "Q4_0": _file(2, "Q4_0", 4.6358),
     "IQ4_NL": _file(25, "IQ4_NL", 4.6818), "IQ4_XS": _file(30, "IQ4_XS", 4.4597),
     "Q3_K_L": _file(13, "Q3_K", 4.2979), "Q3_K_M": _file(12, "Q3_K", 3.996), "Q3_K_S": _file(11, "Q3_K", 3.6429),
-    "IQ3_M": _file(27, "IQ3_S", 3.7628), "IQ3_S": _file(26, "IQ3_S", 3.6606), "IQ3_XS": _file(22, "IQ3_S", 3.4977, "required"),
-    "IQ3_XXS": _file(23, "IQ3_XXS", 3.2548, "required"),
+    "IQ3_M": _file(27, "IQ3_S", 3.7628), "IQ3_S": _file(26, "IQ3_S", 3.6606),
+    "IQ3_XS": _file(22, "IQ3_S", 3.4977, "required"), "IQ3_XXS": _file(23, "IQ3_XXS", 3.2548, "required"),
     "Q2_K": _file(10, "Q2_K", 3.1593), "Q2_K_S": _file(21, "Q2_K", 2.9697, "required"),
     "IQ2_M": _file(29, "IQ2_S", 2.9294, "required"), "IQ2_S": _file(28, "IQ2_XS", 2.7403, "required"),
     "IQ2_XS": _file(20, "IQ2_XS", 2.5882, "required"), "IQ2_XXS": _file(19, "IQ2_XXS", 2.3824, "required"),
@@ -102,7 +104,9 @@ def file_type(name: str) -> FileType:
     """Look up a file type by llama.cpp's name. Raises UsageError with did-you-mean for an unknown one."""
     if name in FILE_TYPES:
         return FILE_TYPES[name]
-    aliases = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+    aliases = {
+        "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "INT4": "Q4_0", "INT8": "Q8_0", "FP16": "F16", "FP32": "F32",
+    }  # fmt: skip
     upper = str(name).upper().replace("-", "_")
     close = aliases.get(upper) or (upper if upper in FILE_TYPES else "")
     close = close or next(iter(difflib.get_close_matches(upper, FILE_TYPES, n=1, cutoff=0.5)), "")
@@ -132,8 +136,8 @@ def fits(type_name: str, columns: int) -> str:
         return type_name
     if type_name not in _FALLBACK and GGML_TYPES[type_name].block > 32:
         raise UsageError(
-            f"type {type_name} needs rows of a multiple of {GGML_TYPES[type_name].block} weights; this model has rows of "
-            f"{columns}, and llama.cpp knows no fallback", "choose another type, such as Q4_0 or Q4_K_M",
+            f"type {type_name} needs rows of a multiple of {GGML_TYPES[type_name].block} weights; this model has "
+            f"rows of {columns}, and llama.cpp knows no fallback", "choose another type, such as Q4_0 or Q4_K_M",
         )  # fmt: skip
     other = _FALLBACK.get(type_name, type_name)
     return other if columns % GGML_TYPES[other].block == 0 else "F16"
@@ -147,7 +151,9 @@ def row_bytes(type_name: str, columns: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlan:
-    """What one tensor gets: ``asked`` by the file type's mix, ``got`` after the fallback for its columns; sizes in bytes."""
+    """What one tensor gets: ``asked`` by the file type's mix, ``got`` after the fallback for its columns; sizes in
+    bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -184,8 +190,8 @@ def plan_tensors(
 ) -> list[TensorPlan]:
     """Say which type each tensor gets, as llama.cpp chooses it.
 
-    ``shapes`` maps GGUF tensor names to numpy shapes (rows first); ``gqa`` is heads per kv head; ``imatrix`` says whether
-    one will be there (some mixes change with it). The result is in llama.cpp's order, layer by layer.
+    ``shapes`` maps GGUF tensor names to numpy shapes (rows first); ``gqa`` is heads per kv head; ``imatrix`` says
+    whether one will be there (some mixes change with it). The result is in llama.cpp's order, layer by layer.
     """
     kind = file_type(type_name)
     layers = 1 + max((_order(name)[0] for name in shapes), default=-1)
@@ -207,7 +213,9 @@ def plan_tensors(
         else:
             asked = kind.base
             if not pure:
-                asked = _mix(name, kind.base, type_name, columns, layers, n_attn_v, gqa, imatrix, tied, output_type, seen)
+                asked = _mix(
+                    name, kind.base, type_name, columns, layers, n_attn_v, gqa, imatrix, tied, output_type, seen
+                )
             got = fits(asked, columns)
         plans.append(
             TensorPlan(
@@ -244,7 +252,7 @@ def _mix(
             return "IQ3_S"
         return "Q4_K" if kind in ("TQ1_0", "TQ2_0", "Q2_0") else base
     role = name.split(".")[-2]
-    i = seen[role] if role in seen else 0
+    i = seen.get(role, 0)
     if role in seen:
         seen[role] += 1
     if kind in _LOW_BIT:
@@ -316,7 +324,8 @@ def predict_type(type_name: str, tensor_name: str, columns: int) -> str:
 
 
 def tensor_shapes(config: Mapping[str, Any], layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Return GGUF tensor names and shapes of a llama-family model from its config.json (``layers`` overrides the depth).
+    """Return GGUF tensor names and shapes of a llama-family model from its config.json (``layers`` overrides the
+    depth).
 
     Raises UsageError naming the key that config.json lacks.
     """
@@ -336,8 +345,10 @@ def tensor_shapes(config: Mapping[str, Any], layers: int | None = None) -> dict[
         block = f"blk.{layer}"
         shapes |= {
             f"{block}.attn_norm.weight": (hidden,), f"{block}.ffn_norm.weight": (hidden,),
-            f"{block}.attn_q.weight": (heads * head_dim, hidden), f"{block}.attn_k.weight": (kv_heads * head_dim, hidden),
-            f"{block}.attn_v.weight": (kv_heads * head_dim, hidden), f"{block}.attn_output.weight": (hidden, heads * head_dim),
+            f"{block}.attn_q.weight": (heads * head_dim, hidden),
+            f"{block}.attn_k.weight": (kv_heads * head_dim, hidden),
+            f"{block}.attn_v.weight": (kv_heads * head_dim, hidden),
+            f"{block}.attn_output.weight": (hidden, heads * head_dim),
             f"{block}.ffn_gate.weight": (inner, hidden), f"{block}.ffn_up.weight": (inner, hidden),
             f"{block}.ffn_down.weight": (hidden, inner),
         }  # fmt: skip
@@ -352,8 +363,8 @@ def tensor_shapes(config: Mapping[str, Any], layers: int | None = None) -> dict[
 def estimate_size(shapes: Mapping[str, tuple[int, ...]], type_name: str, **options: Any) -> int:
     """Return the bytes of the file with these tensors; ``options`` as ``plan_tensors`` takes them.
 
-    Tensor data and its padding are exact for dense models; the header is approximated from the vocabulary: tokens, types
-    and merges of a byte-level BPE take about 39 bytes an entry (SmolLM2 36.4, Llama 3 and Qwen2 42 or less).
+    Tensor data and its padding are exact for dense models; the header is approximated from the vocabulary: tokens,
+    types and merges of a byte-level BPE take about 39 bytes an entry (SmolLM2 36.4, Llama 3 and Qwen2 42 or less).
     """
     data = sum(-(-plan.nbytes // 32) * 32 for plan in plan_tensors(shapes, type_name, **options))
     vocab = shapes.get("token_embd.weight", (0,))[0]
@@ -375,8 +386,8 @@ def estimate_file_size(
 def smallest_type(config: Mapping[str, Any], layers: int | None = None, *, imatrix: bool = True) -> tuple[str, int]:
     """Return the file type that makes this model smallest, and its bytes: a limit below that cannot be met.
 
-    Without an importance matrix the types that require one do not count. Types for ternary models (TQ, Q1_0, Q2_0) never
-    count: on any other model they destroy it.
+    Without an importance matrix the types that require one do not count. Types for ternary models (TQ, Q1_0, Q2_0)
+    never count: on any other model they destroy it.
     """
     best = ("", 0)
     for name, kind in FILE_TYPES.items():

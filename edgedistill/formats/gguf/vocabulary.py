@@ -1,4 +1,6 @@
-"""Turn a tokenizer.json into what a GGUF stores of it: tokens, their kinds, merges, splitter, special tokens, template."""
+"""Turn a tokenizer.json into what a GGUF stores of it: tokens, their kinds, merges, splitter, special tokens,
+template.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """A byte-level BPE vocabulary: ``pre`` is llama.cpp's name of the splitter, ``kinds`` are gguf.TokenType numbers."""
+    """A byte-level BPE vocabulary: ``pre`` is llama.cpp's name of the splitter, ``kinds`` are gguf.TokenType
+    numbers.
+    """
 
     folder: Path
     tokens: tuple[str, ...]
     kinds: tuple[int, ...]
     pre: str
+    normalizer: str
     add_bos: bool
     add_eos: bool
     add_prefix_space: bool
@@ -42,7 +47,8 @@ def load_tokenizer(folder: Path) -> Any:
     if not path.is_file():
         raise UsageError(
             f"{folder}: no tokenizer.json",
-            f"python -c \"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+            f'python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\"",
         )
     try:
         return Tokenizer.from_file(str(path))
@@ -62,7 +68,8 @@ def read_vocabulary(folder: Path, size: int, bos: int | None, eos: int | None) -
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         kind = "SentencePiece BPE with byte fallback" if model.get("byte_fallback") else str(model.get("type"))
         raise UsageError(
-            f"{folder}/tokenizer.json: a {kind} tokenizer; only byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) is converted",
+            f"{folder}/tokenizer.json: a {kind} tokenizer; only byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) "
+            "is converted",
             "choose a model with a byte-level BPE tokenizer",
         )
     pre = find_pre(data)
@@ -92,7 +99,7 @@ def read_vocabulary(folder: Path, size: int, bos: int | None, eos: int | None) -
     full = tokenizer.encode("a", add_special_tokens=True).ids
     config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     return Vocabulary(
-        folder=folder, tokens=tuple(tokens), kinds=tuple(kinds), pre=pre,
+        folder=folder, tokens=tuple(tokens), kinds=tuple(kinds), pre=pre, normalizer=SPLITTERS[pre].normalizer,
         # What the tokenizer does, not what a flag says: llama.cpp adds a BOS of its own where the key is missing.
         add_bos=bos is not None and full[:1] == [bos] and plain[:1] != [bos],
         add_eos=eos is not None and full[-1:] == [eos] and plain[-1:] != [eos],
@@ -101,7 +108,9 @@ def read_vocabulary(folder: Path, size: int, bos: int | None, eos: int | None) -
 
 
 def write_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Add tokens, merges, special tokens and chat template to ``writer``; returns what was written of the special ones."""
+    """Add tokens, merges, special tokens and chat template to ``writer``; returns what was written of the special
+    ones.
+    """
     from gguf import SpecialVocab
 
     special = SpecialVocab(vocabulary.folder, load_merges=True, n_vocab=len(vocabulary.tokens))

@@ -1,1 +1,1 @@
-"""ONNX: build a decoder for onnxruntime-genai and prove that it runs."""
+"""ONNX: build a decoder folder for onnxruntime-genai, and prove that it is the model it was built from."""

@@ -1,0 +1,221 @@
+"""Likelihoods: perplexity of the references, and how far a model's distributions are from another's on the same tokens.
+
+All of it is taken at the positions of the answers (reference and end token), row by row: a distribution over 49k tokens is
+200 kB, so no table of them is ever held. Tokens of one row depend on each other, so intervals treat rows as the sample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals.runners.base import Progress, Runner
+from edgedistill.evals.statistics import Estimate, clustered_mean, clustered_proportion
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRow:
+    """Hold one row as token ids: the prompt, then the reference, then the end token. ``start`` is the prompt's length."""
+
+    id: str
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def positions(self) -> range:
+        """Return the positions whose next token belongs to the answer."""
+        return range(self.start - 1, len(self.ids) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Hold perplexity and negative log-likelihood (nats a token); ``sums`` and ``counts`` are per row, for pairing."""
+
+    perplexity: Estimate
+    nll: Estimate
+    standard_error: float
+    tokens: int
+    ids: tuple[str, ...]
+    sums: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the perplexity's estimate (value, low, high, n, ...) with what belongs to it, without the per-row numbers."""
+        return {
+            **self.perplexity.to_json(),
+            "nll": self.nll.to_json(),
+            "standard_error": self.standard_error,
+            "tokens": self.tokens,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Hold how far a candidate is from its reference model: KLD in nats a token, and the share of equal first choices."""
+
+    kld: Estimate
+    standard_error: float
+    p50: float
+    p99: float
+    max: float
+    top1: Estimate
+    tokens: int
+    rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict."""
+        return {
+            "kld": self.kld.to_json(),
+            "standard_error": self.standard_error,
+            "p50": self.p50,
+            "p99": self.p99,
+            "max": self.max,
+            "top1": self.top1.to_json(),
+            "tokens": self.tokens,
+            "rows": self.rows,
+        }
+
+
+def token_rows(runner: Runner, rows: Sequence[Row]) -> list[TokenRow]:
+    """Encode rows with their references by the runner's tokenizer. Raises UsageError for a row without a reference."""
+    out = []
+    for row in rows:
+        if row.reference is None:
+            raise UsageError(f"row {row.id!r} has no reference, and likelihoods are taken over references", "Add one.")
+        prompt = runner.encode(row)
+        answer = [*runner.encode_text(row.reference), runner.end_token()]
+        out.append(TokenRow(id=row.id, ids=(*prompt, *answer), start=len(prompt)))
+    return out
+
+
+def perplexity(runner: Runner, rows: Sequence[Row], *, progress: Progress | None = None) -> Likelihood:
+    """Measure the perplexity of the rows' references (end token included) given their prompts."""
+    encoded = token_rows(runner, rows)
+    if not encoded:
+        raise UsageError("perplexity: no rows", "Name a file with rows that have references.")
+    sums: list[float] = []
+    counts: list[int] = []
+    found = runner.logprobs([row.ids for row in encoded], [row.positions for row in encoded])
+    for row, logprobs in zip(encoded, found, strict=True):
+        targets = np.asarray(row.ids[row.start :])
+        sums.append(float(-logprobs[np.arange(len(targets)), targets].sum(dtype=np.float64)))
+        counts.append(len(targets))
+        if progress is not None:
+            progress(len(sums), len(encoded), "likelihoods")
+    return likelihood_of([row.id for row in encoded], sums, counts)
+
+
+def likelihood_of(ids: Sequence[str], sums: Sequence[float], counts: Sequence[int]) -> Likelihood:
+    """Put per-row sums of negative log-likelihood together. Raises StepFailed where one is not finite."""
+    for identity, value in zip(ids, sums, strict=True):
+        if not math.isfinite(value):
+            raise StepFailed(
+                f"row {identity!r}: the model gives its reference no probability (log-likelihood {value})",
+                "The model is damaged (NaN weights?): build it again, or check the file.",
+            )
+    nll, error = clustered_mean(sums, counts)
+    # exp is monotone, so the interval of the mean maps to one of the perplexity.
+    ppl = Estimate(value=math.exp(nll.value), low=_exp(nll.low), high=_exp(nll.high), n=nll.n, method="exp of " + nll.method)
+    return Likelihood(
+        perplexity=ppl,
+        nll=nll,
+        standard_error=error,
+        tokens=sum(counts),
+        ids=tuple(ids),
+        sums=tuple(sums),
+        counts=tuple(counts),
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def divergence(
+    candidate: Runner, reference: Runner, rows: Sequence[Row], *, progress: Progress | None = None
+) -> Divergence:
+    """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``.
+
+    Both models read the same token ids, those of ``reference``'s tokenizer. Raises UsageError where the candidate's tokenizer
+    cuts a row otherwise (then no token's distributions compare), StepFailed where a distribution is not finite.
+    """
+    encoded = token_rows(reference, rows)
+    if not encoded:
+        raise UsageError("divergence: no rows", "Name a file with rows that have references.")
+    for row, other in zip(encoded, token_rows(candidate, rows), strict=True):
+        if row.ids != other.ids:
+            raise UsageError(
+                f"row {row.id!r}: the two models cut it into different tokens ({len(row.ids)} and {len(other.ids)})",
+                "KLD compares models with one tokenizer and one chat template; compare scores instead.",
+            )
+    ids, positions = [row.ids for row in encoded], [row.positions for row in encoded]
+    klds: list[np.ndarray] = []
+    agree: list[float] = []
+    pairs = zip(reference.logprobs(ids, positions), candidate.logprobs(ids, positions), strict=True)
+    for row, (wanted, found) in zip(encoded, pairs, strict=True):
+        each, same = kl_divergence(wanted, found)
+        if not np.all(np.isfinite(each)):
+            raise StepFailed(
+                f"row {row.id!r}: a distribution is not finite", "One model is damaged (NaN weights?): build it again."
+            )
+        klds.append(each)
+        agree.append(float(same.sum()))
+        if progress is not None:
+            progress(len(klds), len(encoded), "divergence")
+    counts = [len(each) for each in klds]
+    every = np.concatenate(klds)
+    kld, error = clustered_mean([float(each.sum()) for each in klds], counts)
+    return Divergence(
+        kld=kld,
+        standard_error=error,
+        p50=float(np.quantile(every, 0.5)),
+        p99=float(np.quantile(every, 0.99)),
+        max=float(every.max()),
+        top1=clustered_proportion(agree, counts),
+        tokens=int(every.size),
+        rows=len(klds),
+    )
+
+
+def compare_distributions(
+    candidate: Runner,
+    reference: Path,
+    rows: Sequence[Row],
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Measure ``divergence`` from the model file or folder ``reference``, which is opened and closed here."""
+    from edgedistill.evals.runners import open_runner
+
+    opened = open_runner(reference, threads=threads)
+    try:
+        return divergence(candidate, opened, rows, progress=progress)
+    finally:
+        opened.close()
+
+
+def kl_divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return KL(p || q) in nats, float64 [positions], and whether the first choices agree, bool [positions].
+
+    ``p`` and ``q`` are log-probabilities [positions, vocabulary]. Families pad vocabularies differently: the longer one is cut
+    to the shorter and normalised again.
+    """
+    if p.shape[1] != q.shape[1]:
+        size = min(p.shape[1], q.shape[1])
+        p, q = _normalised(p[:, :size]), _normalised(q[:, :size])
+    # Rounding can push a divergence of equal distributions a hair below zero.
+    each = np.maximum(np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64), 0.0)
+    return each, p.argmax(axis=1) == q.argmax(axis=1)
+
+
+def _normalised(logprobs: np.ndarray) -> np.ndarray:
+    total = np.log(np.exp(logprobs).sum(axis=1, dtype=np.float64, keepdims=True))
+    return logprobs - total.astype(np.float32)

@@ -1,0 +1,124 @@
+"""Answer prompts with transformers from a folder in Hugging Face's layout: teachers and students before they are converted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
+from edgedistill.evals.runners.base import Answer, Finish, Progress
+
+
+class TransformersRunner:
+    """Run a folder greedily in this process, as the teacher of the same name writes its answers.
+
+    ``dtype`` "auto" is bf16 where the processor has it. Raises UsageError for a folder that is no causal language model.
+    """
+
+    def __init__(self, path: Path, *, dtype: str = "auto", threads: int | None = None) -> None:
+        import torch
+
+        from edgedistill.teachers.transformers import TransformersTeacher
+
+        self.path = Path(path)
+        if threads:
+            torch.set_num_threads(threads)
+        self._teacher: Any = TransformersTeacher(self.path, dtype)
+
+    def __enter__(self) -> TransformersRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the model. May be called twice."""
+        self._teacher = None
+
+    def describe(self) -> dict[str, Any]:
+        """Name the engine, its versions and the dtype."""
+        import torch
+        import transformers
+
+        build = {"transformers": transformers.__version__, "torch": torch.__version__}
+        return {"engine": "transformers", "build": build, "dtype": str(self._teacher.dtype).removeprefix("torch.")}
+
+    def encode(self, row: Row) -> list[int]:
+        """Return the prompt's token ids, chat template applied. Raises UsageError where the folder has none."""
+        tokenizer = self._teacher.tokenizer
+        if not tokenizer.chat_template:
+            raise UsageError(f"{self.path}: its tokenizer has no chat template", "Add chat_template.jinja to the folder.")
+        text = tokenizer.apply_chat_template(
+            list(row.messages), tools=list(row.tools) or None, add_generation_prompt=True, tokenize=False
+        )
+        return self.encode_text(text)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text: special tokens parsed, none added."""
+        return list(self._teacher.tokenizer.encode(text, add_special_tokens=False))
+
+    def end_token(self) -> int:
+        """Return the id that ends an answer."""
+        from edgedistill.training.data import turn_end
+
+        return turn_end(self._teacher.tokenizer)
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        grammar: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Answer every row greedily, in the order of ``rows``; rows of similar length share a batch.
+
+        Raises UsageError for a prompt that leaves no room for ``max_new_tokens``, and for a grammar: there is none here.
+        """
+        from edgedistill.teachers.protocol import Sampling
+
+        if grammar is not None:
+            raise UsageError("transformers decodes no GBNF grammar", "Evaluate the GGUF under the grammar.")
+        if not rows:
+            return []
+        started = time.perf_counter()
+        found = list(
+            self._teacher.generate(
+                [self.encode(row) for row in rows],
+                sampling=Sampling(max_new_tokens=max_new_tokens, temperature=0.0),
+                row_ids=[row.id for row in rows],
+                progress=progress,
+            )
+        )
+        seconds = (time.perf_counter() - started) / sum(len(one.token_ids) + 1 for one in found)
+        found.sort(key=lambda one: one.index)
+        answers = []
+        for one in found:
+            finish: Finish = one.finish_reason
+            count = len(one.token_ids)
+            answers.append(
+                Answer(id=one.row_id, text=one.text, tokens=count, seconds=seconds * (count + 1), finish=finish)
+            )
+        return answers
+
+    def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per row float32 [len(positions[i]), vocabulary]: the distribution of the token after each position."""
+        import torch
+
+        model = self._teacher.model
+        for tokens, wanted in zip(token_rows, positions, strict=True):
+            if len(tokens) > self._teacher.context:
+                raise UsageError(
+                    f"a row has {len(tokens)} tokens, the model's context {self._teacher.context}",
+                    "Shorten it, or leave it out.",
+                )
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([list(tokens)]), logits_to_keep=torch.tensor(list(wanted))).logits[0]
+                # Rows of padding after the tokenizer's own ids are no tokens.
+                logits = logits[:, : self._teacher.vocab_size].float()
+                yield torch.log_softmax(logits, dim=-1).numpy()

