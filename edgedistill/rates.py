@@ -1,4 +1,6 @@
-"""How long a step will take: the rate at which this machine did the same kind of work before, else a measured default."""
+"""How long a step will take: the rate at which this machine did the same kind of work before, else a measured
+default.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from pathlib import Path
 
 from edgedistill.store import write_atomic
 
-# Units per second on 2 Zen 4 cores (AVX-512, BF16), medians of the quickstart build. A first run elsewhere may be off by
-# several times; the second run of a kind uses what was measured on that machine.
+# Units per second on 2 Zen 4 cores (AVX-512, BF16), medians of the quickstart build. A first run elsewhere may be
+# off by several times; the second run of a kind uses what was measured on that machine.
 DEFAULTS = {
     "train": 150e9,
     "train-full": 150e9,

@@ -58,13 +58,15 @@ class Adapt(Training):
     """Fine-tune the teacher on gold data first."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(None, description="use the first so many rows only")
+    rows: Count | None = Field(default=None, description="use the first so many rows only")
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
 
 
 class Student(Section):
-    """The model that ships. ``layers``: "all", a count (evenly spaced, first and last kept) or a list of layer numbers."""
+    """The model that ships. ``layers``: "all", a count (evenly spaced, first and last kept) or a list of layer
+    numbers.
+    """
 
     model: str
     layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
@@ -82,7 +84,7 @@ class Prompts(Section):
     """The prompts that the teacher answers: JSONL with id, messages | prompt, reference, tags."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(None, description="use the first so many rows only")
+    rows: Count | None = Field(default=None, description="use the first so many rows only")
 
 
 class Generate(Section):
@@ -103,7 +105,9 @@ class Generate(Section):
 
 
 class Filter(Section):
-    """Keep answers that pass. ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is lost."""
+    """Keep answers that pass. ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is
+    lost.
+    """
 
     kind: Literal["reference"]
     metric: Literal["json-exact", "exact", "contains"] = "json-exact"
@@ -111,11 +115,15 @@ class Filter(Section):
 
 
 class Score(Section):
-    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, or none."""
+    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, or
+    none.
+    """
 
     kind: Literal["sampled", "top-k", "none"] = "sampled"
     n: Annotated[int, Field(ge=1, le=256)] = 12
-    temperature: Positive | None = Field(None, description="temperature of the draws; loss.temperature when left out")
+    temperature: Positive | None = Field(
+        default=None, description="temperature of the draws; loss.temperature when left out"
+    )
 
 
 class Loss(Section):
@@ -159,10 +167,9 @@ class Suite(Section):
 class Gates(Section):
     """What an artifact must reach to be packaged. ``min_speedup`` and ``min_shrink`` may differ by target.
 
-    ``min_retention``: suite -> artifact over teacher, lower bound of the 95 % interval. ``max_drop``: suite -> how far under
-    the merged full-precision student, paired point estimate. ``min_speedup``: decode speed over the teacher's f16 GGUF in
-    the same session. ``min_shrink``: the teacher's f16 GGUF over the artifact, in bytes.
-    """
+    ``min_retention``: suite -> artifact over teacher, lower bound of the 95 % interval. ``max_drop``: suite -> how
+    far under the merged full-precision student, paired point estimate. ``min_speedup``: decode speed over the
+    teacher's f16 GGUF in the same session. ``min_shrink``: the teacher's f16 GGUF over the artifact, in bytes."""
 
     min_retention: dict[str, Positive] = {}
     max_drop: dict[str, Annotated[float, Field(ge=0)]] = {}
@@ -173,9 +180,11 @@ class Gates(Section):
 class Baselines(Section):
     """What a sceptic asks for, built and measured beside the student."""
 
-    few_shot: Annotated[int, Field(ge=0)] = Field(0, description="base model with so many training examples in its prompt")
-    gold_sft: bool = Field(False, description="the same healed student trained on references only")
-    quantized_teacher: str | None = Field(None, description="GGUF type, e.g. Q4_0")
+    few_shot: Annotated[int, Field(ge=0)] = Field(
+        0, description="base model with so many training examples in its prompt"
+    )
+    gold_sft: bool = Field(default=False, description="the same healed student trained on references only")
+    quantized_teacher: str | None = Field(default=None, description="GGUF type, e.g. Q4_0")
 
 
 class QuantizeOverride(Section):
@@ -218,7 +227,9 @@ class Recipe(Section):
         ):
             for name in names:
                 if name not in self.suites:
-                    raise ValueError(f"{place} names the suite {name!r}; [suites] has {', '.join(self.suites) or 'none'}")
+                    raise ValueError(
+                        f"{place} names the suite {name!r}; [suites] has {', '.join(self.suites) or 'none'}"
+                    )
                 if self.suites[name].metric == "perplexity":
                     raise ValueError(f"{place}: {name!r} is measured by perplexity, which has no score")
         per_target: list[tuple[str, Any]] = [

@@ -1,7 +1,7 @@
 """Symptoms that a build's figures show, each with what is likely and the recipe key that mends it.
 
-A finding needs evidence: intervals that do not overlap, a paired difference whose interval leaves out 0. Silence means that
-nothing was seen, not that nothing is wrong.
+A finding needs evidence: intervals that do not overlap, a paired difference whose interval leaves out 0. Silence means
+that nothing was seen, not that nothing is wrong.
 """
 
 from __future__ import annotations
@@ -18,9 +18,22 @@ EXPECTED = 0.85  # what a student of the same family keeps on a narrow task
 def diagnose(data: ReportData) -> list[Finding]:
     """Return what the figures show, the most telling first. Only what can be computed from what exists."""
     checks = (
-        _speed_noise, _teacher_wrong, _capacity, _not_trained_out, _new_prompts, _form_without_content, _forgetting,
-        _teachers_errors, _soft_targets, _quantization, _quantization_alone, _grammar, _weak_functions, _cut, _gradients,
-    )  # fmt: skip
+        _speed_noise,
+        _teacher_wrong,
+        _capacity,
+        _not_trained_out,
+        _new_prompts,
+        _form_without_content,
+        _forgetting,
+        _teachers_errors,
+        _soft_targets,
+        _quantization,
+        _quantization_alone,
+        _grammar,
+        _weak_functions,
+        _cut,
+        _gradients,
+    )
     return [finding for check in checks for finding in check(data)]
 
 
@@ -94,7 +107,9 @@ def _not_trained_out(data: ReportData) -> Iterator[Finding]:
 
 
 def _new_prompts(data: ReportData) -> Iterator[Finding]:
-    """Compare what is kept of the teacher between suites: intervals that do not overlap tell a gap between kinds of prompts."""
+    """Compare what is kept of the teacher between suites: intervals that do not overlap tell a gap between kinds of
+    prompts.
+    """
     student = _student(data)
     kept = sorted(_kept(student).items(), key=lambda item: item[1].value) if student else []
     if len(kept) < 2:
@@ -119,7 +134,8 @@ def _form_without_content(data: ReportData) -> Iterator[Finding]:
         if line.valid.value >= 0.95 and known.score.value - line.score.value > 0.2:
             yield Finding(
                 symptom=f"the teacher's form without its content on {suite}",
-                figure=f"{line.valid.value:.1%} valid JSON, but {line.score.text(n=True)} right (teacher {known.score.value:.3f})",
+                figure=f"{line.valid.value:.1%} valid JSON, but {line.score.text(n=True)} right "
+                f"(teacher {known.score.value:.3f})",
                 likely="surface patterns were learnt",
                 remedy="more kept rows, checked against references; more of the teacher's distribution",
                 key="[[filter]], prompts.files, score.n",
@@ -204,7 +220,9 @@ def _quantization(data: ReportData) -> Iterator[Finding]:
 
 
 def _quantization_alone(data: ReportData) -> Iterator[Finding]:
-    """Say so where the quantized teacher already fits a target's file size: distilling must then be wanted for speed."""
+    """Say so where the quantized teacher already fits a target's file size: distilling must then be wanted for
+    speed.
+    """
     small = data.model("quantized-teacher")
     if small is None or not small.size:
         return

@@ -1,7 +1,9 @@
-"""Plots as inline SVG, drawn by hand: no library, no request, colours from the page's CSS so that dark mode and print work.
+"""Plots as inline SVG, drawn by hand: no library, no request, colours from the page's CSS so that dark mode and print
+work.
 
-A plot is 400 units wide and scales with its column, so that its text stays readable on a phone. Kinds of points differ in shape as
-well as in colour. Labels are placed where they hide nothing, with a line to their point when they had to move.
+A plot is 400 units wide and scales with its column, so that its text stays readable on a phone. Kinds of points differ
+in shape as well as in colour. Labels are placed where they hide nothing, with a line to their point when they had to
+move.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def _frame(
     body.append(f'<text class="axis" x="{middle:g}" y="{bottom + 32:g}" text-anchor="middle">{escape(x_label)}</text>')
     across = (y.start + y.end) / 2
     body.append(
-        f'<text class="axis" transform="translate(11 {across:g}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+        f'<text class="axis" transform="translate(11 {across:g}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
     )
     return body
 
@@ -185,7 +188,8 @@ def scatter(points: Sequence[Point], *, title: str, x_label: str, y_label: str) 
         body.append(f"<g><title>{escape(p.title or p.label)}</title>{marker(p.kind, at_x, at_y)}")
         middle = (box[0] + box[2]) / 2
         body.append(
-            f'<text class="label" x="{middle:.1f}" y="{box[3] - 2.5:.1f}" text-anchor="middle">{escape(label)}</text></g>'
+            f'<text class="label" x="{middle:.1f}" y="{box[3] - 2.5:.1f}" text-anchor="middle">'
+            f"{escape(label)}</text></g>"
         )
     return _svg(body, title)
 
@@ -218,9 +222,9 @@ def place(
     taken: Sequence[_Box],
     bounds: _Box,
 ) -> list[_Box]:
-    """Find a box for each label: near its point or an end of its error bar (``spans``: top and bottom), inside the bounds,
-    over no marker, bar or other label, and clearly nearer to its own point than to another. Each label in turn takes its
-    cheapest place given the others, a few rounds long.
+    """Find a box for each label: near its point or an end of its error bar (``spans``: top and bottom), inside the
+    bounds, over no marker, bar or other label, and clearly nearer to its own point than to another. Each label in turn
+    takes its cheapest place given the others, a few rounds long.
     """
     glyphs = [(x - 6, min(a, y - 6), x + 6, max(b, y + 6)) for (x, y), (a, b) in zip(anchors, spans, strict=True)]
     places: list[list[tuple[float, _Box]]] = []

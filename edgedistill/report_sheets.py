@@ -33,8 +33,6 @@ def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, no
     columns += [f"{name} ppl" for name in general] + ["size", "shrink", "tg128 t/s", "speed-up"]
     if data.gates:
         columns.append("gates")
-    if folders is not None:
-        columns.append("package")
     rows = []
     for model in data.models:
         row = [model.label]
@@ -47,18 +45,19 @@ def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, no
         row += _cost(model)
         if data.gates:
             row.append(gate_summary(data.gates.get(model.id)) if model.kind == "artifact" else "")
-        if folders is not None:
-            row.append(str(folders.get(model.id, "")) or ("not packaged" if model.kind == "artifact" else ""))
         rows.append(row)
     first = next((number for number, model in enumerate(data.models) if model.kind == "artifact"), 0)
-    words = len(columns) - (1 if data.gates else 0) - (1 if folders is not None else 0)
+    words = len(columns) - (1 if data.gates else 0)
+    packages = []
+    for target in data.shipped if folders is not None else ():
+        packages.append(f"package of {target}: {(folders or {}).get(target, 'none')}")
     sheet = Sheet(
         title=f"{data.recipe}: {data.student} from {data.teacher}",
         columns=tuple(columns),
         rows=rows,
         right=frozenset(range(1, words)),
         rules=frozenset({first} - {0}),
-        notes=[*_model_notes(data), *notes],
+        notes=[*_model_notes(data), *packages, *notes],
     )
     return filled(sheet) if rows else sheet
 
@@ -126,7 +125,8 @@ def machine_notes(data: ReportData) -> list[str]:
         host = speed.host
         build = " ".join(speed.runner[key] for key in ("version", "commit", "build") if speed.runner.get(key))
         notes.append(
-            f"speeds: medians of {speed.tg.n} on {host.get('cpu', 'an unknown CPU')} ({host.get('arch', '?')}, {host.get('cores', '?')} cores, "
+            f"speeds: medians of {speed.tg.n} on {host.get('cpu', 'an unknown CPU')} ({host.get('arch', '?')}, "
+            f"{host.get('cores', '?')} cores, "
             f"{format_size(host.get('memory_bytes', 0))}), {speed.threads} threads, context {speed.context}; {build}"
         )
     if any(model.speed and model.speed.ratio for model in data.models):
@@ -193,7 +193,9 @@ def signed(figure: Figure) -> str:
 
 
 def details_sheet(data: ReportData) -> Sheet:
-    """Lay out what lies behind the scores: valid JSON, the score under the grammar, cut answers, the teacher's errors."""
+    """Lay out what lies behind the scores: valid JSON, the score under the grammar, cut answers, the teacher's
+    errors.
+    """
     rows = []
     for model in data.models:
         for suite in data.suites:
@@ -205,9 +207,16 @@ def details_sheet(data: ReportData) -> Sheet:
             cells = [_text(line.valid), _text(line.grammar), gain, str(line.cut), shared, line.engine]
             rows.append([model.label, suite, _count(line.score.n), *cells])
     columns = (
-        "model", "suite", "n", "valid JSON", "under the grammar", "grammar brings", "cut off", "wrong as the teacher",
+        "model",
+        "suite",
+        "n",
+        "valid JSON",
+        "under the grammar",
+        "grammar brings",
+        "cut off",
+        "wrong as the teacher",
         "answered by",
-    )  # fmt: skip
+    )
     return filled(Sheet(title="behind the scores", columns=columns, rows=rows, right=frozenset(range(2, 8))))
 
 
@@ -224,7 +233,9 @@ def forgetting_sheet(data: ReportData) -> Sheet:
 
 
 def divergence_sheet(data: ReportData) -> Sheet:
-    """Lay out how far each artifact's distribution is from the merged student's and the teacher's on the same tokens."""
+    """Lay out how far each artifact's distribution is from the merged student's and the teacher's on the same
+    tokens.
+    """
     rows = []
     for model in data.models:
         for name, found in model.divergence.items():
@@ -259,15 +270,30 @@ def speeds_sheet(data: ReportData) -> Sheet:
         )
         rows.append(
             [
-                model.label, format_size(model.size) if model.size else "", _text(speed.pp, 1), _text(speed.tg, 1),
-                _text(speed.ratio, 2), latency, _count(speed.requests if latency else None),
+                model.label,
+                format_size(model.size) if model.size else "",
+                _text(speed.pp, 1),
+                _text(speed.tg, 1),
+                _text(speed.ratio, 2),
+                latency,
+                _count(speed.requests if latency else None),
                 format_size(speed.peak_rss) if speed.peak_rss else "",
-                f"{speed.bandwidth_share:.0%}" if speed.bandwidth_share is not None else "", _count(speed.threads),
+                f"{speed.bandwidth_share:.0%}" if speed.bandwidth_share is not None else "",
+                _count(speed.threads),
             ]
-        )  # fmt: skip
+        )
     columns = (
-        "model", "size", "pp512 t/s", "tg128 t/s", "speed-up", "TTFT p50 / p95 ms", "requests", "peak RSS", "of bandwidth", "threads",
-    )  # fmt: skip
+        "model",
+        "size",
+        "pp512 t/s",
+        "tg128 t/s",
+        "speed-up",
+        "TTFT p50 / p95 ms",
+        "requests",
+        "peak RSS",
+        "of bandwidth",
+        "threads",
+    )
     return filled(
         Sheet(
             title="speed and memory",
@@ -291,15 +317,34 @@ def training_sheet(data: ReportData) -> Sheet:
         norms = sorted(kd / ce for kd, ce in pairs)
         rows.append(
             [
-                step, str(found.get("method", "")), str(found.get("dtype", "")), _count(found.get("steps")), f"{found.get('loss', 0):.4f}",
-                f"{found['kd']:.4f}" if found.get("kd") else "", f"{found['ce']:.4f}" if found.get("ce") else "",
-                f"{norms[len(norms) // 2]:.2f} (n = {len(norms)})" if norms else "", f"{found.get('trainable_parameters', 0):,}",
-                f"{found.get('tokens_per_s', 0):.0f}", duration(found.get("seconds")), format_size(found.get("peak_memory", 0)),
+                step,
+                str(found.get("method", "")),
+                str(found.get("dtype", "")),
+                _count(found.get("steps")),
+                f"{found.get('loss', 0):.4f}",
+                f"{found['kd']:.4f}" if found.get("kd") else "",
+                f"{found['ce']:.4f}" if found.get("ce") else "",
+                f"{norms[len(norms) // 2]:.2f} (n = {len(norms)})" if norms else "",
+                f"{found.get('trainable_parameters', 0):,}",
+                f"{found.get('tokens_per_s', 0):.0f}",
+                duration(found.get("seconds")),
+                format_size(found.get("peak_memory", 0)),
             ]
-        )  # fmt: skip
+        )
     columns = (
-        "step", "method", "dtype", "steps", "loss", "kd", "ce", "gradient kd/ce", "trained weights", "tokens/s", "time", "peak memory",
-    )  # fmt: skip
+        "step",
+        "method",
+        "dtype",
+        "steps",
+        "loss",
+        "kd",
+        "ce",
+        "gradient kd/ce",
+        "trained weights",
+        "tokens/s",
+        "time",
+        "peak memory",
+    )
     notes = [
         "loss, kd, ce: means of the last 10 steps, nats a completion token; gradient kd/ce: median ratio of their norms"
     ]

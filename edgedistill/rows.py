@@ -1,10 +1,9 @@
 """The row store: every answer of a teacher, kept for good and never paid twice.
 
 One SQLite file (write-ahead log, so that a killed build loses at most the batch in flight and two builds may write at
-once). A row is keyed by *what was asked of whom*: the teacher's content digest, the messages, the sampling settings, the
-seed and the number of the sample. ``asks`` records every question before it is put, so that a test, or a bill, can tell
-what was asked more than once.
-"""
+once). A row is keyed by *what was asked of whom*: the teacher's content digest, the messages, the sampling settings,
+the seed and the number of the sample. ``asks`` records every question before it is put, so that a test, or a bill,
+can tell what was asked more than once."""
 
 from __future__ import annotations
 
@@ -35,7 +34,9 @@ CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a teacher. ``sampling`` holds all that changes the answer (temperature, top_p, max_new_tokens)."""
+    """What is asked of a teacher. ``sampling`` holds all that changes the answer (temperature, top_p,
+    max_new_tokens).
+    """
 
     teacher: str
     messages: tuple[tuple[str, str], ...]

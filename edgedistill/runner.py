@@ -1,8 +1,8 @@
 """Run a plan: what is cached is not run, what was interrupted goes on, what fails costs nothing that was computed.
 
-Steps run in the plan's order. A step whose upstream failed is skipped; the others go on, so one target's failure does not
-lose another's artifact. Every input's bytes are read and compared before a step uses them: a damaged entry is rebuilt.
-"""
+Steps run in the plan's order. A step whose upstream failed is skipped; the others go on, so one target's failure does
+not lose another's artifact. Every input's bytes are read and compared before a step uses them: a damaged entry is
+rebuilt."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Reporter:
         """The build is over."""
 
 
-# ── what would run ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what would run ──
 
 
 def assess(plan: Plan, store: Store, *, force: Iterable[str] = ()) -> dict[Key, Verdict]:
@@ -181,7 +181,7 @@ def _write_history(store: Store, plan: Plan) -> None:
         write_atomic(path, json.dumps({**old, **new}))
 
 
-# ── running ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── running ──
 
 
 class Runner:
@@ -192,7 +192,9 @@ class Runner:
         self.reporter = reporter or Reporter()
         self.rows = RowStore(store.root)
         self.rates = Rates(store.root)
-        self.threads = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = (
+            threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self.outcome = Outcome()
         self._left: dict[Key, float] = {}
 
@@ -271,8 +273,10 @@ class Runner:
         free = shutil.disk_usage(self.store.root).free
         if free < step.disk:
             raise StepFailed(
-                f"{step.id}: needs about {step.disk / 2**20:.0f} MiB of disk in {self.store.root}, {free / 2**20:.0f} MiB are free",
-                "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk; finished steps are kept",
+                f"{step.id}: needs about {step.disk / 2**20:.0f} MiB of disk in {self.store.root}, "
+                f"{free / 2**20:.0f} MiB are free",
+                "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk; "
+                "finished steps are kept",
             )
         out, work = self.store.partial(step.key)
         entries = {key: self._loaded(key) for key in step.stage.inputs()}
@@ -320,7 +324,9 @@ class Runner:
     def _loaded(self, key: Key) -> Entry:
         entry = self.store.load(key)
         if entry is None:
-            raise StepFailed(f"{self.plan.by_key[key].id}: its entry disappeared during the build", "run the build again")
+            raise StepFailed(
+                f"{self.plan.by_key[key].id}: its entry disappeared during the build", "run the build again"
+            )
         return entry
 
     def _bug(self, step: Step, error: Exception) -> EdgeDistillError:
@@ -329,7 +335,8 @@ class Runner:
         log.parent.mkdir(exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)))
         return EdgeDistillError(
-            f"{step.id}: {type(error).__name__}: {error}", f"this is a bug; the traceback is in {log}; finished steps are kept"
+            f"{step.id}: {type(error).__name__}: {error}",
+            f"this is a bug; the traceback is in {log}; finished steps are kept",
         )
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.expand import expand
+from edgedistill.inputs import Inputs, read_inputs
 from edgedistill.models import Resolved, read_lock, resolve, write_lock
-from edgedistill.plan import Inputs, Plan, Step, expand, read_inputs
+from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.runner import Verdict, assess
@@ -55,7 +57,9 @@ def prepare(
     store = store or Store()
     unknown = [name for name in targets if name not in recipe.targets]
     if unknown:
-        raise UsageError(f"target {unknown[0]!r} is not in the recipe", f"targets of {path}: {', '.join(recipe.targets)}")
+        raise UsageError(
+            f"target {unknown[0]!r} is not in the recipe", f"targets of {path}: {', '.join(recipe.targets)}"
+        )
     chosen = [_target(recipe, name, path) for name in recipe.targets if not targets or name in targets]
     teacher, student = _models(recipe, path, store, note)
     inputs = read_inputs(recipe, path, teacher, student, chosen, ship_anyway=ship_anyway)
@@ -84,7 +88,10 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
     pins = read_lock(lock)
     found: dict[str, Resolved] = {}
     for source in dict.fromkeys((recipe.teacher.model, recipe.student.model)):
-        local = source.split(":", 1)[0] in ("path", "gguf")  # your own files may change: that is a new build, not an error
+        local = source.split(":", 1)[0] in (
+            "path",
+            "gguf",
+        )  # your own files may change: that is a new build, not an error
         pin = None if local else pins.get(source)
         found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
@@ -126,7 +133,10 @@ def publish(session: Session, outcome: Outcome) -> list[Path]:
             source, goal = entry.path / name, folder / name
             if goal.exists():
                 stat = goal.stat()
-                if os.path.samestat(stat, source.stat()) or (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
+                if os.path.samestat(stat, source.stat()) or (stat.st_size, stat.st_mtime_ns) == (
+                    record.size,
+                    record.mtime_ns,
+                ):
                     continue
                 goal.unlink()
             goal.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +144,9 @@ def publish(session: Session, outcome: Outcome) -> list[Path]:
                 os.link(source, goal)
             except OSError:  # another disk
                 shutil.copy2(source, goal)
-        for stale in [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in entry.files]:
+        for stale in [
+            p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in entry.files
+        ]:
             stale.unlink()
         published.append(folder)
     return published

@@ -1,9 +1,8 @@
 """What a stage is: a frozen dataclass whose fields are its key, with one ``run``; and what ``run`` is given.
 
-A field of type Key is an edge of the step graph. A field made by ``unkeyed()`` does not change the bytes (a path, a number
-of threads) and stays out of the key. What ``run`` writes under ``ctx.out`` is the entry; what it returns is kept in
-``entry.json`` as *facts* (figures for tables, timings among them), outside the digest.
-"""
+A field of type Key is an edge of the step graph. A field made by ``unkeyed()`` does not change the bytes (a path, a
+number of threads) and stays out of the key. What ``run`` writes under ``ctx.out`` is the entry; what it returns is
+kept in ``entry.json`` as *facts* (figures for tables, timings among them), outside the digest."""
 
 from __future__ import annotations
 
@@ -36,9 +35,7 @@ class Stage:
 
     def fields(self) -> dict[str, Any]:
         """Return the keyed fields by name."""
-        return {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("keyed", True)
-        }
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("keyed", True)}
 
     def key(self) -> Key:
         """Return sha256(schema, name, version, fields)."""

@@ -97,7 +97,7 @@ class Store:
                 "set EDGEDISTILL_STORE to a folder with room",
             ) from error
 
-    # ── reading ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── reading ──
 
     def entry_path(self, key: Key) -> Path:
         """Return where the entry of ``key`` lies once it exists."""
@@ -148,12 +148,12 @@ class Store:
                 raise Damaged(entry.key, entry.path, f"{name} has other bytes than recorded")
         self._verified.add((entry.key, entry.digest))
 
-    def keys(self) -> Iterator[Key]:
+    def all_keys(self) -> Iterator[Key]:
         """Yield the key of every entry on disk."""
         for path in sorted((self.root / "entries").glob("*/*/entry.json")):
             yield Key(path.parent.name)
 
-    # ── writing ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── writing ──
 
     def discard(self, key: Key) -> None:
         """Remove an entry; the rename comes first, so no half entry is ever seen."""
@@ -199,7 +199,7 @@ class Store:
             stage=stage,
             digest=digest(content),
             files=files,
-            inputs=dict(inputs),
+            inputs={str(one): known for one, known in inputs.items()},
             facts=dict(facts),
             seconds=round(seconds, 3),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -227,7 +227,7 @@ class Store:
         self._verified.add((key, entry.digest))
         return entry
 
-    # ── leases ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── leases ──
 
     @contextmanager
     def lease(self, key: Key, *, waiting: Callable[[str], None] = lambda who: None) -> Iterator[bool]:
@@ -285,7 +285,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def boot_id() -> str:
-    """Return an id that changes when the machine restarts (Linux), so that a reused pid is not taken for the old one."""
+    """Return an id that changes when the machine restarts (Linux), so that a reused pid is not taken for the old
+    one.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,14 +1,14 @@
 """Tables as the verbs print them: to stdout, fitted to a terminal, wide plain lines off it.
 
-A ``Sheet`` holds text only; how wide it may be is decided when it is printed. Those of a report are in report_sheets.py, which the
-page (report_html.py) shows too. Importing this imports neither rich nor numpy.
+A ``Sheet`` holds text only; how wide it may be is decided when it is printed. Those of a report are in
+report_sheets.py, which the page (report_html.py) shows too. Importing this imports neither rich nor numpy.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,8 @@ class Sheet:
 
 
 def print_table(table: Sheet | Table) -> None:
-    """Print a table to stdout. On a terminal that is too narrow, intervals go to a line of their own and text folds; off a
-    terminal lines are as long as they need to be. Nothing is ever cut off.
+    """Print a table to stdout. On a terminal that is too narrow, intervals go to a line of their own and text folds;
+    off a terminal lines are as long as they need to be. Nothing is ever cut off.
     """
     from rich.console import Console
 
@@ -51,33 +51,64 @@ def print_table(table: Sheet | Table) -> None:
             table.box, table.title_justify = None, "left"
         console.print(table)
         return
-    made = _rich(table, plain=not console.is_terminal, narrow=False)
-    if (
-        console.is_terminal
-        and console.measure(made, options=console.options.update(max_width=20_000)).maximum > console.width
-    ):
-        made = _rich(table, plain=False, narrow=True)
     if table.title:
         console.print(table.title, markup=False, style="bold")
-    console.print(made)
+    if console.is_terminal:
+        for piece in _pieces(table, console.width):
+            console.print(_rich(piece, plain=False))
+    else:
+        with console.capture() as capture:
+            console.print(_rich(table, plain=True))
+        sys.stdout.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
     for note in table.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print()
 
 
-def _rich(sheet: Sheet, *, plain: bool, narrow: bool) -> Table:
+def _pieces(sheet: Sheet, width: int) -> list[Sheet]:
+    """Fit a sheet to a terminal: as it is; else with intervals on a line of their own; else in pieces, the first column
+    in each.
+    """
+
+    def needs(rows: list[list[str]], index: int, most: int) -> int:
+        lines = [line for row in [list(sheet.columns), *rows] for line in row[index].split("\n")]
+        longest = max(map(len, lines), default=0)
+        return (longest if index in sheet.right else min(longest, most)) + 2
+
+    columns = range(len(sheet.columns))
+    if sum(needs(sheet.rows, index, 400) for index in columns) + 1 <= width:
+        return [sheet]
+    rows = [[cell.replace(" [", "\n[") for cell in row] for row in sheet.rows]
+    pieces: list[list[int]] = [[0]]
+    for index in columns[1:]:
+        used = 1 + sum(needs(rows, one, 34) for one in pieces[-1])
+        if len(pieces[-1]) > 1 and used + needs(rows, index, 34) > width:
+            pieces.append([0])
+        pieces[-1].append(index)
+    return [
+        replace(
+            sheet,
+            columns=tuple(sheet.columns[index] for index in piece),
+            rows=[[row[index] for index in piece] for row in rows],
+            right=frozenset(number for number, index in enumerate(piece) if index in sheet.right),
+        )
+        for piece in pieces
+    ]
+
+
+def _rich(sheet: Sheet, *, plain: bool) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=None if plain else box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0) if plain else (0, 1))
     for index, heading in enumerate(sheet.columns):
-        made.add_column(Text(heading), justify="right" if index in sheet.right else "left", overflow="fold")
+        right = index in sheet.right
+        made.add_column(Text(heading), justify="right" if right else "left", overflow="fold", no_wrap=right)
     for number, row in enumerate(sheet.rows):
         if number in sheet.rules and not plain:
             made.add_section()
-        cells = [cell.replace(" [", "\n[") for cell in row] if narrow else row
-        made.add_row(*(Text(cell) for cell in cells))
+        made.add_row(*(Text(cell) for cell in row))
     return made
 
 
@@ -94,11 +125,13 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}:{rest:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
 
 
-# ── plan ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── plan ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def plan_table(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> Sheet:
-    """Lay out what each step would do and need. Time, memory and disk are estimates from rates measured on this machine."""
+    """Lay out what each step would do and need. Time, memory and disk are estimates from rates measured on this
+    machine.
+    """
     from edgedistill.rates import Rates
 
     rates, lines, guessed = Rates(session.store.root), [], False
@@ -170,7 +203,7 @@ def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> 
     }
 
 
-# ── build and report ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── build and report ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_table(session: Session, outcome: Outcome, folders: Iterable[Path]) -> Sheet:
@@ -210,11 +243,13 @@ def report_tables(data: ReportData) -> list[Sheet]:
     return all_sheets(data)
 
 
-# ── explain, quantize, targets, store, doctor ──────────────────────────────────────────────────────────────────────────
+# ── explain, quantize, targets, store, doctor ───────────────────────────────────────────────────────────────────────
 
 
 def explain_json(session: Session, steps: Iterable[Step]) -> list[dict[str, Any]]:
-    """Return for each step what it is made from, whether it is cached and why, where its entry lies and what it found."""
+    """Return for each step what it is made from, whether it is cached and why, where its entry lies and what it
+    found.
+    """
     import json
 
     from edgedistill.fingerprint import canonical_json
@@ -266,7 +301,8 @@ def print_explain(found: Sequence[Mapping[str, Any]]) -> None:
             versions = ", ".join(f"{name} {version}" for name, version in step["versions"].items())
             lines += [
                 f"  entry    {step['entry']}",
-                f"  built    {step['created']} in {duration(step['seconds'])}, {format_size(sum(step['files'].values()))} in {len(step['files'])} files",
+                f"  built    {step['created']} in {duration(step['seconds'])}, "
+                f"{format_size(sum(step['files'].values()))} in {len(step['files'])} files",
                 f"  with     {versions}",
             ]
         else:
@@ -279,7 +315,9 @@ def print_explain(found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _leaves(value: Any, keys: set[str], prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten nested values to (dotted name, text); long lists become their length, keys of other steps are left out."""
+    """Flatten nested values to (dotted name, text); long lists become their length, keys of other steps are left
+    out.
+    """
     if isinstance(value, Mapping):
         return [
             leaf

@@ -81,7 +81,8 @@ class TerminalReporter(Reporter):
         elif now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
             self.console.print(
-                f"    {step.id}: {done}/{total} {note}, {clock(remains)} left here, {clock(everything)} in all", markup=False
+                f"    {step.id}: {done}/{total} {note}, {clock(remains)} left here, {clock(everything)} in all",
+                markup=False,
             )
 
     def finish(self, step: Step, seconds: float) -> None:

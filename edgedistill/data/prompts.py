@@ -2,11 +2,12 @@
 
 One line is one row::
 
-    {"id": "h-001", "messages": [{"role": "user", "content": "wake me at seven"}], "reference": "{...}", "tags": ["alarm"]}
+    {"id": "h-001", "messages": [{"role": "user", "content": "wake me at seven"}], "reference": "{...}", "tags":
+    ["alarm"]}
 
-``prompt`` (a string) may stand for ``messages`` (one user message). Everything but the prompt is optional. What cannot be
-right is refused with file, line and remedy, before a model is loaded: a wrong file costs a second here and hours later.
-This module imports neither torch nor numpy: the command line reads rows before it plans.
+``prompt`` (a string) may stand for ``messages`` (one user message). Everything but the prompt is optional. What cannot
+be right is refused with file, line and remedy, before a model is loaded: a wrong file costs a second here and hours
+later. This module imports neither torch nor numpy: the command line reads rows before it plans.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def load_rows(path: Path, *, need_reference: bool = False) -> list[Row]:
     """
     path = Path(path)
     if path.is_dir():
-        raise UsageError(f"{path}: is a folder, not a JSONL file", f"Name a file in it, such as {path / 'prompts.jsonl'}.")
+        raise UsageError(
+            f"{path}: is a folder, not a JSONL file", f"Name a file in it, such as {path / 'prompts.jsonl'}."
+        )
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -155,7 +158,9 @@ def parse_row(record: Any, where: str) -> Row:
         raise UsageError(f"{where}: id must be a string that is not empty", "Give every row a short unique id.")
     tools = record.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UsageError(f"{where}: tools must be a list of JSON objects", 'Write "tools": [{"type": "function", ...}].')
+        raise UsageError(
+            f"{where}: tools must be a list of JSON objects", 'Write "tools": [{"type": "function", ...}].'
+        )
     tags = record.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UsageError(f"{where}: tags must be a list of strings", 'Write "tags": ["alarm"].')
@@ -190,7 +195,9 @@ def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     for index, message in enumerate(messages):
         at = f"{where}: messages[{index}]"
         if not isinstance(message, dict):
-            raise UsageError(f"{at}: must be an object, not {_kind(message)}", 'Write {"role": "user", "content": "..."}.')
+            raise UsageError(
+                f"{at}: must be an object, not {_kind(message)}", 'Write {"role": "user", "content": "..."}.'
+            )
         role = message.get("role")
         if role not in ROLES:
             hint = "A role is one of " + ", ".join(ROLES) + "."
@@ -206,7 +213,9 @@ def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
                 f"{at}: content must be a string, not {_kind(content)}", "Only text is supported: no images, no audio."
             )
         if role == "system" and index != 0:
-            raise UsageError(f"{at}: a system message must come first", "Move it to the start, or make it a user message.")
+            raise UsageError(
+                f"{at}: a system message must come first", "Move it to the start, or make it a user message."
+            )
     if messages[-1]["role"] not in ("user", "tool"):
         raise UsageError(
             f"{where}: the last message is from {messages[-1]['role']!r}, so there is nothing to answer",
@@ -227,7 +236,7 @@ def _canonical(value: Any) -> bytes:
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
-    """Return the sha256 (hex) of what the rows say, in their order. Spacing and key order in the file do not change it."""
+    """Return the sha256 (hex) of what the rows say, in their order; spacing and key order do not change it."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(_canonical(row.to_json()) + b"\n")
@@ -247,7 +256,8 @@ def _plain(message: Message) -> str:
 def leaks(train: Sequence[Row], suites: Mapping[str, Sequence[Row]]) -> list[Leak]:
     """Find prompts that stand in two places: in ``train`` and a suite, or in two suites.
 
-    Compared are the turns without the system message, regardless of case and spacing. Repeats inside one file are no leak.
+    Compared are the turns without the system message, regardless of case and spacing. Repeats inside one file are no
+    leak.
     """
     found: list[Leak] = []
     first: dict[str, tuple[str, str]] = {}
@@ -263,7 +273,8 @@ def leaks(train: Sequence[Row], suites: Mapping[str, Sequence[Row]]) -> list[Lea
 def with_shots(rows: Sequence[Row], shots: Sequence[Row]) -> list[Row]:
     """Return the rows with the shots' turns and references before their own turns (few-shot prompting).
 
-    The row's system message stays first; those of the shots are left out. Raises UsageError for a shot without reference.
+    The row's system message stays first; those of the shots are left out. Raises UsageError for a shot without
+    reference.
     """
     turns: list[Message] = []
     for shot in shots:

@@ -1,7 +1,8 @@
 """Likelihoods: perplexity of the references, and how far a model's distributions are from another's on the same tokens.
 
-All of it is taken at the positions of the answers (reference and end token), row by row: a distribution over 49k tokens is
-200 kB, so no table of them is ever held. Tokens of one row depend on each other, so intervals treat rows as the sample.
+All of it is taken at the positions of the answers (reference and end token), row by row: a distribution over 49k tokens
+is 200 kB, so no table of them is ever held. Tokens of one row depend on each other, so intervals treat rows as the
+sample.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from edgedistill.evals.statistics import Estimate, clustered_mean, clustered_pro
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """Hold one row as token ids: the prompt, then the reference, then the end token. ``start`` is the prompt's length."""
+    """Hold one row as token ids: prompt, reference, end token. ``start`` is the length of the prompt."""
 
     id: str
     ids: tuple[int, ...]
@@ -47,7 +48,7 @@ class Likelihood:
     counts: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the perplexity's estimate (value, low, high, n, ...) with what belongs to it, without the per-row numbers."""
+        """Return the perplexity's estimate (value, low, high, n) and what belongs to it, no per-row numbers."""
         return {
             **self.perplexity.to_json(),
             "nll": self.nll.to_json(),
@@ -58,7 +59,7 @@ class Likelihood:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Hold how far a candidate is from its reference model: KLD in nats a token, and the share of equal first choices."""
+    """Hold how far a model is from its reference: KLD in nats a token, and the share of equal first choices."""
 
     kld: Estimate
     standard_error: float
@@ -122,7 +123,9 @@ def likelihood_of(ids: Sequence[str], sums: Sequence[float], counts: Sequence[in
             )
     nll, error = clustered_mean(sums, counts)
     # exp is monotone, so the interval of the mean maps to one of the perplexity.
-    ppl = Estimate(value=math.exp(nll.value), low=_exp(nll.low), high=_exp(nll.high), n=nll.n, method="exp of " + nll.method)
+    ppl = Estimate(
+        value=_exp(nll.value), low=_exp(nll.low), high=_exp(nll.high), n=nll.n, method=f"exp of {nll.method}"
+    )
     return Likelihood(
         perplexity=ppl,
         nll=nll,
@@ -143,8 +146,9 @@ def divergence(
 ) -> Divergence:
     """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``.
 
-    Both models read the same token ids, those of ``reference``'s tokenizer. Raises UsageError where the candidate's tokenizer
-    cuts a row otherwise (then no token's distributions compare), StepFailed where a distribution is not finite.
+    Both models read the same token ids, those of ``reference``'s tokenizer. Raises UsageError where the candidate's
+    tokenizer cuts a row otherwise (then no token's distributions compare), StepFailed where a distribution is not
+    finite.
     """
     encoded = token_rows(reference, rows)
     if not encoded:
@@ -205,8 +209,8 @@ def compare_distributions(
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return KL(p || q) in nats, float64 [positions], and whether the first choices agree, bool [positions].
 
-    ``p`` and ``q`` are log-probabilities [positions, vocabulary]. Families pad vocabularies differently: the longer one is cut
-    to the shorter and normalised again.
+    ``p`` and ``q`` are log-probabilities [positions, vocabulary]. Families pad vocabularies differently: the longer one
+    is cut to the shorter and normalised again.
     """
     if p.shape[1] != q.shape[1]:
         size = min(p.shape[1], q.shape[1])

@@ -1,7 +1,8 @@
 """Metrics: how one answer is scored against one reference.
 
-A text metric maps (answer, reference) to a Score between 0 and 1. A likelihood metric (perplexity) scores the reference's
-tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan`` looks names up.
+A text metric maps (answer, reference) to a Score between 0 and 1. A likelihood metric (perplexity) scores the
+reference's tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan``
+looks names up.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def _constant(name: str) -> Any:
 def parse_json(text: str) -> tuple[bool, Any]:
     """Parse strict JSON (spaces around it allowed): (True, value), or (False, None).
 
-    NaN, Infinity and repeated keys are refused. Text before or after the value is refused too: an app would have to guess.
+    NaN, Infinity and repeated keys are refused. Text before or after the value is refused too: an app would have to
+    guess.
     """
     try:
         return True, json.loads(text.strip(), object_pairs_hook=_object, parse_constant=_constant)
@@ -85,8 +87,8 @@ def _name(value: Any) -> str | None:
 def json_exact(answer: str, reference: str) -> Score:
     """Score 1 if the answer is the reference's JSON value, with equal name, arguments and types.
 
-    Details: ``valid_json``; ``function``, the name that the reference calls; ``called``, the name that the answer calls.
-    Raises UsageError if the reference itself is not JSON.
+    Details: ``valid_json``; ``function``, the name that the reference calls; ``called``, the name that the answer
+    calls. Raises UsageError if the reference itself is not JSON.
     """
     good, wanted = parse_json(reference)
     if not good:

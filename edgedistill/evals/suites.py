@@ -22,7 +22,7 @@ ANSWERS, RESULT = "answers.jsonl", "result.json"
 
 @dataclass(frozen=True, kw_only=True)
 class RowResult:
-    """Hold one row's answer and score. Likelihood metrics: no text, ``score`` is the nll's sum, ``tokens`` its count."""
+    """Hold one row's answer and score. For a likelihood: no text, ``score`` is the nll's sum, ``tokens`` its count."""
 
     id: str
     text: str
@@ -126,7 +126,8 @@ def load_scores(folder: Path, suite: str) -> list[float]:
 class Comparison:
     """Hold a paired comparison of a with b on one suite.
 
-    ``difference`` is a - b (perplexity: of nll per token). ``retention`` is a / b, None for a likelihood or where b scores 0.
+    ``difference`` is a - b (perplexity: of nll per token). ``retention`` is a / b, None for a likelihood or where b
+    scores 0.
     """
 
     metric: str
@@ -159,8 +160,8 @@ def evaluate(
 ) -> SuiteResult:
     """Answer the rows greedily and score the answers; or measure the references' perplexity, for a likelihood metric.
 
-    ``grammar`` is GBNF text. Raises UsageError for rows without a reference and for references that the metric cannot read,
-    before anything is decoded.
+    ``grammar`` is GBNF text. Raises UsageError for rows without a reference and for references that the metric cannot
+    read, before anything is decoded.
     """
     metric = find_metric(metric) if isinstance(metric, str) else metric
     if not rows:
@@ -222,9 +223,7 @@ def _reference(row: Row, metric: Metric) -> str:
     return row.reference
 
 
-def _likelihood(
-    runner: Runner, rows: Sequence[Row], progress: Progress | None, common: dict[str, Any]
-) -> SuiteResult:
+def _likelihood(runner: Runner, rows: Sequence[Row], progress: Progress | None, common: dict[str, Any]) -> SuiteResult:
     found = likelihood.perplexity(runner, rows, progress=progress)
     results = tuple(
         RowResult(

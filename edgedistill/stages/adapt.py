@@ -37,9 +37,7 @@ class Adapt(Stage):
 
         source = ctx.path(self.model, "model")
         tokenizer = AutoTokenizer.from_pretrained(source)
-        examples = [
-            encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id) for row in self.rows
-        ]
+        examples = [encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id) for row in self.rows]
         settings = train_settings(self.training, seed=self.seed)
         result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)

@@ -1,8 +1,8 @@
 """base: bring a source model into the store as a full-precision HF folder.
 
-In: a resolved source. Out: ``model/`` (config, tokenizer, safetensors). A GGUF is dequantized, and its tokenizer rebuilt and
-compared with llama.cpp's; a folder is hard-linked. The key holds the digest of the source, not where it lies.
-"""
+In: a resolved source. Out: ``model/`` (config, tokenizer, safetensors). A GGUF is dequantized, and its tokenizer
+rebuilt and compared with llama.cpp's; a folder is hard-linked. The key holds the digest of the source, not where it
+lies."""
 
 from __future__ import annotations
 

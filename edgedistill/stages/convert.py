@@ -1,8 +1,7 @@
 """convert: put a full-precision checkpoint into a GGUF container, and prove that llama.cpp reads the same model.
 
-In: an HF checkpoint. Out: ``model.gguf`` (f16). Gate on the hop: token ids on the user's own text, greedy tokens and logits
-through llama.cpp agree with transformers', and the configuration reads back the same.
-"""
+In: an HF checkpoint. Out: ``model.gguf`` (f16). Gate on the hop: token ids on the user's own text, greedy tokens and
+logits through llama.cpp agree with transformers', and the configuration reads back the same."""
 
 from __future__ import annotations
 

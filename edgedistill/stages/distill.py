@@ -1,8 +1,8 @@
 """distill: train the student on the kept text and the teacher's distributions.
 
-In: the student checkpoint, kept rows, soft targets. Out: ``adapter/`` (LoRA) or ``model/`` (full), ``log/train.jsonl``. Before the
-first step the losses prove themselves: student = teacher gives 0, sparse agrees with dense, shift and mask are right.
-"""
+In: the student checkpoint, kept rows, soft targets. Out: ``adapter/`` (LoRA) or ``model/`` (full),
+``log/train.jsonl``. Before the first step the losses prove themselves: student = teacher gives 0, sparse agrees with
+dense, shift and mask are right."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Distill(Stage):
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         ctx.progress(0, 1, "checking the losses")
-        checks = selfcheck(model, examples, targets, settings=settings)
+        checks = selfcheck(
+            model, examples, targets, terms=settings.loss, vocab_size=min(len(tokenizer), model.config.vocab_size)
+        )
         result = train(model, examples, targets, settings=settings, out=ctx.work, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json(), "selfcheck": checks.to_json()}

@@ -1,9 +1,9 @@
 """evaluate: how well one artifact does the task, and how far its distribution moved.
 
-In: an artifact (HF folder, GGUF or ONNX), the suites. Out: ``answers/<suite>.jsonl``, ``scores.json``. A suite with a grammar is
-answered twice, free and under it. KLD and top-1 agreement are taken over the reference tokens against the merged student and
-the teacher where they are given. Keyed by the runner's build and this machine's instruction set, not by the machine.
-"""
+In: an artifact (HF folder, GGUF or ONNX), the suites. Out: ``answers/<suite>.jsonl``, ``scores.json``. A suite with a
+grammar is answered twice, free and under it. KLD and top-1 agreement are taken over the reference tokens against the
+merged student and the teacher where they are given. Keyed by the runner's build and this machine's instruction set,
+not by the machine."""
 
 from __future__ import annotations
 
@@ -121,7 +121,10 @@ def _with_shots(rows: tuple[Row, ...], shots: tuple[Mapping[str, Any], ...]) -> 
         turns = [
             turn
             for shot in shots
-            for turn in ({"role": "user", "content": shot["prompt"]}, {"role": "assistant", "content": shot["reference"]})
+            for turn in (
+                {"role": "user", "content": shot["prompt"]},
+                {"role": "assistant", "content": shot["reference"]},
+            )
         ]
         rest = [m for m in row.messages if m["role"] != "system"]
         found.append(dataclasses.replace(row, messages=(*system, *turns, *rest)))

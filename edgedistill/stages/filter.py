@@ -1,8 +1,8 @@
 """filter: keep the answers worth learning from, and say what happened to the rest.
 
-In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with the reason,
-``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay.
-"""
+In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
+the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
+hard prompts stay."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Filter(Stage):
         rejected: list[dict[str, Any]] = []
         gold = {row_id for row_id in rows if any(f["otherwise"] == "gold" for f in self.filters)}
         alive = {row_id: [a for a in found if a["finish"] == "stop"] for row_id, found in answers.items()}
-        for row_id, found in answers.items():
+        for found in answers.values():
             rejected += [{**a, "why": "did not end"} for a in found if a["finish"] != "stop"]
         kept = sum(map(len, alive.values()))
         yields.append({"filter": "ended", "in": len(lines), "out": kept})

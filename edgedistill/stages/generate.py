@@ -1,10 +1,10 @@
 """generate: the teacher answers the prompts.
 
-In: teacher checkpoint, prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the row's key.
-Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the batch in flight only and
-no other recipe asks again. Shards are fixed from the sorted list of questions before the first is put. The batch size is
-not in the key: batches change the last bit of a bf16 logit, and that is not worth buying every answer again.
-"""
+In: teacher checkpoint, prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the
+row's key. Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the
+batch in flight only and no other recipe asks again. Shards are fixed from the sorted list of questions before the
+first is put. The batch size is not in the key: batches change the last bit of a bf16 logit, and that is not worth
+buying every answer again."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """heal: train a pruned student in full on the kept text.
 
-In: the shaped checkpoint, kept rows. Out: ``model/``, ``log/train.jsonl``. A low-rank adapter on an unhealed pruned model learns
-slowly (0.57 against 0.995 exact match on the quickstart's task), so this comes first.
-"""
+In: the shaped checkpoint, kept rows. Out: ``model/``, ``log/train.jsonl``. A low-rank adapter on an unhealed pruned
+model learns slowly (0.57 against 0.995 exact match on the quickstart's task), so this comes first."""
 
 from __future__ import annotations
 

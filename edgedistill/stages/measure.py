@@ -1,9 +1,8 @@
 """measure: how fast one artifact runs on this machine, beside the teacher's f16 in the same session.
 
-In: an artifact, the baseline, settings, the device's fingerprint. Out: ``measurement.json``. Speed is cached per device; a ratio is
-always taken in one session, interleaved. A noisy run is repeated; what stays noisy is stored as noisy and shown so
-(``--remeasure`` takes it again).
-"""
+In: an artifact, the baseline, settings, the device's fingerprint. Out: ``measurement.json``. Speed is cached per
+device; a ratio is always taken in one session, interleaved. A noisy run is repeated; what stays noisy is stored as
+noisy and shown so (``--remeasure`` takes it again)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """merge: fold the adapter into the full-precision student, and prove that nothing moved.
 
-In: the student checkpoint that the adapter was trained on, the adapter. Out: ``model/``. The base is loaded in fp32, merged
-with ``safe_merge``, saved, loaded again and compared with base + adapter (LoRA on a tied embedding merges wrong: ``plan``
-refuses it).
-"""
+In: the student checkpoint that the adapter was trained on, the adapter. Out: ``model/``. The base is loaded in fp32,
+merged with ``safe_merge``, saved, loaded again and compared with base + adapter (LoRA on a tied embedding merges
+wrong: ``plan`` refuses it)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """package: what ships, if it is good enough: the model, its manifest and card, and how to run it.
 
 In: the quantized entry, its evaluation and measurement, those of teacher and student. Out: the folder that becomes
-``dist/<recipe>/<target>/``. The gates are a pure function over what was measured (edgedistill/gates.py): a new threshold
-re-packages and measures nothing. A missed gate writes no package; ``--ship-anyway`` does and records it.
+``dist/<recipe>/<target>/``. The gates are a pure function over what was measured (edgedistill/gates.py): a new
+threshold re-packages and measures nothing. A missed gate writes no package; ``--ship-anyway`` does and records it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """quantize: one converted (GGUF) or merged (ONNX) model to the types a target asks for.
 
-In: the f16 GGUF and the importance matrix, or the merged checkpoint for ONNX. Out: ``model.gguf``, or ``onnx/``. Gate on the hop:
-the file is complete, loads and runs; an ONNX builder's exit code proves nothing, so its model is run beside transformers.
-"""
+In: the f16 GGUF and the importance matrix, or the merged checkpoint for ONNX. Out: ``model.gguf``, or ``onnx/``. Gate
+on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves nothing, so its model is run
+beside transformers."""
 
 from __future__ import annotations
 

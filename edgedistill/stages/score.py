@@ -1,9 +1,9 @@
 """score: the teacher's distribution over the next token, at every kept token.
 
-In: teacher checkpoint, kept rows. Out: ``targets/*.parquet``: per position n random draws with counts and log-probability (RS-KD,
-"Sparse Logit Sampling", ACL 2025), or the top n and the tail as one bucket. Another student, filter order or loss weight asks the
-teacher nothing anew. Shards are fixed from the list sorted by length; a killed run keeps those that it finished.
-"""
+In: teacher checkpoint, kept rows. Out: ``targets/*.parquet``: per position n random draws with counts and log-
+probability (RS-KD, "Sparse Logit Sampling", ACL 2025), or the top n and the tail as one bucket. Another student,
+filter order or loss weight asks the teacher nothing anew. Shards are fixed from the list sorted by length; a killed
+run keeps those that it finished."""
 
 from __future__ import annotations
 
@@ -72,4 +72,9 @@ class Score(Stage):
                     writer.write(part[index], targets)
         shutil.copytree(ctx.work, ctx.out / "targets")
         size = sum(path.stat().st_size for path in (ctx.out / "targets").iterdir())
-        return {"rows": len(examples), "tokens": tokens, "bytes": size, "bytes_per_token": round(size / max(1, tokens), 2)}
+        return {
+            "rows": len(examples),
+            "tokens": tokens,
+            "bytes": size,
+            "bytes_per_token": round(size / max(1, tokens), 2),
+        }

@@ -1,8 +1,7 @@
 """shape: cut layers out of the student.
 
-In: base checkpoint, the layers to keep. Out: ``model/``, a checkpoint that transformers and the converter load. What is cut is
-useless until it is healed.
-"""
+In: base checkpoint, the layers to keep. Out: ``model/``, a checkpoint that transformers and the converter load. What
+is cut is useless until it is healed."""
 
 from __future__ import annotations
 

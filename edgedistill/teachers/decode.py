@@ -1,7 +1,8 @@
 """Batched decoding with a key/value cache of our own, over flat batches.
 
-The prompts of a batch run flat, without padding and with their common prefix once (see training/packing.py); every later
-step is one token a row. Rows that have ended leave the batch as soon as a quarter of it has: no time goes into padding.
+The prompts of a batch run flat, without padding and with their common prefix once (see training/packing.py); every
+later step is one token a row. Rows that have ended leave the batch as soon as a quarter of it has: no time goes into
+padding.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class _Prefill:
 
 
 class KeyValues:
-    """Keys and values [rows, kv heads, room, D] of every layer, rows left-aligned; also the layout of one-token steps."""
+    """Keys and values [rows, kv heads, room, D] of every layer, rows left-aligned; the layout of one-token steps."""
 
     def __init__(self, lengths: Sequence[int], room: int) -> None:
         self.lengths = torch.tensor(lengths)
@@ -135,8 +136,8 @@ def decode(
 ) -> list[Decoded]:
     """Write up to ``max_new_tokens`` after each prompt, in packed mode; returns the rows in the order of the prompts.
 
-    Greedy when ``temperature`` is 0. Otherwise token t of row r is decided by ``uniforms[r, t]`` in [0, 1) alone, so a draw
-    does not depend on the batch that the row is in.
+    Greedy when ``temperature`` is 0. Otherwise token t of row r is decided by ``uniforms[r, t]`` in [0, 1) alone, so a
+    draw does not depend on the batch that the row is in.
     """
     decoder, head = body(model), model.get_output_embeddings()
     shortest = min(len(prompt) for prompt in prompts)

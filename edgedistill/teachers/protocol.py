@@ -17,7 +17,8 @@ Progress = Callable[[int, int, str], None]
 class Answer:
     """One answer. ``index`` is the place of its prompt in the request; ``token_ids`` are without the end-of-turn token.
 
-    ``logprob`` is the sum of the log-probabilities, at temperature 1, of the tokens written, the end-of-turn token included.
+    ``logprob`` is the sum of the log-probabilities, at temperature 1, of the tokens written, the end-of-turn token
+    included.
     """
 
     index: int

@@ -64,14 +64,17 @@ def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[in
     """Encode the messages with the chat template up to where the model starts to write."""
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            "the tokenizer has no chat template", hint="use an instruction-tuned model, or add chat_template.jinja to it"
+            "the tokenizer has no chat template",
+            hint="use an instruction-tuned model, or add chat_template.jinja to it",
         )
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def turn_end(tokenizer: Any) -> int:
-    """Find the token with which the chat template ends an assistant's turn (ChatML: ``<|im_end|>``); else the EOS token."""
+    """Find the token with which the chat template ends an assistant's turn (ChatML: ``<|im_end|>``); else the EOS
+    token.
+    """
     known = getattr(tokenizer, "_edgedistill_turn_end", None)
     if known is not None:
         return known
@@ -112,7 +115,7 @@ def encode_example(
     answer.append(turn_end(tokenizer))
     if context is not None and len(prompt) + len(answer) > context:
         raise UsageError(
-            f"row {id!r}: {len(prompt)} prompt and {len(answer)} completion tokens do not fit into a context of {context}",
+            f"row {id!r}: {len(prompt)} prompt and {len(answer)} completion tokens do not fit a context of {context}",
             hint="shorten or remove the row, or raise the context length",
         )
     return Example(id=id, prompt_ids=tuple(prompt), completion_ids=tuple(answer), weight=weight)

@@ -12,7 +12,7 @@ from edgedistill.training.targets import TEMPERATURES, Kind, SparseTargets
 
 
 def uniforms(seed: int, row_id: str, positions: int, n: int) -> np.ndarray:
-    """Return the numbers in [0, 1) that decide a row's draws: float32 [positions, n]; a function of (seed, row) only."""
+    """Return the numbers in [0, 1) that decide a row's draws, from (seed, row) alone: float32 [positions, n]."""
     return counter_rng("targets", seed, row_id).random((positions, n), dtype=np.float32)
 
 
@@ -23,8 +23,11 @@ def stored_temperatures(temperature: float) -> tuple[float, ...]:
     return (*TEMPERATURES, temperature)
 
 
-def log_normalisers(p: torch.Tensor, logp: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    """Return A(t) = log sum p^(1/t) for each temperature: [positions, temperatures]. p and logp are float32 [positions, V]."""
+def log_normalisers(p: torch.Tensor, z: torch.Tensor, lse: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
+    """Return A(t) = log sum p^(1/t) for each temperature: [positions, temperatures].
+
+    p = softmax(z) [positions, V] and lse [positions, 1], float32.
+    """
     half = p.sqrt()
     quarter: torch.Tensor | None = None
     sums = []
@@ -40,7 +43,7 @@ def log_normalisers(p: torch.Tensor, logp: torch.Tensor, temperatures: Sequence[
             quarter = half.sqrt() if quarter is None else quarter
             total = torch.linalg.vecdot(half, quarter) if beta > 0.5 else quarter.sum(-1)
         else:
-            sums.append(torch.logsumexp(logp / t, -1))
+            sums.append(torch.logsumexp((z - lse) / t, -1))
             continue
         sums.append(total.log())
     return torch.stack(sums, -1)
@@ -50,10 +53,11 @@ BLOCK = 128
 
 
 def invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Invert the cumulative distribution at ``uniform`` [rows, n] in [0, 1): ids [rows, n]. p [rows, V] need not add up to 1.
+    """Invert the cumulative distribution at ``uniform`` [rows, n] in [0, 1): ids [rows, n]. p [rows, V] need not add up
+    to 1.
 
-    In two levels, over sums of blocks and then inside one block a draw: a running sum over a whole vocabulary costs more
-    than all the rest of a draw.
+    In two levels, over sums of blocks and then inside one block a draw: a running sum over a whole vocabulary costs
+    more than all the rest of a draw.
     """
     rows, size = p.shape
     blocks = torch.nn.functional.pad(p, (0, -size % BLOCK)).view(rows, -1, BLOCK)
@@ -77,16 +81,16 @@ def sparse_from_logits(
     temperature: float,
     uniform: torch.Tensor | None = None,
 ) -> SparseTargets:
-    """Keep n draws, or the top n, of each position of ``logits`` [positions, V]; ``uniform`` [positions, n] for draws."""
+    """Keep n draws (decided by ``uniform`` [positions, n]) or the top n of each row of ``logits`` [positions, V]."""
     z = logits.float()
-    lse = torch.logsumexp(z, -1, keepdim=True)
-    logp = z.sub(lse)
-    p = logp.exp()
+    p = torch.softmax(z, -1)
+    lse = (z.amax(-1) - p.amax(-1).log())[:, None]
     temperatures = stored_temperatures(temperature)
-    normalisers = log_normalisers(p, logp, temperatures).numpy()
+    normalisers = log_normalisers(p, z, lse, temperatures).numpy()
     positions = z.shape[0]
     if kind == "top-k":
-        values, ids = logp.topk(n, -1)
+        values, ids = z.topk(n, -1)
+        values -= lse
         return SparseTargets(
             kind=kind,
             n=n,
@@ -100,7 +104,7 @@ def sparse_from_logits(
         )
     assert uniform is not None
     if abs(temperature - 1.0) > 1e-9:
-        p = torch.softmax(logp / temperature, -1)
+        p = torch.softmax(z / temperature, -1)
     drawn = invert(p, uniform)
     drawn = drawn.sort(-1).values
     first = torch.ones_like(drawn, dtype=torch.bool)
@@ -117,7 +121,7 @@ def sparse_from_logits(
         offsets=offsets,
         ids=drawn[first].to(torch.int32).numpy(),
         counts=counts,
-        logp=logp.gather(1, drawn)[first].numpy(),
+        logp=(z.gather(1, drawn) - lse)[first].numpy(),
         normalisers=normalisers,
     )
 

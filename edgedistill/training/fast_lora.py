@@ -1,8 +1,8 @@
 """LoRA's linear layer in fewer passes over memory, for training on a CPU.
 
-PEFT computes base(x) + scaling * B(A(x)) with a multiplication and an addition over the whole output, and autograd adds the
-two gradients of the input the same way. Here the products accumulate into the output and into the gradient.
-Only plain layers are replaced (one adapter, no dropout, nn.Linear); the modules and what they save stay PEFT's.
+PEFT computes base(x) + scaling * B(A(x)) with a multiplication and an addition over the whole output, and autograd adds
+the two gradients of the input the same way. Here the products accumulate into the output and into the gradient. Only
+plain layers are replaced (one adapter, no dropout, nn.Linear); the modules and what they save stay PEFT's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
     ) -> torch.Tensor:
         low = x @ a.T
         y = torch.nn.functional.linear(x, weight, bias)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.training.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,8 @@ class LoraSettings:
 def check_targets(config: Any, targets: str | Sequence[str]) -> None:
     """Refuse adapters that merge wrong; ``config`` is a dict (config.json) or a transformers config.
 
-    The head of a tied model is its embedding: PEFT adapts one use of the tensor and merges into both (logit error 1 to 11
-    on a scale below 1, and ``ensure_weight_tying`` does not mend it). Raises UsageError.
+    The head of a tied model is its embedding: PEFT adapts one use of the tensor and merges into both (logit error 1 to
+    11 on a scale below 1, and ``ensure_weight_tying`` does not mend it). Raises UsageError.
     """
     if isinstance(targets, str):
         if targets != ALL_LINEAR:
@@ -45,12 +46,13 @@ def check_targets(config: Any, targets: str | Sequence[str]) -> None:
     bad = [name for name in targets if name.split(".")[-1] in (*HEAD_NAMES, *EMBEDDING_NAMES)]
     if bad and tied:
         raise UsageError(
-            f"lora.targets names {', '.join(bad)}, but this model ties its head to its embedding: such an adapter does not merge",
+            f"lora.targets names {', '.join(bad)}, but this model ties its head to its embedding: "
+            "such an adapter does not merge",
             hint=f"remove {', '.join(bad)} from lora.targets, or train with method = 'full'",
         )
     if bad:
         raise UsageError(
-            f"lora.targets names {', '.join(bad)}: the loss evaluates the head by itself, adapters go on the decoder only",
+            f"lora.targets names {', '.join(bad)}: the loss evaluates the head by itself, adapters go on the decoder",
             hint="use lora.targets = 'all-linear'",
         )
 
@@ -72,7 +74,7 @@ def attach(model: Any, settings: LoraSettings, *, seed: int = 0) -> Any:
         task_type="CAUSAL_LM",
         bias="none",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
@@ -108,9 +110,9 @@ def merge(
 ) -> MergeReport:
     """Merge an adapter into its full-precision base, save, reload and compare logits on the token ``rows``.
 
-    The base is loaded in float32 whatever it was trained in; ``safe_merge`` refuses non-finite weights. ``tolerance`` is the
-    largest allowed logit difference (default 1e-3 saved as float32, 0.25 as bfloat16, in logit units). Raises StepFailed
-    when base + adapter and the reloaded checkpoint disagree; nothing is left in ``out_dir`` then.
+    The base is loaded in float32 whatever it was trained in; ``safe_merge`` refuses non-finite weights. ``tolerance``
+    is the largest allowed logit difference (default 1e-3 saved as float32, 0.25 as bfloat16, in logit units). Raises
+    StepFailed when base + adapter and the reloaded checkpoint disagree; nothing is left in ``out_dir`` then.
     """
     import torch
     from peft import PeftModel
@@ -125,16 +127,19 @@ def merge(
     targets = adapter_config.get("target_modules")
     if isinstance(targets, list):
         check_targets(base_config, targets)
-    model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, trust_remote_code=False)
-    model = PeftModel.from_pretrained(model, str(adapter_dir)).eval()
-    expected = [_logits(model, row) for row in rows]
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        raise StepFailed(f"the adapter in {adapter_dir} does not merge: {error}", hint="lower distill.lr") from error
-    merged.to(kind).save_pretrained(out_dir, max_shard_size="4GB")
-    del model, merged
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(out_dir, dtype=kind, trust_remote_code=False).eval()
+    with quiet():
+        model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, trust_remote_code=False)
+        model = PeftModel.from_pretrained(model, str(adapter_dir)).eval()
+        expected = [_logits(model, row) for row in rows]
+        try:
+            merged = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise StepFailed(
+                f"the adapter in {adapter_dir} does not merge: {error}", hint="train it again with a lower lr"
+            ) from error
+        merged.to(kind).save_pretrained(out_dir, max_shard_size="4GB")
+        del model, merged
+        reloaded: Any = AutoModelForCausalLM.from_pretrained(out_dir, dtype=kind, trust_remote_code=False).eval()
     worst = total = scale = 0.0
     agree = positions = 0
     for row, reference in zip(rows, expected, strict=True):

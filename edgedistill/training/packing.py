@@ -98,6 +98,12 @@ class Layout:
         real[self.unpad_index] = True
         return real.view(len(self.counts), 1, 1, self.widest, 1)
 
+    @functools.cached_property
+    def prefix_alone(self) -> Layout:
+        """Return the layout of the prefix as one row by itself."""
+        every = torch.arange(self.prefix)
+        return Layout(0, [self.prefix], every, every)
+
     def prefix_mask(self, window: int | None) -> torch.Tensor | None:
         """Return the mask of the prefix on itself."""
         if window is None or window >= self.prefix:
@@ -133,7 +139,8 @@ class PackedBatch:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Count the tokens that all sequences start with."""
-    first, last = min(sequences), max(sequences)
+    # What the smallest and the largest share, all others share.
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
     count = 0
     for left, right in zip(first, last, strict=False):
         if left != right:
@@ -200,7 +207,8 @@ def packed_attention(
     layout: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over a flat batch. query [1, heads, tokens, D], key and value [1, kv heads, tokens, D] -> [1, tokens, heads, D].
+    """Attend over a flat batch. query [1, heads, tokens, D], key and value [1, kv heads, tokens, D] -> [1, tokens,
+    heads, D].
 
     ``layout`` is a Layout, or an object with an ``attend`` method (the decoder's key/value cache).
     """
@@ -211,7 +219,15 @@ def packed_attention(
     prefix, rows, widest = layout.prefix, len(layout.counts), layout.widest
     own: torch.Tensor
     parts: list[torch.Tensor] = []
-    if prefix:
+    short = fits(rows, heads, widest, prefix, query.device) and not dropout
+    scale = scaling if scaling is not None else dim**-0.5
+    if prefix and short:
+        first = layout.prefix_alone
+        head = slice(0, prefix)
+        parts.append(
+            ShortAttention.apply(query[:, :, head], key[:, :, head], value[:, :, head], first, scale, sliding_window)
+        )  # pyright: ignore[reportArgumentType]
+    elif prefix:
         mask = layout.prefix_mask(sliding_window)
         alone = nn.functional.scaled_dot_product_attention(
             query[:, :, :prefix],
@@ -223,8 +239,7 @@ def packed_attention(
             dropout_p=dropout,
         )
         parts.append(alone[0].transpose(0, 1))
-    if fits(rows, heads, widest, prefix, query.device) and not dropout:
-        scale = scaling if scaling is not None else dim**-0.5
+    if short:
         own = ShortAttention.apply(query, key, value, layout, scale, sliding_window)  # pyright: ignore[reportAssignmentType]
     else:
         own = _long_attention(query, key, value, layout, scaling, sliding_window, dropout)

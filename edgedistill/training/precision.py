@@ -23,7 +23,9 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> str:
-    """Turn ``auto`` into ``bfloat16`` or ``float32`` for the device; other names stay. Raises UsageError for unknown ones."""
+    """Turn ``auto`` into ``bfloat16`` or ``float32`` for the device; other names stay. Raises UsageError for unknown
+    ones.
+    """
     if name == "auto":
         if device == "cpu":
             return "bfloat16" if cpu_has_bf16() else "float32"

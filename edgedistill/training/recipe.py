@@ -41,14 +41,11 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
     )
 
 
-def load_kept(
-    kept: Path, model: Path, *, text: str = "text", limit: int | None = None
-) -> tuple[list[Example], Any]:
+def load_kept(kept: Path, model: Path, *, text: str = "text", limit: int | None = None) -> tuple[list[Example], Any]:
     """Encode the rows that the filters kept with the model's tokenizer: (examples, tokenizer).
 
-    ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). Raises UsageError for a row
-    that is longer than the model's context.
-    """
+    ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). Raises UsageError for
+    a row that is longer than the model's context."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -79,7 +76,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def take_results(result: Any, work: Path, out: Path, *, source: Path) -> None:
-    """Move what ``train`` left in ``work`` into the entry: ``adapter/`` or ``model/`` (with its tokenizer), and the log."""
+    """Move what ``train`` left in ``work`` into the entry: ``adapter/`` or ``model/`` (with its tokenizer), and the
+    log.
+    """
     shutil.move(result.path, out / result.path.name)
     (out / "log").mkdir()
     shutil.move(work / "log.jsonl", out / "log" / "train.jsonl")

@@ -1,7 +1,7 @@
 """Checks that run before training, in seconds: the loss is what it claims to be, for this model and this data.
 
-Each is an identity that a known bug of distillation code breaks: shifted labels, a mask that counts the prompt, means of
-means under accumulation, targets of other tokens, sparse targets that lose mass, batches whose rows see each other.
+Each is an identity that a known bug of distillation code breaks: shifted labels, a mask that counts the prompt, means
+of means under accumulation, targets of other tokens, sparse targets that lose mass, batches whose rows see each other.
 """
 
 from __future__ import annotations
@@ -143,7 +143,11 @@ def _loss_and_layout(
     """Compare with cross-entropy as in the textbook, one row at a time, labels shifted by hand."""
     count = sum(len(one.completion_ids) for one in few)
     expected = sum(
-        float(torch.nn.functional.cross_entropy(logits, torch.tensor(one.completion_ids, device=logits.device), reduction="sum"))
+        float(
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor(one.completion_ids, device=logits.device), reduction="sum"
+            )
+        )
         for one, logits in zip(few, plain, strict=True)
     )
     got = float(_loss(model, few, vocab_size))
@@ -166,8 +170,8 @@ def _loss_and_layout(
         "layout",
         divergence,
         _rounding(model) / 5,
-        "rows in a batch give other distributions than each row alone (padding, shared prefix, or the model changes logits "
-        "after its head)",
+        "rows in a batch give other distributions than each row alone (padding, the shared prefix, or a model that "
+        "changes logits after its head)",
     )
 
 
@@ -215,7 +219,10 @@ def _identity(check: _Check, plain: Sequence[torch.Tensor], temperature: float) 
     error = float((torch.from_numpy(cross) - entropy).sum())
     standard = math.sqrt(float(variance.sum())) or 1e-6
     check.within(
-        "sampled", abs(error) / standard, 5.0, "sampled targets do not agree with the dense distribution (standard errors)"
+        "sampled",
+        abs(error) / standard,
+        5.0,
+        "sampled targets do not agree with the dense distribution (standard errors)",
     )
     # A second model: the same logits, pushed. Sparse and dense must agree on how far it is away.
     pushed = logits + torch.from_numpy(counter_rng("push").standard_normal(logits.shape[1], dtype=np.float32))

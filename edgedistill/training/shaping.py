@@ -39,7 +39,9 @@ def prune_depth(model: Any, layers: int | Sequence[int]) -> Any:
     decoder = getattr(model, model.base_model_prefix)
     name = next((name for name in ("layers", "h") if isinstance(getattr(decoder, name, None), nn.ModuleList)), None)
     if name is None:
-        raise UsageError(f"a model of type {model.config.model_type!r} cannot be depth-pruned: its layers were not found")
+        raise UsageError(
+            f"a model of type {model.config.model_type!r} cannot be depth-pruned: its layers were not found"
+        )
     blocks = getattr(decoder, name)
     config = model.config
     chosen = choose_layers(len(blocks), layers)

@@ -69,7 +69,13 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Any, scale: float, window: int | None
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layout: Any,
+        scale: float,
+        window: int | None,
     ) -> torch.Tensor:
         heads, kv_heads = query.shape[1], key.shape[1]
         wide_query = _wide_query(query[0, :, layout.prefix :], layout, kv_heads)

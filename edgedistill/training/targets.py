@@ -114,10 +114,12 @@ class SparseTargets:
 
 
 def reweight(targets: SparseTargets, from_T: float, to_T: float) -> tuple[SparseTargets, float]:
-    """Turn draws at ``from_T`` into weighted draws at ``to_T``; also return the mean effective sample size per position.
+    """Turn draws at ``from_T`` into weighted draws at ``to_T``; also return the mean effective sample size per
+    position.
 
-    Self-normalised importance weights: w proportional to p_to / p_from = exp(log p (1 / to - 1 / from)), scaled to add up
-    to n. Effective sample size = (sum w)^2 / sum w^2 over the n draws. Raises UsageError beyond half a unit of temperature.
+    Self-normalised importance weights: w proportional to p_to / p_from = exp(log p (1 / to - 1 / from)), scaled to add
+    up to n. Effective sample size = (sum w)^2 / sum w^2 over the n draws. Raises UsageError beyond half a unit of
+    temperature.
     """
     if targets.kind != "sampled":
         raise UsageError("only sampled targets are re-weighted; top-k targets are exact at their stored temperatures")
@@ -125,8 +127,8 @@ def reweight(targets: SparseTargets, from_T: float, to_T: float) -> tuple[Sparse
         raise UsageError(f"the targets were drawn at temperature {targets.temperature:g}, not {from_T:g}")
     if abs(to_T - from_T) > REACH + 1e-9 or to_T <= 0:
         raise UsageError(
-            f"targets drawn at temperature {from_T:g} cannot be re-weighted to {to_T:g}: the variance grows several times "
-            f"beyond {REACH:g} of a unit",
+            f"targets drawn at temperature {from_T:g} cannot be re-weighted to {to_T:g}: the variance "
+            f"grows several times beyond {REACH:g} of a unit",
             hint=f"set score.temperature = {to_T:g} (one more forward over the same text)",
         )
     sizes = np.diff(targets.offsets)
@@ -180,8 +182,7 @@ class TargetsWriter:
             self._schema,
             compression="zstd",
             compression_level=9,
-            use_dictionary=["ids.list.element", "counts.list.element", "sizes.list.element"],
-            column_encoding=None,
+            use_dictionary=[f"{name}.list.element" for name in ("ids", "counts", "sizes")],  # pyright: ignore
             write_statistics=False,
         )
 
@@ -189,7 +190,7 @@ class TargetsWriter:
         """Add the targets of one example. Raises UsageError when they do not fit the example or the header."""
         if targets.positions != len(example.completion_ids):
             raise UsageError(
-                f"row {example.id!r}: targets for {targets.positions} positions, {len(example.completion_ids)} completion tokens"
+                f"row {example.id!r}: targets for {targets.positions} of {len(example.completion_ids)} tokens"
             )
         if (targets.kind, targets.temperature) != (self.header.kind, self.header.temperature):
             raise UsageError(f"row {example.id!r}: targets of another kind or temperature than the file's")

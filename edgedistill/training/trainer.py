@@ -8,111 +8,40 @@ outside costs less on a CPU than autocast, which casts every weight again in eve
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from edgedistill.errors import StepFailed, UsageError
+from edgedistill.errors import UsageError
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
-from edgedistill.training.data import Example, make_batches
+from edgedistill.training.data import Example
 from edgedistill.training.fast_lora import restore, speed_up
-from edgedistill.training.lora import LoraSettings, attach
-from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
+from edgedistill.training.lora import attach
+from edgedistill.training.losses import batch_targets, completion_loss
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.precision import pick_device, torch_dtype
+from edgedistill.training.quiet import quiet
+from edgedistill.training.settings import (
+    TrainResult,
+    TrainSettings,
+    check_loss,
+    check_settings,
+    learning_rate,
+    plan_steps,
+    run_digest,
+)
 from edgedistill.training.targets import SparseTargets
 
+__all__ = ["Progress", "TrainResult", "TrainSettings", "train"]
+
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How to train. ``batch_size`` rows make one optimiser step, computed ``micro_batch`` rows at a time.
-
-    ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
-    computation; weights in training are kept in float32 beside it. ``gradient_norms`` is every how many steps the norms of
-    the kd and ce gradients are taken apart (0: never).
-    """
-
-    method: Literal["lora", "qlora", "full"] = "lora"
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    lr: float = 2e-4
-    epochs: float = 1.0
-    steps: int | None = None
-    batch_size: int = 16
-    micro_batch: int | None = None
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = 0.1
-    min_lr: float = 0.0
-    weight_decay: float = 0.0
-    beta2: float = 0.999
-    clip: float = 1.0
-    loss: LossTerms = field(default_factory=LossTerms)
-    freeze_embeddings: bool = True
-    dtype: str = "auto"
-    seed: int = 0
-    checkpoint_steps: int = 0
-    checkpoint_seconds: float = 60.0
-    gradient_norms: int = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run did. ``path`` is the adapter's folder (lora) or the model's (full); rates are of this process."""
-
-    path: Path
-    method: str
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_s: float
-    loss: float
-    kd: float
-    ce: float
-    trainable_parameters: int
-    peak_memory: int
-    resumed_at: int
-    dtype: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "path": self.path.name}
-
-
-def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
-    """Return the learning rate of optimiser step ``step`` (from 0) of ``total``."""
-    warm = max(1, round(settings.warmup * total)) if settings.warmup > 0 else 0
-    if step < warm:
-        return settings.lr * (step + 1) / warm
-    share = (step - warm) / max(1, total - warm)
-    if settings.schedule == "constant":
-        factor = 1.0
-    elif settings.schedule == "linear":
-        factor = 1.0 - share
-    else:
-        factor = 0.5 * (1.0 + math.cos(math.pi * share))
-    return settings.min_lr + (settings.lr - settings.min_lr) * factor
-
-
-def plan_steps(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
-    """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps."""
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
-    total = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
-    plan: list[list[int]] = []
-    epoch = 0
-    while len(plan) < total:
-        plan += make_batches(examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
-        epoch += 1
-    return plan[:total]
 
 
 def train(
@@ -127,9 +56,9 @@ def train(
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
 
-    Writes ``out/adapter`` (lora) or ``out/model`` (full), safetensors in float32, and ``out/log.jsonl``; checkpoints live in
-    ``out/checkpoints`` until the end. Killed at any moment, the same call goes on from the last checkpoint and ends
-    with the same weights (same machine and thread count). ``model`` is used up. ``vocab_size`` is the tokenizer's.
+    Writes ``out/adapter`` (lora) or ``out/model`` (full), safetensors in float32, and ``out/log.jsonl``; checkpoints
+    live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on from the last checkpoint and
+    ends with the same weights (same machine and thread count). ``model`` is used up. ``vocab_size`` is the tokenizer's.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
     run = _Run(model, examples, targets, settings, Path(out), vocab_size, progress)
@@ -148,14 +77,14 @@ class _Run:
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
-        _check(settings, examples, targets, self.device)
+        check_settings(settings, examples, targets, self.device)
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
         self.rank, self.world = _processes()
         self.plan = plan_steps(examples, settings)
         head = model.get_output_embeddings()
         self.vocab_size = vocab_size or head.weight.shape[0]
-        self.digest = _digest(model, examples, targets, settings, self.vocab_size)
+        self.digest = run_digest(model, examples, targets, settings, self.vocab_size)
         self.dtype = torch_dtype(settings.dtype, self.device)
         self.final = out / ("model" if settings.method == "full" else "adapter")
 
@@ -166,7 +95,9 @@ class _Run:
             return None
         data = json.loads(path.read_text())
         if data.pop("digest") != self.digest:
-            raise UsageError(f"{self.out}: trained with other settings or data", hint=f"remove {self.out} and run again")
+            raise UsageError(
+                f"{self.out}: trained with other settings or data", hint=f"remove {self.out} and run again"
+            )
         return TrainResult(**{**data, "path": self.final})
 
     def go(self) -> TrainResult:
@@ -201,7 +132,7 @@ class _Run:
                     }
                     if log is not None:
                         log.write(record)
-                    _check_loss(record, state, settings)
+                    check_loss(record, state, settings)
                     tail = [*tail[-9:], record]
                     if self.progress is not None:
                         left = (now - begun) / (step + 1 - resumed_at) * (total - step - 1)
@@ -273,7 +204,8 @@ class _Run:
     def _publish(self) -> None:
         """Copy the masters into the model's weights."""
         with torch.no_grad():
-            torch._foreach_copy_([self.trained[name] for name in self.masters], list(self.masters.values()))
+            for name, master in self.masters.items():
+                self.trained[name].copy_(master)
 
     def _collect(self) -> None:
         """Add the model's gradients to those of the masters, in float32."""
@@ -289,18 +221,22 @@ class _Run:
 
     def _norm(self) -> torch.Tensor:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) if grads else torch.zeros(())
+        return torch.nn.utils.get_total_norm(grads)
 
     def _step(self, step: int, total: int) -> dict[str, Any]:
         """Run one optimiser step and return its line of the log (without times)."""
         settings, rows = self.settings, self.plan[step]
         completion = sum(len(self.examples[row].completion_ids) for row in rows)
         tokens = sum(self.examples[row].length for row in rows)
-        size = settings.micro_batch or len(rows)
+        size = settings.micro_batch or math.ceil(len(rows) / self.world)
         micro = [rows[at : at + size] for at in range(0, len(rows), size)]
         terms = settings.loss
         apart = bool(
-            settings.gradient_norms and step % settings.gradient_norms == 0 and terms.kd and terms.ce and self.world == 1
+            settings.gradient_norms
+            and step % settings.gradient_norms == 0
+            and terms.kd
+            and terms.ce
+            and self.world == 1
         )
         kd = ce = 0.0
         norms: dict[str, float] = {}
@@ -332,12 +268,10 @@ class _Run:
             norms["gradient_ce"] = math.sqrt(squares)
         if self.world > 1:
             kd, ce = self._sum_over_processes(kd, ce)
-        norm = float(self._norm())
-        if settings.clip and norm > settings.clip and math.isfinite(norm):
-            torch._foreach_mul_(
-                [master.grad for master in self.masters.values() if master.grad is not None],  # pyright: ignore
-                settings.clip / norm,
-            )
+        total_norm = self._norm()
+        norm = float(total_norm)
+        if settings.clip and math.isfinite(norm):
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
         loss = (kd + ce) / completion
         if math.isfinite(loss) and math.isfinite(norm):
@@ -399,7 +333,8 @@ class _Run:
         shutil.rmtree(partial, ignore_errors=True)
         restore(self.model)
         self.model.config.use_cache = True
-        self.model.save_pretrained(partial)
+        with quiet():
+            self.model.save_pretrained(partial)
         if self.final.exists():
             shutil.rmtree(self.final)
         os.rename(partial, self.final)
@@ -407,76 +342,6 @@ class _Run:
         text = json.dumps({**result.to_json(), "digest": self.digest}, indent=1)
         path.with_suffix(".partial").write_text(text)
         os.replace(path.with_suffix(".partial"), path)
-
-
-def _check(
-    settings: TrainSettings, examples: Sequence[Example], targets: Sequence[SparseTargets] | None, device: str
-) -> None:
-    if not examples:
-        raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
-    if settings.method == "qlora":
-        raise UsageError(
-            "method = 'qlora' needs an NVIDIA GPU (its 4-bit kernels are CUDA code)"
-            + (" and the package bitsandbytes, which is not part of this version" if device == "cuda" else ""),
-            hint="use method = 'lora'",
-        )
-    if settings.method not in ("lora", "full"):
-        raise UsageError(f"method = {settings.method!r}: use 'lora' or 'full'")
-    if settings.loss.kd and targets is None:
-        raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
-    if not settings.loss.kd and not settings.loss.ce:
-        raise UsageError("loss.kd and loss.ce are both 0: there is nothing to learn from")
-    if targets is not None:
-        if len(targets) != len(examples):
-            raise UsageError(f"{len(targets)} soft targets for {len(examples)} examples")
-        for example, one in zip(examples, targets, strict=True):
-            if one.positions != len(example.completion_ids):
-                raise UsageError(
-                    f"row {example.id!r}: soft targets for {one.positions} of {len(example.completion_ids)} tokens"
-                )
-
-
-def _check_loss(record: dict[str, Any], state: State, settings: TrainSettings) -> None:
-    loss = record["loss"]
-    if not math.isfinite(loss) or not math.isfinite(record["gradient"]):
-        raise StepFailed(
-            f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
-            hint=f"try lr = {settings.lr / 4:g}, a longer warmup, or dtype = 'float32'",
-        )
-    if len(state.first_losses) < 10:
-        state.first_losses.append(loss)
-    state.last_losses = [*state.last_losses[-19:], loss]
-    if state.step >= 30:
-        first = sum(state.first_losses) / len(state.first_losses)
-        last = sum(state.last_losses) / len(state.last_losses)
-        if last > 1.5 * first + 1.0:
-            raise StepFailed(
-                f"step {record['step']}: the loss runs away (mean of the last 20 steps {last:.3g}, of the first 10 {first:.3g})",
-                hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2:g} or a longer warmup",
-            )
-
-
-def _digest(
-    model: Any,
-    examples: Sequence[Example],
-    targets: Sequence[SparseTargets] | None,
-    settings: TrainSettings,
-    vocab_size: int,
-) -> str:
-    """Hash what a checkpoint must agree with: settings (but for how often to save), rows, targets, the model's shape."""
-    fields = asdict(settings)
-    for name in ("checkpoint_steps", "checkpoint_seconds"):
-        del fields[name]
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    digest.update(f"{vocab_size} {model.config.model_type}".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
-    for example in examples:
-        digest.update(example.token_hash + repr(example.weight).encode())
-    for one in targets or ():
-        digest.update(one.ids.tobytes())
-        digest.update(one.counts.tobytes())
-    return digest.hexdigest()
 
 
 def _processes() -> tuple[int, int]:

@@ -13,7 +13,7 @@ from edgedistill.recipes import copy_recipe
 from edgedistill.session import prepare
 from edgedistill.store import Store
 
-SIZES = {"train": 48, "holdout": 8, "ood": 6, "general": 3}
+SIZES = {"times": 8, "train": 48, "holdout": 8, "ood": 6, "general": 3}
 REDUCED = {
     "teacher.min_score": {},
     "adapt.rows": 32,
@@ -42,9 +42,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def shared_store(tmp_path_factory: pytest.TempPathFactory, seed_models: Callable[[Path], Path]) -> Store:
     """One store for the whole session: what one test built, the next finds."""
-    return Store(tmp_path_factory.mktemp("store"))
+    return Store(seed_models(tmp_path_factory.mktemp("store")))
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """Builds killed with kill -9 at random moments end as the uninterrupted one does.
 
-Same rows, each stored once; no row that was stored is asked again; each optimiser step once in each log; the same bytes of
-every adapter and checkpoint (this CPU, this library build: the trainer is deterministic there).
-"""
+Same rows, each stored once; no row that was stored is asked again; each optimiser step once in each log; the same
+bytes of every adapter and checkpoint (this CPU, this library build: the trainer is deterministic there)."""
 
 from __future__ import annotations
 

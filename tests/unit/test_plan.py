@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
+from edgedistill.expand import expand
+from edgedistill.inputs import read_inputs, student_layers
 from edgedistill.models import ModelFacts, Resolved
-from edgedistill.plan import Plan, check_machine, expand, read_inputs, student_layers
+from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.target import find_target
 
 FACTS = {
     "architecture": "llama", "layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152,
-    "tied": True, "context": 8192, "tokenizer": "t", "quantized_from": "Q4_1", "licence": "apache-2.0", "size": 98362432,
+    "tied": True, "context": 8192, "tokenizer": "t", "quantized_from": "Q4_1", "licence": "apache-2.0",
+    "size": 98362432,
 }  # fmt: skip
 
 
@@ -41,9 +44,7 @@ def make(folder: Path, *, student: dict[str, Any] | None = None, **overrides: An
         t.with_types(recipe.quantize[t.name].model_dump(exclude_none=True)) if t.name in recipe.quantize else t
         for t in targets
     ]
-    return expand(
-        read_inputs(recipe, path, resolved(FACTS), resolved({**FACTS, **(student or {})}), targets)
-    )
+    return expand(read_inputs(recipe, path, resolved(FACTS), resolved({**FACTS, **(student or {})}), targets))
 
 
 def changed(a: Plan, b: Plan) -> set[str]:
@@ -81,7 +82,9 @@ def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
     names = changed(make(folder), make(folder, distill__loss__temperature=1.5))
     assert "score" in names
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "shape", "heal"})
-    fixed = changed(make(folder, score__temperature=1.0), make(folder, score__temperature=1.0, distill__loss__temperature=1.5))
+    fixed = changed(
+        make(folder, score__temperature=1.0), make(folder, score__temperature=1.0, distill__loss__temperature=1.5)
+    )
     assert "score" not in fixed and "distill/1" in fixed
 
 
@@ -91,14 +94,14 @@ def test_a_targets_limits_remeasure_nothing(folder: Path) -> None:
     local.mkdir(exist_ok=True)
     profile = find_target("laptop-x86", folder)
     assert profile.path is not None
-    text = profile.path.read_text().replace("[limits]", '[limits]\ntg128 = 3.5\n#', 1)
+    text = profile.path.read_text().replace("[limits]", "[limits]\ntg128 = 3.5\n#", 1)
     lines = [line for n, line in enumerate(text.splitlines()) if not (line.startswith("tg128") and "3.5" not in line)]
     (local / "laptop-x86.toml").write_text("\n".join(lines))
     assert changed(before, make(folder)) == {"package/laptop-x86"}
 
 
 def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path) -> None:
-    assert changed(make(folder), make(folder, **{"quantize__laptop-x86__type": "Q6_K"})) == {
+    assert changed(make(folder), make(folder, student=None, **{"quantize__laptop-x86__type": "Q6_K"})) == {
         "quantize/laptop-x86", "evaluate/laptop-x86", "measure/laptop-x86", "package/laptop-x86",
     }  # fmt: skip
 
@@ -153,7 +156,8 @@ def test_a_limit_that_no_type_can_meet_is_refused(folder: Path) -> None:
     profile = find_target("phone-midrange", folder)
     assert profile.path is not None
     lines = [
-        'file_size = "5 MiB"' if line.startswith("file_size") else line for line in profile.path.read_text().splitlines()
+        'file_size = "5 MiB"' if line.startswith("file_size") else line
+        for line in profile.path.read_text().splitlines()
     ]
     (local / "phone-midrange.toml").write_text("\n".join(lines))
     with pytest.raises(RecipeError, match="no type brings this student under 5 MiB"):

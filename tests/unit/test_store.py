@@ -127,7 +127,8 @@ def test_the_second_of_two_holders_waits_and_finds_the_work_done(store: Store) -
 
 def test_the_lease_of_a_dead_process_is_taken_over(store: Store) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from edgedistill.store import Store; from edgedistill.fingerprint import Key\n"
+        "import os, sys; from pathlib import Path; from edgedistill.store import Store\n"
+        "from edgedistill.fingerprint import Key\n"
         f"lease = Store(Path({str(store.root)!r})).lease(Key('dead')); lease.__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
@@ -160,7 +161,7 @@ def test_write_atomic_replaces(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-# ── rows ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ──
 
 
 def question(text: str, **changes: object) -> Question:

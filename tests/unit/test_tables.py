@@ -19,7 +19,7 @@ from edgedistill.runner import Outcome
 from edgedistill.session import Session, rows_of
 from edgedistill.store import Store
 from edgedistill.target import list_targets
-from tests.unit.test_report import TARGETS, make_session
+from tests.unit.made_build import TARGETS, make_session
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_table_of_a_build_has_one_line_a_model(session: Session, capsys: pyt
     assert order == sorted(order) and len(set(order)) == 8
     phone = rows[order[5]]
     assert "5.74x" in phone and "3.49 [3.44, 3.55]" in phone and "352.0" in phone
-    assert "2 green; unproved: tg128" in phone and str(folders[0]) in phone
+    assert "2 green; unproved: tg128" in phone and f"package of phone-midrange: {folders[0]}" in text
     assert "n = 120" in text and "AMD EPYC" in text and "2 threads" in text
 
 

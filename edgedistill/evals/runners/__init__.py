@@ -9,7 +9,7 @@ from edgedistill.evals.runners.base import Runner
 
 
 def open_runner(path: Path, *, threads: int | None = None) -> Runner:
-    """Open the runner that fits: a GGUF file, an ONNX folder (genai_config.json) or a Hugging Face folder (config.json).
+    """Open the runner that fits: a GGUF file, an ONNX folder (genai_config.json), an HF folder (config.json).
 
     ``threads`` defaults to the cores this process may use. Raises UsageError for anything else.
     """

@@ -21,16 +21,21 @@ Finish = Literal["stop", "length", "context"]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Hold one answer: its text, generated tokens (the end token not counted) and why it ended.
+    """Hold one answer: its text, its token ids (without the end token) and why it ended.
 
     ``seconds`` is the row's share of its batch, for totals; a latency is measured by devices/.
     """
 
     id: str
     text: str
-    tokens: int
+    token_ids: tuple[int, ...]
     seconds: float
     finish: Finish
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of generated tokens."""
+        return len(self.token_ids)
 
 
 class Runner(Protocol):
@@ -64,7 +69,7 @@ class Runner(Protocol):
         ...
 
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Yield per row the log-probabilities, float32 [len(positions[i]), vocabulary], of the token *after* each position."""
+        """Yield per row the log-probabilities of the token *after* each position: float32 [positions, vocabulary]."""
         ...
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
 """Answer prompts with llama.cpp, many at once: what makes an evaluation of a thousand prompts take a minute, not ten.
 
-One context holds many sequences. The tokens that all prompts share (system message, examples) are decoded once and copied;
-each step then decodes one token of every running answer, so that matrices are multiplied by wide batches. Greedy, so an
-answer depends on its neighbours in the batch only where two logits are equal to rounding.
+One context holds many sequences. The tokens that all prompts share (system message, examples) are decoded once and
+copied; each step then decodes one token of every running answer, so that matrices are multiplied by wide batches.
+Greedy, so an answer depends on its neighbours in the batch only where two logits are equal to rounding.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,8 @@ class _Slot:
 class GgufRunner:
     """Run one GGUF file on the CPU through llama.cpp.
 
-    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once. Raises UsageError for a
-    file that llama.cpp cannot load.
+    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once. Raises UsageError
+    for a file that llama.cpp cannot load.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, parallel: int = PARALLEL) -> None:
@@ -190,7 +191,7 @@ class GgufRunner:
                             texts[token] = self._piece(token, special=False)
                     text = b"".join(texts[token] for token in slot.tokens).decode("utf-8", "replace")
                     answers[slot.index] = Answer(
-                        id=rows[slot.index].id, text=text, tokens=len(slot.tokens), seconds=0.0, finish=finish
+                        id=rows[slot.index].id, text=text, token_ids=tuple(slot.tokens), seconds=0.0, finish=finish
                     )
                     session.forget(slot.sequence)
                     if slot.grammar is not None:
@@ -271,8 +272,8 @@ class GgufRunner:
 class _Session:
     """One llama.cpp context with a batch: sequences of up to ``depth`` tokens each, every one with a cache of its own.
 
-    Caches of their own (kv_unified off) keep attention from reading the masked cells of the other sequences: at 64 sequences
-    the unified cache decodes half as fast.
+    Caches of their own (kv_unified off) keep attention from reading the masked cells of the other sequences: at 64
+    sequences the unified cache decodes half as fast.
     """
 
     def __init__(self, runner: GgufRunner, *, sequences: int, depth: int, batch: int = BATCH) -> None:
@@ -323,7 +324,7 @@ class _Session:
         self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def decode(self, items: Sequence[tuple[int, int, int, bool]]) -> np.ndarray:
-        """Decode (sequence, token, position, logits wanted) items; view the wanted logits, float32 [wanted, vocabulary]."""
+        """Decode (sequence, token, position, wanted) items; view the wanted logits, float32 [wanted, vocabulary]."""
         batch = self._batch
         wanted = 0
         for i, (sequence, token, position, want) in enumerate(items):
@@ -347,7 +348,7 @@ class _Session:
         return self.decode([(*item, True) for item in items])
 
     def prefill(self, parts: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
-        """Decode (sequence, tokens, first position) parts of any length; return the logits after each, [parts, vocabulary].
+        """Decode (sequence, tokens, first position) parts; return the logits after each, [parts, vocabulary].
 
         A part without tokens (no shared prompt) gives no row.
         """
@@ -401,8 +402,5 @@ def _groups(
 
 
 def _share_seconds(answers: list[Answer], seconds: float) -> list[Answer]:
-    total = sum(a.tokens + 1 for a in answers)
-    return [
-        Answer(id=a.id, text=a.text, tokens=a.tokens, seconds=seconds * (a.tokens + 1) / total, finish=a.finish)
-        for a in answers
-    ]
+    each = seconds / sum(answer.tokens + 1 for answer in answers)
+    return [dataclasses.replace(answer, seconds=each * (answer.tokens + 1)) for answer in answers]

@@ -47,8 +47,8 @@ class Grammar:
     def choose(self, best: int, logits: np.ndarray) -> int | None:
         """Return the allowed token with the highest logit and step past it; None if nothing is allowed.
 
-        ``best`` is the argmax of ``logits`` (float32 [vocabulary]): it is nearly always allowed, so it is tried alone first,
-        then the best FIRST, then all. The result is the same as filtering the whole vocabulary.
+        ``best`` is the argmax of ``logits`` (float32 [vocabulary]): it is nearly always allowed, so it is tried alone
+        first, then the best FIRST, then all. The result is the same as filtering the whole vocabulary.
         """
         token = self._first_allowed(np.array([best], dtype=np.int32), logits)
         if token is None:

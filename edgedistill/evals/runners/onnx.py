@@ -1,7 +1,7 @@
 """Answer prompts with onnxruntime-genai, and take log-probabilities with plain onnxruntime from the same files.
 
-Prompts of a batch are padded on the *right*: group-query attention counts the tokens of a row from its start, and the left
-padding that other runtimes want gives wrong answers without a word (seen with onnxruntime-genai 0.18).
+Prompts of a batch are padded on the *right*: group-query attention counts the tokens of a row from its start, and the
+left padding that other runtimes want gives wrong answers without a word (seen with onnxruntime-genai 0.18).
 """
 
 from __future__ import annotations
@@ -35,31 +35,35 @@ def require_onnx() -> None:
 class OnnxRunner:
     """Run a folder that onnxruntime-genai's builder wrote, on the CPU.
 
-    ``threads`` defaults to the cores this process may use. Raises UsageError where the extra is missing, StepFailed for a
-    folder that does not load.
+    ``threads`` defaults to the cores this process may use. Raises UsageError where the extra is missing, StepFailed for
+    a folder that does not load.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, batch: int = BATCH) -> None:
         require_onnx()
         import onnxruntime_genai
 
+        lib: Any = onnxruntime_genai
         self.path, self.batch = Path(path), max(1, batch)
         self.threads = threads or len(os.sched_getaffinity(0))
         try:
             self._config: dict[str, Any] = json.loads((self.path / "genai_config.json").read_text())["model"]
         except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{path}: no readable genai_config.json: {error}", "Build the ONNX folder again.") from None
-        self._lib: Any = onnxruntime_genai
+            raise UsageError(
+                f"{path}: no readable genai_config.json: {error}", "Build the ONNX folder again."
+            ) from None
+        self._lib = lib
         try:
-            config = onnxruntime_genai.Config(str(self.path))
+            config = lib.Config(str(self.path))
             config.overlay(
                 json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": self.threads}}}})
             )
-            self._model: Any = onnxruntime_genai.Model(config)
-            self._tokenizer: Any = onnxruntime_genai.Tokenizer(self._model)
+            self._model: Any = lib.Model(config)
+            self._tokenizer: Any = lib.Tokenizer(self._model)
         except Exception as error:  # the binding raises RuntimeError and, for some files, its own type
             raise StepFailed(
-                f"{path}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}", "Build the ONNX folder again."
+                f"{path}: onnxruntime-genai cannot load it: {str(error).splitlines()[0]}",
+                "Build the ONNX folder again.",
             ) from None
         self._session: Any = None
         ends = self._config.get("eos_token_id", [])
@@ -154,7 +158,7 @@ class OnnxRunner:
                     finish = "context"
                 tokens = tokens[:stop]
                 text = str(self._tokenizer.decode(np.array(tokens, dtype=np.int32))) if tokens else ""
-                answers[i] = Answer(id=rows[i].id, text=text, tokens=len(tokens), seconds=seconds, finish=finish)
+                answers[i] = Answer(id=rows[i].id, text=text, token_ids=tuple(tokens), seconds=seconds, finish=finish)
             if progress is not None:
                 progress(len(answers), len(rows), "answers")
         return [answers[i] for i in range(len(rows))]
@@ -193,10 +197,11 @@ class OnnxRunner:
             yield log_softmax(self.logits(tokens)[list(wanted)])
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Return the logits after every token, float32 [tokens, vocabulary], by plain onnxruntime from an empty cache."""
+        """Return the logits after every token by plain onnxruntime: float32 [tokens, vocabulary]."""
         if len(tokens) > self.context_limit:
             raise UsageError(
-                f"a row has {len(tokens)} tokens, the model's context {self.context_limit}", "Shorten it, or leave it out."
+                f"a row has {len(tokens)} tokens, the model's context {self.context_limit}",
+                "Shorten it, or leave it out.",
             )
         decoder = self._config["decoder"]
         if self._session is None:

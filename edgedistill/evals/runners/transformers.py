@@ -1,4 +1,4 @@
-"""Answer prompts with transformers from a folder in Hugging Face's layout: teachers and students before they are converted."""
+"""Answer prompts with transformers, from a folder in Hugging Face's layout."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
-from edgedistill.evals.runners.base import Answer, Finish, Progress
+from edgedistill.evals.runners.base import Answer, Progress
 
 
 class TransformersRunner:
     """Run a folder greedily in this process, as the teacher of the same name writes its answers.
 
-    ``dtype`` "auto" is bf16 where the processor has it. Raises UsageError for a folder that is no causal language model.
+    ``dtype`` "auto" is bf16 where the processor has it. Raises UsageError for a folder that is no causal language
+    model.
     """
 
     def __init__(self, path: Path, *, dtype: str = "auto", threads: int | None = None) -> None:
@@ -52,7 +53,9 @@ class TransformersRunner:
         """Return the prompt's token ids, chat template applied. Raises UsageError where the folder has none."""
         tokenizer = self._teacher.tokenizer
         if not tokenizer.chat_template:
-            raise UsageError(f"{self.path}: its tokenizer has no chat template", "Add chat_template.jinja to the folder.")
+            raise UsageError(
+                f"{self.path}: its tokenizer has no chat template", "Add chat_template.jinja to the folder."
+            )
         text = tokenizer.apply_chat_template(
             list(row.messages), tools=list(row.tools) or None, add_generation_prompt=True, tokenize=False
         )
@@ -78,7 +81,8 @@ class TransformersRunner:
     ) -> list[Answer]:
         """Answer every row greedily, in the order of ``rows``; rows of similar length share a batch.
 
-        Raises UsageError for a prompt that leaves no room for ``max_new_tokens``, and for a grammar: there is none here.
+        Raises UsageError for a prompt that leaves no room for ``max_new_tokens``, and for a grammar: there is none
+        here.
         """
         from edgedistill.teachers.protocol import Sampling
 
@@ -95,16 +99,17 @@ class TransformersRunner:
                 progress=progress,
             )
         )
-        seconds = (time.perf_counter() - started) / sum(len(one.token_ids) + 1 for one in found)
-        found.sort(key=lambda one: one.index)
-        answers = []
-        for one in found:
-            finish: Finish = one.finish_reason
-            count = len(one.token_ids)
-            answers.append(
-                Answer(id=one.row_id, text=one.text, tokens=count, seconds=seconds * (count + 1), finish=finish)
+        each = (time.perf_counter() - started) / sum(len(one.token_ids) + 1 for one in found)
+        return [
+            Answer(
+                id=one.row_id,
+                text=one.text,
+                token_ids=one.token_ids,
+                seconds=each * (len(one.token_ids) + 1),
+                finish=one.finish_reason,
             )
-        return answers
+            for one in sorted(found, key=lambda one: one.index)
+        ]
 
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield per row float32 [len(positions[i]), vocabulary]: the distribution of the token after each position."""
@@ -118,7 +123,7 @@ class TransformersRunner:
                     "Shorten it, or leave it out.",
                 )
             with torch.inference_mode():
-                logits = model(input_ids=torch.tensor([list(tokens)]), logits_to_keep=torch.tensor(list(wanted))).logits[0]
+                found = model(input_ids=torch.tensor([list(tokens)]), logits_to_keep=torch.tensor(list(wanted)))
                 # Rows of padding after the tokenizer's own ids are no tokens.
-                logits = logits[:, : self._teacher.vocab_size].float()
+                logits = found.logits[0, :, : self._teacher.vocab_size].float()
                 yield torch.log_softmax(logits, dim=-1).numpy()

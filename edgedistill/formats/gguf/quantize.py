@@ -5,6 +5,7 @@ got.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -187,8 +188,9 @@ def _prepare(
             "start from the f16 or bf16 GGUF, or from the Hugging Face folder",
         )
     shapes = {tensor.name: tensor.shape for tensor in info.tensors}
-    heads = int(info.of_arch("attention.head_count", 1))
-    gqa = heads // int(info.of_arch("attention.head_count_kv", heads) or heads)
+    heads, kv_heads = info.of_arch("attention.head_count", 1), info.of_arch("attention.head_count_kv", 0)
+    # Lists in models whose layers differ: llama.cpp's rule then has no single number, and the mix of one head holds.
+    gqa = heads // (kv_heads or heads) if isinstance(heads, int) and isinstance(kv_heads, int) else 1
     plans = plan_tensors(
         shapes,
         type,
@@ -210,17 +212,16 @@ def _prepare(
 
     means = load(imatrix)
     for plan in plans:
-        if plan.name in means and means[plan.name].size != plan.shape[-1] and plan.name != "token_embd.weight":
+        columns = plan.shape[-1] * (plan.shape[0] if len(plan.shape) > 2 else 1)  # experts have a row each
+        if plan.name in means and means[plan.name].size != columns and plan.name != "token_embd.weight":
             raise UsageError(
                 f"{imatrix}: made for another model ({plan.name} has {means[plan.name].size} columns there, "
-                f"{plan.shape[-1]} here)",
+                f"{columns} here)",
                 "collect it again with this model",
             )
-    missing = tuple(
-        plan.name for plan in plans
-        if plan.name.startswith("blk.") and GGML_TYPES[plan.got].block > 1 and plan.name not in means
-    )  # fmt: skip
-    if kind.imatrix != "no" and missing and len(missing) == sum(GGML_TYPES[plan.got].block > 1 for plan in plans):
+    inner = [plan for plan in plans if plan.name.startswith("blk.") and GGML_TYPES[plan.got].block > 1]
+    missing = tuple(plan.name for plan in inner if plan.name not in means)
+    if kind.imatrix != "no" and inner and len(missing) == len(inner):
         raise UsageError(f"{imatrix}: has no entry for any tensor of {src}", "collect it again with this model")
     needy = [plan.name for plan in plans if plan.needs_imatrix and plan.name in missing]
     if needy:
@@ -300,11 +301,12 @@ def _report(
     tensors = []
     for plan in plans:
         got = types.get(plan.name, plan.got)
-        rows = plan.nbytes * GGML_TYPES[plan.got].block // GGML_TYPES[plan.got].bytes
-        nbytes = rows // GGML_TYPES[got].block * GGML_TYPES[got].bytes
-        fell = got != plan.asked
+        nbytes = math.prod(plan.shape) // GGML_TYPES[got].block * GGML_TYPES[got].bytes
+        # The plan knows dense models; where llama.cpp chose another type that fits, that was its mix and no fallback.
+        asked = plan.asked if got == plan.got or plan.shape[-1] % GGML_TYPES[plan.asked].block else got
+        fell = got != asked
         tensors.append(
-            TensorReport(name=plan.name, shape=plan.shape, asked=plan.asked, got=got, nbytes=nbytes,
+            TensorReport(name=plan.name, shape=plan.shape, asked=asked, got=got, nbytes=nbytes,
                          extra=round(nbytes - plan.asked_nbytes) if fell else 0)
         )  # fmt: skip
     total = sum(tensor.nbytes for tensor in tensors)

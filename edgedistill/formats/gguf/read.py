@@ -7,10 +7,11 @@ entries. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES, GGML_TYPES_BY_ID
@@ -167,20 +168,41 @@ class _Cut(Exception):
 class _Header:
     """Sequential reader of a GGUF header; every read is checked against the size of the file."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.size, self.at = data, len(data), len(MAGIC)
 
-    def take(self, count: int) -> bytes:
-        left = self.size - self.file.tell()
-        if count > left:
-            raise _Cut(count - left)
-        return self.file.read(count)
+    def skip(self, count: int) -> int:
+        """Step over ``count`` bytes and return where they start."""
+        start = self.at
+        if count > self.size - start:
+            raise _Cut(count - (self.size - start))
+        self.at = start + count
+        return start
 
     def number(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+        return struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code)))[0]
 
     def string(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", "replace")
+        length = self.number("Q")
+        start = self.skip(length)
+        return self.data[start : start + length].decode("utf-8", "replace")
+
+    def strings(self, count: int) -> list[str]:
+        """Read a list of strings: the tokens of a vocabulary, so the loop is kept short."""
+        data, at, size, unpack = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
+        if 8 * count > size - at:
+            raise _Cut(8 * count - (size - at))
+        found = []
+        for _ in range(count):
+            if at + 8 > size:
+                raise _Cut(at + 8 - size)
+            end = at + 8 + unpack(data, at)[0]
+            if end > size:
+                raise _Cut(end - size)
+            found.append(data[at + 8 : end].decode("utf-8", "replace"))
+            at = end
+        self.at = at
+        return found
 
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
@@ -190,12 +212,12 @@ class _Header:
         if kind != _ARRAY or depth > 2:
             raise ValueError(f"unknown value type {kind}")
         item, count = self.number("I"), self.number("Q")
+        if item == _STRING:
+            return self.strings(count)
         if item in _SCALARS:
             code = _SCALARS[item]
-            width = struct.calcsize("<" + code)
-            return list(struct.unpack(f"<{count}{code}", self.take(count * width)))
-        if item == _STRING and count > (self.size - self.file.tell()) // 8:
-            raise _Cut(8 * count - (self.size - self.file.tell()))
+            start = self.skip(count * struct.calcsize("<" + code))
+            return list(struct.unpack_from(f"<{count}{code}", self.data, start))
         return [self.value(item, depth + 1) for _ in range(count)]
 
 
@@ -217,16 +239,16 @@ def read_info(path: Path | str) -> GgufInfo:
             raise UsageError(
                 f"{path}: not a GGUF file (it starts with {magic!r})", "pass a .gguf file, or a model folder"
             )
-        header = _Header(file, size)
-        try:
-            return _parse(path, size, header)
-        except _Cut as cut:
-            raise UsageError(
-                f"{path}: GGUF cut short: at least {cut.missing} bytes are missing (it ends inside its header)",
-                _SOURCE_HINT,
-            ) from None
-        except (ValueError, struct.error, OverflowError, MemoryError) as error:
-            raise UsageError(f"{path}: damaged GGUF header: {error}", _SOURCE_HINT) from None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _parse(path, size, _Header(data))
+            except _Cut as cut:
+                raise UsageError(
+                    f"{path}: GGUF cut short: at least {cut.missing} bytes are missing (it ends inside its header)",
+                    _SOURCE_HINT,
+                ) from None
+            except (ValueError, struct.error, OverflowError, MemoryError) as error:
+                raise UsageError(f"{path}: damaged GGUF header: {error}", _SOURCE_HINT) from None
 
 
 def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
@@ -251,7 +273,7 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}")
-    start = -(-header.file.tell() // alignment) * alignment
+    start = -(-header.at // alignment) * alignment
     tensors = []
     for name, shape, type_name, offset in entries:
         kind = GGML_TYPES[type_name]

@@ -105,7 +105,8 @@ def file_type(name: str) -> FileType:
     if name in FILE_TYPES:
         return FILE_TYPES[name]
     aliases = {
-        "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "INT4": "Q4_0", "INT8": "Q8_0", "FP16": "F16", "FP32": "F32",
+        "Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "INT4": "Q4_0", "INT8": "Q8_0", "FP16": "F16",
+        "FP32": "F32",
     }  # fmt: skip
     upper = str(name).upper().replace("-", "_")
     close = aliases.get(upper) or (upper if upper in FILE_TYPES else "")
@@ -141,6 +142,17 @@ def fits(type_name: str, columns: int) -> str:
         )  # fmt: skip
     other = _FALLBACK.get(type_name, type_name)
     return other if columns % GGML_TYPES[other].block == 0 else "F16"
+
+
+def _must_fit(type_name: str, name: str, columns: int) -> str:
+    # llama.cpp has no fallback for a type that was given by name: it fails an assertion.
+    if columns % ggml_type(type_name).block == 0:
+        return type_name
+    raise UsageError(
+        f"type {type_name} does not fit {name}: its rows of {columns} weights are no multiple of "
+        f"{GGML_TYPES[type_name].block}",
+        f"choose {fits(type_name, columns)}",
+    )
 
 
 def row_bytes(type_name: str, columns: int) -> int:
@@ -196,6 +208,7 @@ def plan_tensors(
     kind = file_type(type_name)
     layers = 1 + max((_order(name)[0] for name in shapes), default=-1)
     tied = "output.weight" not in shapes
+    head = "token_embd.weight" if tied else "output.weight"
     n_attn_v = sum(1 for name in shapes if name.endswith("attn_v.weight"))
     seen = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
     plans: list[TensorPlan] = []
@@ -204,19 +217,17 @@ def plan_tensors(
         columns, rows = shape[-1], math.prod(shape[:-1])
         if not allows_quantization(name, shape):
             asked = got = "F32"
-        elif embedding_type and name == "token_embd.weight":
-            asked = got = embedding_type
-        elif output_type and name == "output.weight":
-            asked = got = output_type
+        elif (chosen := {"token_embd.weight": embedding_type, "output.weight": output_type}.get(name)) is not None:
+            asked = got = _must_fit(chosen, name, columns)
         elif GGML_TYPES[kind.base].block == 1:
             asked = got = kind.base
         else:
             asked = kind.base
             if not pure:
-                asked = _mix(
-                    name, kind.base, type_name, columns, layers, n_attn_v, gqa, imatrix, tied, output_type, seen
-                )
+                asked = _mix(name, kind.base, type_name, layers, n_attn_v, gqa, imatrix, head, output_type, seen)
             got = fits(asked, columns)
+            if head == name and not pure and not output_type and columns % GGML_TYPES[kind.base].block:
+                got = fits("Q8_0", columns)  # llama.cpp does not even try the type that the mix has for the head
         plans.append(
             TensorPlan(
                 name=name, shape=shape, asked=asked, got=got, nbytes=rows * row_bytes(got, columns),
@@ -229,7 +240,7 @@ def plan_tensors(
 
 
 def _mix(
-    name: str, base: str, kind: str, columns: int, layers: int, n_attn_v: int, gqa: int, imatrix: bool, tied: bool,
+    name: str, base: str, kind: str, layers: int, n_attn_v: int, gqa: int, imatrix: bool, head: str,
     output_type: str | None, seen: dict[str, int],
 ) -> str:  # fmt: skip
     """Repeat llama_tensor_get_type_impl (llama.cpp b0.5.0, dense models). ``seen`` counts tensors per role so far."""
@@ -237,11 +248,9 @@ def _mix(
     def more_bits(i: int, n: int) -> bool:
         return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
-    if name == "output.weight" or (tied and name == "token_embd.weight"):
+    if name == head:
         if output_type:
             return output_type
-        if columns % GGML_TYPES[base].block:
-            return "Q8_0"
         if kind in (*_LOW_BIT, "IQ3_XXS"):
             return "Q5_K"
         return base if base == "Q8_0" else "Q6_K"

@@ -1,7 +1,7 @@
 """Build an ONNX decoder with a KV cache from a Hugging Face folder, by onnxruntime-genai's own builder.
 
-The builder runs in a process of its own: it loads the whole model, prints by the page and leaves half-written folders behind.
-That it exits with 0 proves nothing (see check.py); some of its options build folders that cannot be loaded.
+The builder runs in a process of its own: it loads the whole model, prints by the page and leaves half-written folders
+behind. That it exits with 0 proves nothing (see check.py); some of its options build folders that cannot be loaded.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class OnnxReport:
 
 
 def build(model_dir: Path, out: Path, precision: str, *, progress: Progress | None = None) -> OnnxReport:
-    """Build ``out`` (a folder that does not exist yet) from ``model_dir`` with weights in ``precision``: fp32, int8, int4.
+    """Build the new folder ``out`` from ``model_dir`` with weights in ``precision``: fp32, int8 or int4.
 
-    Written beside ``out`` under another name and renamed when complete. Raises UsageError for a missing extra, an unknown
-    precision or a folder without safetensors; StepFailed with the end of the builder's log where it fails.
+    Written beside ``out`` under another name and renamed when complete. Raises UsageError for a missing extra, an
+    unknown precision or a folder without safetensors; StepFailed with the end of the builder's log where it fails.
     """
     require_onnx()
     model_dir, out = Path(model_dir).resolve(), Path(out).resolve()
@@ -73,7 +73,8 @@ def build(model_dir: Path, out: Path, precision: str, *, progress: Progress | No
         files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         if missing := [name for name in NEEDED if name not in files]:
             raise StepFailed(
-                f"the ONNX builder exited with 0 but wrote no {missing[0]}", "Check the free disk space: edgedistill doctor"
+                f"the ONNX builder exited with 0 but wrote no {missing[0]}",
+                "Check the free disk space: edgedistill doctor",
             )
         os.replace(partial, out)
     return OnnxReport(

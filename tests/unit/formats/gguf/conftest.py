@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 TEXT = (
-    "Set an alarm for 7:45 tomorrow and call 555-0199.", "def f(x):\n    return x ** 2  # 100%\n", "I'm sure it's Bob's.",
-    "naïve café 日本語 🙂", "turn the volume down to thirty percent and then play the next song in the queue please",
+    "Set an alarm for 7:45 tomorrow and call 555-0199.", "def f(x):\n    return x ** 2  # 100%\n",
+    "I'm sure it's Bob's.",
+    "naïve café 日本語 🙂",
+    "turn the volume down to thirty percent and then play the next song in the queue please",
 )  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -58,10 +60,10 @@ def make_tokenizer(folder: Path, pre: str = "smollm", *, bos: bool = False, size
 
 
 def make_model(
-    folder: Path, family: str = "llama", *, pre: str = "smollm", bos: bool = False, dtype: str = "float32", seed: int = 0,
-    **config: Any,
+    folder: Path, family: str = "llama", *, pre: str = "smollm", bos: bool = False, dtype: str = "float32",
+    seed: int = 0, **config: Any,
 ) -> Path:  # fmt: skip
-    """Write a random model of ``family`` with a tokenizer to ``folder``; ``config`` overrides its tiny configuration."""
+    """Write a random model of ``family`` with a tokenizer to ``folder``; ``config`` overrides its tiny settings."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,7 +88,7 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Return a function that makes a tiny model (arguments as ``make_model``), each kind once per run: do not change it."""
+    """Return a function that makes a tiny model (arguments as ``make_model``), each kind once: do not change it."""
     made: dict[str, Path] = {}
 
     def get(family: str = "llama", **options: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Our converter against transformers, on tiny models of each family, and against the upstream converter on the real one."""
+"""Our converter against transformers on tiny models of each family, and against upstream's on the real one."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_report_and_the_file(tiny: Tiny, tmp_path: Path) -> None:
 def test_the_missing_normalizer_is_told(tiny: Tiny, tmp_path: Path) -> None:
     report = convert(tiny(**KINDS["qwen2"]), tmp_path / "a.gguf")
     assert "NFC" in report.notes[0]
-    with pytest.raises(StepFailed, match="llama.cpp tokenizes"):
+    with pytest.raises(StepFailed, match=r"llama\.cpp tokenizes"):
         compare_tokens(tiny(**KINDS["qwen2"]), report.path, ["cafe\u0301"])
 
 

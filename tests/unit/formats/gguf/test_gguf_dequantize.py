@@ -91,7 +91,7 @@ def test_what_cannot_be_written_back_is_refused(tiny_gguf: Tiny, tmp_path: Path)
 
 
 def test_an_unknown_splitter_is_refused(tiny_gguf: Tiny, tmp_path: Path) -> None:
-    path = shutil.copy(tiny_gguf(), tmp_path / "x.gguf")
+    path = Path(shutil.copy(tiny_gguf(), tmp_path / "x.gguf"))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"smollm", b"falcon", 1))
     with pytest.raises(UsageError, match="'falcon'"):

@@ -50,7 +50,7 @@ def test_too_many_tokens_are_refused(tiny_gguf: Tiny) -> None:
 
 
 def test_a_file_that_llama_cpp_refuses_is_told(tiny_gguf: Tiny, tmp_path: Path) -> None:
-    path = shutil.copy(tiny_gguf(), tmp_path / "x.gguf")
+    path = Path(shutil.copy(tiny_gguf(), tmp_path / "x.gguf"))
     path.write_bytes(path.read_bytes().replace(b"smollm", b"smullm", 1))
     with pytest.raises(UsageError, match="unknown pre-tokenizer type: 'smullm'"):
         open_model(path)

@@ -63,17 +63,21 @@ def test_rows_that_fit_do_not_fall_back(tiny_gguf: Tiny, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "options", [{}, WIDE, {"tie_word_embeddings": False, **WIDE}], ids=["narrow", "wide", "untied"]
+    ("options", "names"),
+    [
+        ({}, ("IQ3_XXS", "Q4_0", "BF16")),
+        (WIDE, ("Q3_K_L", "Q4_K_S", "Q4_0", "Q2_K_S")),
+        ({"tie_word_embeddings": False, **WIDE}, ("IQ2_M", "IQ4_XS")),
+    ],
+    ids=["narrow", "wide", "untied"],
 )
-def test_the_plan_is_llama_cpps_own_for_every_type(
-    options: dict[str, object], tiny_gguf: Tiny, imatrix: Callable[..., Path]
+def test_the_plan_is_llama_cpps_own(
+    options: dict[str, object], names: tuple[str, ...], tiny_gguf: Tiny, imatrix: Callable[..., Path]
 ) -> None:
     path = tiny_gguf(num_hidden_layers=9, **options)
-    info, matrix = read_info(path), imatrix(num_hidden_layers=9, **options)
-    shapes = {tensor.name: tensor.shape for tensor in info.tensors}
-    names = ("Q3_K_L", "Q4_K_S", "Q4_0", "IQ3_XXS", "IQ2_M", "Q2_K_S", "IQ4_XS", "Q8_0", "BF16")
-    for number, name in enumerate(names):
-        chosen = None if number % 2 == 0 and FILE_TYPES[name].imatrix != "required" else matrix
+    shapes = {tensor.name: tensor.shape for tensor in read_info(path).tensors}
+    for name in names:
+        chosen = imatrix(num_hidden_layers=9, **options) if FILE_TYPES[name].imatrix == "required" else None
         want = {plan.name: plan.got for plan in plan_tensors(shapes, name, gqa=2, imatrix=chosen is not None)}
         assert {tensor.name: tensor.got for tensor in dry_run(path, name, imatrix=chosen).tensors} == want, name
 
@@ -104,7 +108,7 @@ def test_the_plan_is_llama_cpps_own_on_the_real_model(
     assert {tensor.name: tensor.got for tensor in report.tensors} == want
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_K_M", "IQ2_XS"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K_M"])
 def test_the_bytes_are_the_same_each_time_and_for_any_threads(
     name: str, tiny_gguf: Tiny, imatrix: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -151,6 +155,14 @@ def test_types_of_the_two_large_matrices(tiny_gguf: Tiny, tmp_path: Path) -> Non
     assert Counter(tensor.got for tensor in pure.tensors) == {"Q4_0": 16, "F32": 5}
 
 
+def test_a_named_type_that_does_not_fit_is_refused(tiny_gguf: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="type Q5_K does not fit token_embd") as caught:
+        quantize(tiny_gguf(), tmp_path / "q.gguf", "Q4_0", embedding_type="Q5_K")
+    assert "Q5_1" in caught.value.hint
+    with pytest.raises(UsageError, match="output"):
+        quantize(tiny_gguf(tie_word_embeddings=False), tmp_path / "q.gguf", "Q4_0", output_type="Q6_K")
+
+
 def test_quantized_weights_are_near_and_nearer_with_more_bits(tiny_gguf: Tiny, tmp_path: Path) -> None:
     path = tiny_gguf(**WIDE)
     want = read_tensor(read_info(path), "blk.1.ffn_up.weight")
@@ -179,7 +191,7 @@ def test_types_that_need_an_imatrix_say_so(tiny_gguf: Tiny, tmp_path: Path) -> N
 
 
 def test_a_failing_library_leaves_nothing(tiny_gguf: Tiny, tmp_path: Path) -> None:
-    path = shutil.copy(tiny_gguf(), tmp_path / "x.gguf")
+    path = Path(shutil.copy(tiny_gguf(), tmp_path / "x.gguf"))
     data = path.read_bytes()
     path.write_bytes(data.replace(b"general.architecture", b"general.architectuer", 1))
     with pytest.raises(StepFailed, match="failed to quantize"):
@@ -202,7 +214,7 @@ def test_a_truncated_result_never_gets_its_name(
         "open(r['out'], 'wb').write(d[: len(d) // 2]); print('{\"ok\": true}')"
     )
     monkeypatch.setattr(module, "_WORKER", half)
-    with pytest.raises(StepFailed, match="damaged file: .* cut short"):
+    with pytest.raises(StepFailed, match=r"damaged file: .* cut short"):
         quantize(tiny_gguf(), tmp_path / "q.gguf", "Q4_0")
     assert not list(tmp_path.iterdir())
 
@@ -227,7 +239,12 @@ def test_the_result_runs_and_stays_close(smollm2: Path, tmp_path: Path) -> None:
     text = "The alarm is set for seven in the morning. Shall I also remind you to call your sister about the party?"
     logits = []
     for path in (source, tmp_path / "q.gguf"):
-        model = open_model(path, n_ctx=64, threads=2)
+        model = open_model(path, n_ctx=64, threads=1)
         logits.append(all_logits(model, model.tokenize(text.encode(), add_bos=False)))
         model.close()
     assert 0 < float(kld(*logits).mean()) < 0.03
+    model = open_model(tmp_path / "q.gguf", n_ctx=128, threads=1)
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = model.create_chat_completion(asked, max_tokens=12, temperature=0)  # type: ignore[arg-type]
+    model.close()
+    assert "Paris" in answer["choices"][0]["message"]["content"]  # type: ignore[index]

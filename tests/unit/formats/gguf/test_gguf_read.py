@@ -74,7 +74,7 @@ def test_a_file_cut_anywhere_is_refused(share: float, tiny_gguf: Callable[..., P
     # Half of the cuts fall into the header, which is the smaller part of the file.
     where = int(share * 2 * info.tensors[0].offset) if share < 0.5 else int((share * 2 - 1) * end)
     cut.write_bytes(whole[:where])
-    with pytest.raises(UsageError, match="cut short|not a GGUF"):
+    with pytest.raises(UsageError, match=r"cut short|not a GGUF"):
         read_info(cut)
 
 
@@ -114,7 +114,7 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
 def test_a_missing_file_and_tensor_are_refused(tiny_gguf: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such GGUF"):
         read_info(tmp_path / "none.gguf")
-    with pytest.raises(UsageError, match="no tensor 'blk.9"):
+    with pytest.raises(UsageError, match=r"no tensor 'blk\.9"):
         read_tensor(read_info(tiny_gguf()), "blk.9.attn_q.weight")
 
 

@@ -67,7 +67,8 @@ def test_every_required_imatrix_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "right"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), ("Q4-0", "Q4_0"), ("IQ4XS", "IQ4_XS"), ("fp16", "F16"),
+    ("wrong", "right"), [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), ("Q4-0", "Q4_0"), ("IQ4XS", "IQ4_XS"),
+     ("fp16", "F16"),
      ("int4", "Q4_0")]
 )  # fmt: skip
 def test_an_unknown_type_is_refused_with_the_likely_one(wrong: str, right: str) -> None:
@@ -84,7 +85,8 @@ def test_an_unknown_tensor_type_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "columns", "got"),
-    [("Q4_K", 576, "Q5_0"), ("Q6_K", 576, "Q8_0"), ("Q5_K", 896, "Q5_1"), ("Q2_K", 640, "Q4_0"), ("IQ4_XS", 960, "IQ4_NL"),
+    [("Q4_K", 576, "Q5_0"), ("Q6_K", 576, "Q8_0"), ("Q5_K", 896, "Q5_1"), ("Q2_K", 640, "Q4_0"),
+     ("IQ4_XS", 960, "IQ4_NL"),
      ("Q4_K", 1536, "Q4_K"), ("Q4_0", 576, "Q4_0"), ("Q4_0", 100, "F16"), ("Q4_K", 100, "F16")],
 )  # fmt: skip
 def test_rows_that_are_no_multiple_of_the_block_fall_back(asked: str, columns: int, got: str) -> None:

@@ -1,0 +1,490 @@
+"""Recipe x targets -> the graph of steps, each with an estimate. Chains, baselines and targets are more steps, not
+special cases.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from edgedistill.data.prompts import Row, rows_digest
+from edgedistill.devices.host import fingerprint as host_fingerprint
+from edgedistill.errors import RecipeError
+from edgedistill.fingerprint import Key, digest
+from edgedistill.inputs import Inputs, refuse, student_layers
+from edgedistill.models import Resolved
+from edgedistill.plan import Graph, Plan, check_machine, package_version
+from edgedistill.rates import Work
+from edgedistill.recipe import Suite
+from edgedistill.stages.adapt import Adapt
+from edgedistill.stages.base import Base
+from edgedistill.stages.calibrate import Calibrate
+from edgedistill.stages.convert import Convert
+from edgedistill.stages.distill import Distill
+from edgedistill.stages.evaluate import Evaluate, SuiteSpec
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.generate import Generate
+from edgedistill.stages.heal import Heal
+from edgedistill.stages.measure import Measure
+from edgedistill.stages.merge import Merge
+from edgedistill.stages.package import Package
+from edgedistill.stages.quantize import Quantize
+from edgedistill.stages.score import Score
+from edgedistill.stages.shape import Shape
+from edgedistill.target import Target, matches_host
+
+MIB = 2**20
+RUNTIME_MIB = 700  # torch, transformers and Python themselves
+MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
+
+
+def expand(inputs: Inputs) -> Plan:
+    """Make the plan of one recipe for its targets."""
+    return _Expander(inputs).plan()
+
+
+class _Expander:
+    """Adds the steps of one recipe, from the base models to the packages."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.recipe, self.graph = inputs, inputs.recipe, Graph()
+        self.host = host_fingerprint()
+        self.isa = digest([self.host.arch, sorted(self.host.features)])[:16]
+        self.gguf_tool = f"gguf {package_version('gguf')}"
+        self.llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
+        self.onnx = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
+        self.tokens = sum(map(row_tokens, inputs.prompts)) * inputs.recipe.generate.samples
+        self.layers = student_layers(inputs)
+        self.t_params = inputs.teacher.facts.params()
+        self.s_params = inputs.student.facts.params(self.layers)
+        self.checks = inputs.prompts[:64]
+
+    def plan(self) -> Plan:
+        warnings = refuse(self.inputs)
+        recipe, seed = self.recipe, self.recipe.seed
+        base_teacher = self._base("base/teacher", self.inputs.teacher)
+        base_student = self._base("base/student", self.inputs.student)
+        teacher = self._adapt(base_teacher)
+        scores = self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
+        rows = rows_digest(self.inputs.prompts)
+        answers = self.graph.add(
+            "generate",
+            Generate(
+                teacher=teacher,
+                rows_digest=rows,
+                rows=self.inputs.prompts,
+                seed=seed,
+                scores=scores,
+                min_score=recipe.teacher.min_score,
+                **recipe.generate.model_dump(),
+            ),
+            Work(kind="decode", amount=2 * self.t_params * self.tokens),
+            memory=2 * self.t_params + RUNTIME_MIB * MIB,
+            disk=len(self.inputs.prompts) * recipe.generate.samples * 600,
+        )
+        kept = self.graph.add(
+            "filter",
+            Filter(
+                answers=answers,
+                rows_digest=rows,
+                rows=self.inputs.prompts,
+                filters=tuple(f.model_dump() for f in recipe.filter),
+            ),
+            Work(kind="bytes", amount=len(self.inputs.prompts) * 1000.0),
+            disk=len(self.inputs.prompts) * 800,
+        )
+        targets = self._score(teacher, kept)
+        healed = self._heal(self._shape(base_student), kept)
+        student = self._distill("distill/1", "merge", healed, kept, targets)
+        self._artifacts(teacher, base_teacher, student, healed, kept, scores)
+        plan = Plan(
+            identity=digest([str(self.inputs.path.absolute()), recipe.name]),
+            steps=self.graph.steps(),
+            warnings=warnings,
+            packages=self.packages,
+        )
+        check_machine(plan)
+        return plan
+
+    # models and training
+
+    def _base(self, name: str, model: Resolved) -> Key:
+        dequantize = model.path.is_file()
+        stage = Base(
+            source_digest=model.digest, dtype="float32", tool=self.gguf_tool if dequantize else "", path=model.path
+        )
+        size = 4 * model.facts.params() if dequantize else model.facts.size
+        return self.graph.add(
+            name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
+        )
+
+    def _adapt(self, base: Key) -> Key:
+        if self.recipe.adapt is None:
+            return base
+        gold = self.inputs.gold
+        stage = Adapt(
+            model=base,
+            rows_digest=rows_digest(gold),
+            rows=gold,
+            training=self.recipe.adapt.model_dump(exclude={"files", "rows"}),
+            seed=self.recipe.seed,
+        )
+        tokens = sum(map(row_tokens, gold)) * self.recipe.adapt.epochs
+        full = self.recipe.adapt.method == "full"
+        return self.graph.add(
+            "adapt",
+            stage,
+            train_work(self.t_params, tokens, full=full),
+            memory=train_memory(self.t_params, full=full),
+            disk=4 * self.t_params + 200 * MIB,
+        )
+
+    def _score(self, teacher: Key, kept: Key) -> Key | None:
+        score = self.recipe.score
+        if score.kind == "none":
+            return None
+        stage = Score(
+            teacher=teacher,
+            kept=kept,
+            kind=score.kind,
+            n=score.n,
+            temperature=score.temperature or self.recipe.distill.loss.temperature,
+            seed=self.recipe.seed,
+        )
+        return self.graph.add(
+            "score",
+            stage,
+            Work(kind="forward", amount=2 * self.t_params * self.tokens),
+            memory=2 * self.t_params + RUNTIME_MIB * MIB,
+            disk=self.tokens * 48,
+        )
+
+    def _shape(self, base: Key) -> Key:
+        layers = self.recipe.student.layers
+        if layers == "all":
+            return base
+        return self.graph.add(
+            "shape",
+            Shape(model=base, layers=layers),
+            Work(kind="bytes", amount=4 * self.s_params),
+            memory=8 * self.s_params,
+            disk=4 * self.s_params,
+        )
+
+    def _heal(self, student: Key, kept: Key) -> Key:
+        heal = self.recipe.heal
+        if heal is None:
+            return student
+        return self.graph.add(
+            "heal",
+            Heal(student=student, kept=kept, training=heal.model_dump(), seed=self.recipe.seed),
+            train_work(self.s_params, self.tokens * heal.epochs, full=True),
+            memory=train_memory(self.s_params, full=True),
+            disk=16 * self.s_params,
+        )
+
+    def _distill(
+        self, name: str, merge_name: str, student: Key, kept: Key, targets: Key | None, *, gold: bool = False
+    ) -> Key:
+        """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``."""
+        settings = self.recipe.distill
+        loss = (
+            {"kd": 0.0, "ce": 1.0, "divergence": "forward-kl", "temperature": 1.0}
+            if gold
+            else settings.loss.model_dump()
+        )
+        full = settings.method == "full"
+        stage = Distill(
+            student=student,
+            kept=kept,
+            text="reference" if gold else "text",
+            targets=None if gold else targets,
+            training=settings.model_dump(exclude={"loss"}),
+            loss=loss,
+            seed=self.recipe.seed,
+        )
+        trained = self.graph.add(
+            name,
+            stage,
+            train_work(self.s_params, self.tokens * settings.epochs, full=full),
+            memory=train_memory(self.s_params, full=full),
+            disk=(16 if full else 1) * self.s_params,
+        )
+        if full:
+            return trained
+        return self.graph.add(
+            merge_name,
+            Merge(student=student, adapter=trained, kept=kept),
+            Work(kind="bytes", amount=4 * self.s_params),
+            memory=12 * self.s_params + RUNTIME_MIB * MIB,
+            disk=4 * self.s_params,
+        )
+
+    # artifacts
+
+    def _convert(self, name: str, model: Key, params: int) -> Key:
+        stage = Convert(model=model, dtype="f16", tool=self.gguf_tool, rows=self.checks)
+        return self.graph.add(
+            name,
+            stage,
+            Work(kind="convert", amount=2 * params),
+            memory=8 * params + RUNTIME_MIB * MIB,
+            disk=2 * params + 4 * MIB,
+        )
+
+    def _artifacts(self, teacher: Key, base: Key, student: Key, healed: Key, kept: Key, scores: Key) -> None:
+        """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""
+        baselines = self.recipe.baselines
+        self.packages: dict[str, Key] = {}
+        teacher_gguf = self._convert("convert/teacher", teacher, self.t_params)
+        student_gguf = self._convert("convert/student", student, self.s_params)
+        references = {"student": student_gguf, "teacher": teacher_gguf}
+        imatrix = self._calibrate("calibrate", student_gguf, kept, self.s_params)
+        quantized: list[tuple[Target, Key, str]] = []
+        for target in self.inputs.targets:
+            onnx = target.runtime.format == "onnx"
+            key = self._quantize(
+                f"quantize/{target.name}",
+                student if onnx else student_gguf,
+                imatrix if target.quantize.imatrix and not onnx else None,
+                target.runtime.format,
+                target.quantize.type,
+                target.quantize.embedding_type,
+                target.quantize.output_type,
+                self.s_params,
+            )
+            quantized.append((target, key, "onnx" if onnx else "model.gguf"))
+        student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
+        evaluations = [
+            self._evaluate(f"evaluate/{t.name}", key, file, self.s_params, references=references, grammar=True)
+            for t, key, file in quantized
+        ]
+        if baselines.few_shot:
+            base_gguf = self._convert("convert/base", base, self.t_params)
+            self._evaluate("evaluate/base-few-shot", base_gguf, "model.gguf", self.t_params, shots=baselines.few_shot)
+        if baselines.gold_sft:
+            gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)
+            gold_gguf = self._convert("convert/gold-sft", gold, self.s_params)
+            self._evaluate("evaluate/gold-sft", gold_gguf, "model.gguf", self.s_params)
+        if baselines.quantized_teacher:
+            teacher_imatrix = self._calibrate("calibrate/teacher", teacher_gguf, kept, self.t_params)
+            small = self._quantize(
+                "quantize/teacher",
+                teacher_gguf,
+                teacher_imatrix,
+                "gguf",
+                baselines.quantized_teacher,
+                None,
+                None,
+                self.t_params,
+            )
+            self._evaluate("evaluate/quantized-teacher", small, "model.gguf", self.t_params)
+            self._measure("measure/quantized-teacher", small, "model.gguf", None, None)
+        self._measure("measure/teacher", teacher_gguf, "model.gguf", None, None)
+        self._measure("measure/student", student_gguf, "model.gguf", None, None)
+        measured = [
+            self._measure(f"measure/{target.name}", key, file, teacher_gguf, target) for target, key, file in quantized
+        ]
+        for (target, key, file), evaluation, measurement in zip(quantized, evaluations, measured, strict=True):
+            self.packages[target.name] = self._package(
+                target, key, file, evaluation, measurement, scores, student_scores, teacher_gguf
+            )
+
+    def _calibrate(self, name: str, gguf: Key, kept: Key, params: int) -> Key:
+        rows = min(self.recipe.calibrate.rows, len(self.inputs.prompts))
+        share = rows / max(1, len(self.inputs.prompts))
+        return self.graph.add(
+            name,
+            Calibrate(model=gguf, kept=kept, rows=self.recipe.calibrate.rows, tool=self.llama),
+            Work(kind="forward", amount=2 * params * self.tokens * share),
+            memory=3 * params + 300 * MIB,
+            disk=4 * MIB,
+        )
+
+    def _quantize(
+        self,
+        name: str,
+        model: Key,
+        calibration: Key | None,
+        format_: str,
+        type_: str,
+        embedding: str | None,
+        output: str | None,
+        params: int,
+    ) -> Key:
+        stage = Quantize(
+            model=model,
+            calibration=calibration,
+            format=format_,
+            type=type_,
+            embedding_type=embedding,
+            output_type=output,
+            tool=self.onnx if format_ == "onnx" else self.llama,
+            rows=self.checks,
+        )
+        kind, size = ("build-onnx", 4 * params) if format_ == "onnx" else ("quantize", 2 * params)
+        return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=6 * params + 300 * MIB, disk=size)
+
+    def _evaluate(
+        self,
+        name: str,
+        model: Key,
+        file: str,
+        params: int,
+        *,
+        kind: str = "",
+        references: Mapping[str, Key] | None = None,
+        grammar: bool = False,
+        shots: int = 0,
+    ) -> Key:
+        specs = tuple(
+            SuiteSpec(
+                name=suite,
+                digest=rows_digest(rows),
+                metric=spec.metric,
+                max_new_tokens=spec.max_new_tokens,
+                grammar=self._grammar(spec) if grammar else None,
+            )
+            for suite, rows in self.inputs.suites.items()
+            for spec in [self.recipe.suites[suite]]
+        )
+        kind = kind or ("decode-onnx" if file == "onnx" else "decode-gguf")
+        tokens = sum(sum(map(row_tokens, rows)) for rows in self.inputs.suites.values())
+        tokens += sum(sum(map(row_tokens, self.inputs.suites[spec.name])) for spec in specs if spec.grammar)
+        stage = Evaluate(
+            model=model,
+            file=file,
+            suites=specs,
+            shots=_shots(self.inputs.gold, shots),
+            references=dict(references or {}),
+            build={"decode": "transformers", "decode-onnx": self.onnx}.get(kind, self.llama),
+            isa=self.isa,
+            rows=self.inputs.suites,
+        )
+        return self.graph.add(
+            name,
+            stage,
+            Work(kind=kind, amount=2 * params * tokens),
+            memory=4 * params + RUNTIME_MIB * MIB,
+            disk=sum(len(rows) for rows in self.inputs.suites.values()) * 400,
+        )
+
+    def _grammar(self, suite: Suite) -> str | None:
+        if suite.grammar is None:
+            return None
+        path = self.inputs.path.parent / suite.grammar
+        try:
+            return path.read_text()
+        except OSError as error:
+            raise RecipeError(
+                f"{path}: {error.strerror}",
+                "write the GBNF grammar there, or leave the key out",
+                file=self.inputs.path,
+                key="grammar",
+            ) from None
+
+    def _measure(self, name: str, model: Key, file: str, baseline: Key | None, target: Target | None) -> Key:
+        prompts = next(
+            (rows[:24] for s, rows in self.inputs.suites.items() if self.recipe.suites[s].metric != "perplexity"), ()
+        )
+        prompts = prompts or self.inputs.prompts[:24]
+        cores = os.cpu_count() or 1
+        stage = Measure(
+            model=model,
+            file=file,
+            baseline=baseline,
+            threads=min(target.runtime.threads, cores) if target else cores,
+            context=target.runtime.context if target else 2048,
+            device=self.host.digest,
+            build=self.onnx if file == "onnx" else self.llama,
+            prompts_digest=rows_digest(prompts),
+            prompts=tuple(prompts),
+        )
+        return self.graph.add(name, stage, Work(kind="measure", amount=15 * MEASURE_SECONDS), memory=600 * MIB)
+
+    def _package(
+        self,
+        target: Target,
+        key: Key,
+        file: str,
+        evaluation: Key,
+        measurement: Key,
+        scores: Key,
+        student: Key,
+        reference: Key,
+    ) -> Key:
+        gates = self.recipe.gates.model_dump()
+        for name in ("min_speedup", "min_shrink"):
+            if isinstance(gates[name], dict):
+                gates[name] = gates[name].get(target.name)
+        same, why = matches_host(target, self.host)
+        grammar = next((text for s in self.recipe.suites.values() if (text := self._grammar(s))), None)
+        sources = {
+            model.source: {
+                "source": model.source,
+                "revision": model.revision,
+                "digest": model.digest,
+                "licence": model.facts.licence,
+                "quantized_from": model.facts.quantized_from,
+            }
+            for model in (self.inputs.teacher, self.inputs.student)
+        }
+        tokens = [s.max_new_tokens for s in self.recipe.suites.values() if s.metric != "perplexity"]
+        stage = Package(
+            model=key,
+            file=file,
+            evaluation=evaluation,
+            measurement=measurement,
+            teacher=scores,
+            student=student,
+            reference=reference,
+            recipe=self.recipe.name,
+            target={"name": target.name, **target.model_dump(mode="json")},
+            unproved="" if same else why,
+            gates=gates,
+            sources=tuple(sources.values()),
+            generation={
+                "temperature": 0.0,
+                "max_new_tokens": max(tokens, default=64),
+                "context": target.runtime.context,
+            },
+            grammar=grammar,
+            ship_anyway=self.inputs.ship_anyway,
+            all_keys={name: str(step.key) for step in self.graph.steps() for name in step.ids},
+            example=tuple(self.inputs.prompts[0].messages),
+        )
+        return self.graph.add(f"package/{target.name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))
+
+
+def _shots(gold: tuple[Row, ...], count: int) -> tuple[dict[str, str], ...]:
+    """Choose training examples for the few-shot prompt: the first of each tag, in the order of the file."""
+    if not count:
+        return ()
+    seen: dict[str, Row] = {}
+    for row in gold:
+        seen.setdefault(row.tags[0] if row.tags else row.id, row)
+    return tuple(
+        {"prompt": str(row.messages[-1]["content"]), "reference": row.reference or ""}
+        for row in list(seen.values())[:count]
+    )
+
+
+# ── estimates ──
+
+
+def row_tokens(row: Row) -> int:
+    """Estimate the tokens of a row, template included: about 3.3 characters a token, 6 tokens around each message."""
+    characters = sum(len(str(message["content"])) for message in row.messages) + len(row.reference or " " * 80)
+    return int(characters / 3.3) + 6 * (len(row.messages) + 1)
+
+
+def train_work(params: int, tokens: float, *, full: bool) -> Work:
+    """Operations of training: forward and backward through the activations, and the weights' gradients in full
+    training.
+    """
+    return Work(kind="train-full" if full else "train", amount=(6 if full else 4) * params * tokens)
+
+
+def train_memory(params: int, *, full: bool) -> int:
+    """Bytes of training: fp32 weights, gradients and two moments in full; bf16 weights for an adapter; activations."""
+    return (18 if full else 3) * params + (RUNTIME_MIB + 1200) * MIB

@@ -1,0 +1,176 @@
+"""Everything that a plan is made of, read from disk, and all that can be refused before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgedistill.data.prompts import Row, leaks, load_rows
+from edgedistill.errors import RecipeError, UsageError
+from edgedistill.models import Resolved
+from edgedistill.plan import package_version
+from edgedistill.recipe import Recipe
+from edgedistill.target import Target, format_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Everything that a plan is made of, read from disk."""
+
+    recipe: Recipe
+    path: Path
+    teacher: Resolved
+    student: Resolved
+    targets: tuple[Target, ...]
+    prompts: tuple[Row, ...]
+    gold: tuple[Row, ...]
+    suites: Mapping[str, tuple[Row, ...]]
+    ship_anyway: bool = False
+
+
+def read_rows(
+    recipe_path: Path, files: Iterable[Path], limit: int | None, key: str, *, reference: bool
+) -> tuple[Row, ...]:
+    """Read the rows of several JSONL files relative to the recipe; the key is named in errors."""
+    rows: list[Row] = []
+    for file in files:
+        path = recipe_path.parent / file
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=recipe_path, key=key)
+        rows += load_rows(path, need_reference=reference)
+    doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
+    if doubled:
+        raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=recipe_path, key=key)
+    return tuple(rows[:limit])
+
+
+def read_inputs(
+    recipe: Recipe,
+    path: Path,
+    teacher: Resolved,
+    student: Resolved,
+    targets: Iterable[Target],
+    *,
+    ship_anyway: bool = False,
+) -> Inputs:
+    """Read the data files of a recipe."""
+    need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
+    return Inputs(
+        recipe=recipe,
+        path=path,
+        teacher=teacher,
+        student=student,
+        targets=tuple(targets),
+        prompts=read_rows(path, recipe.prompts.files, recipe.prompts.rows, "prompts.files", reference=need),
+        gold=read_rows(path, recipe.adapt.files, recipe.adapt.rows, "adapt.files", reference=True)
+        if recipe.adapt
+        else (),
+        suites={
+            name: read_rows(path, suite.files, None, f"suites.{name}.files", reference=True)
+            for name, suite in recipe.suites.items()
+        },
+        ship_anyway=ship_anyway,
+    )
+
+
+def refuse(inputs: Inputs) -> list[str]:
+    """Raise RecipeError or UsageError for what cannot work; return warnings for what works but deserves a word."""
+    from edgedistill.training.lora import check_targets
+
+    recipe, warnings = inputs.recipe, []
+    teacher, student = inputs.teacher.facts, inputs.student.facts
+    if recipe.score.kind != "none" and recipe.distill.loss.kd > 0 and teacher.tokenizer != student.tokenizer:
+        raise RecipeError(
+            f"{recipe.teacher.model} and {recipe.student.model} have different tokenizers: "
+            "their distributions cannot be compared",
+            'set score.kind = "none" and distill.loss.kd = 0 to distil text only',
+            key="score.kind",
+            file=inputs.path,
+        )
+    if teacher.quantized_from:
+        warnings.append(
+            f"the teacher's weights come from {teacher.quantized_from}: its distributions are those of a "
+            "quantized model "
+            "(dequantized to full precision)"
+        )
+    layers = recipe.student.layers
+    if (isinstance(layers, int) and layers > student.layers) or (
+        isinstance(layers, tuple) and max(layers) >= student.layers
+    ):
+        raise RecipeError(f"{recipe.student.model} has {student.layers} layers", key="student.layers", file=inputs.path)
+    if layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
+        warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
+    for key, section, facts in (("adapt", recipe.adapt, teacher), ("distill", recipe.distill, student)):
+        if section is not None and section.method != "full":
+            try:
+                check_targets(facts.config(), section.lora.targets)
+            except UsageError as error:
+                raise RecipeError(error.message, error.hint, key=f"{key}.lora.targets", file=inputs.path) from None
+    if recipe.distill.method == "qlora" and not Path("/dev/nvidiactl").exists():
+        raise RecipeError(
+            "QLoRA needs a CUDA device, and this machine has none",
+            'set method = "lora"',
+            key="distill.method",
+            file=inputs.path,
+        )
+    for found in leaks(inputs.prompts, inputs.suites)[:1] or leaks(inputs.gold, inputs.suites)[:1]:
+        raise RecipeError(
+            f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
+            "remove it from one of the files: a score on seen prompts proves nothing",
+            key="suites",
+            file=inputs.path,
+        )
+    for target in inputs.targets:
+        warnings += _refuse_target(inputs, target)
+    return warnings
+
+
+def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
+    """Refuse a file size that no type can meet; warn where the chosen one is estimated above it."""
+    from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits, smallest_type
+
+    if target.runtime.format == "onnx":
+        if not package_version("onnxruntime-genai"):
+            raise UsageError(
+                f"target {target.name}: ONNX needs onnxruntime-genai, which is not installed",
+                "pip install 'edgedistill[onnx]'",
+            )
+        return []
+    limit, warnings = target.limits.file_size, []
+    layers = student_layers(inputs)
+    config = inputs.student.facts.config(layers)
+    wanted = target.quantize.type
+    options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
+    size = estimate_file_size(config, layers, wanted, imatrix=target.quantize.imatrix, **options)
+    if limit is not None:
+        best, least = smallest_type(config, layers)
+        if least > limit:
+            raise RecipeError(
+                f"no type brings this student under {format_size(limit)}: "
+                f"the smallest, {best}, makes about {format_size(least)}",
+                "take fewer layers or a smaller student, or raise the limit",
+                file=target.path,
+                key="limits.file_size",
+            )
+        if size > limit:
+            warnings.append(
+                f"{target.name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}"
+            )
+    base = file_type(wanted).base
+    if fits(base, inputs.student.facts.hidden) != base:
+        warnings.append(
+            f"{target.name}: {inputs.student.facts.hidden} columns are no multiple of 256, so much of {wanted} "
+            "falls back to "
+            f"larger types (quantize says which): about {format_size(size)}"
+        )
+    return warnings
+
+
+def student_layers(inputs: Inputs) -> int:
+    """Return how many layers the student has after shaping."""
+    layers = inputs.recipe.student.layers
+    if layers == "all":
+        return inputs.student.facts.layers
+    return layers if isinstance(layers, int) else len(layers)

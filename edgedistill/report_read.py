@@ -1,0 +1,377 @@
+"""Reads a report from the entries of a build: each loaded once, answers paired by row, gates decided if they can be."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.fingerprint import Key
+from edgedistill.report import Difference, Figure, Model, ReportData, Speed, SuiteLine
+from edgedistill.store import Damaged, Entry
+
+if TYPE_CHECKING:
+    from edgedistill.session import Session
+    from edgedistill.stages.package import Package
+
+CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
+CURVE_KEYS = ("step", "loss", "kd", "ce", "gradient", "gradient_kd", "gradient_ce", "lr", "tokens_per_s", "seconds")
+
+
+class _Reader:
+    """The entries of one plan by step id, each loaded once. What is stale counts as missing: its figures are of other
+    bytes.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.steps = {name: step for step in session.plan.steps for name in step.ids}
+        self._why: dict[Key, str] = {}
+        self._entries: dict[str, Entry | None] = {}
+        self._answers: dict[tuple[str, str], dict[str, tuple[float, str]] | None] = {}
+
+    def entry(self, name: str) -> Entry | None:
+        if name not in self._entries:
+            self._entries[name] = self._load(name) if name in self.steps else None
+        return self._entries[name]
+
+    def _load(self, name: str) -> Entry | None:
+        store = self.session.store
+        try:
+            entry = store.load(self.steps[name].key)
+            why = "not built" if entry is None else store.inputs_match(entry)
+        except Damaged as error:
+            entry, why = None, f"damaged: {error.why}"
+        if why:
+            self._why[self.steps[name].key] = why
+        return None if why else entry
+
+    def missing(self) -> tuple[list[str], int]:
+        """Return the steps that are missing though their inputs are there, with the reason, and the number of those
+        that wait.
+        """
+        steps = [step for step in self.session.plan.steps if self.entry(step.id) is None]
+        first = [step for step in steps if not self._why.keys() & set(step.stage.inputs())]
+        return [f"{step.id} ({self._why[step.key]})" for step in first], len(steps) - len(first)
+
+    def facts(self, name: str) -> Mapping[str, Any]:
+        entry = self.entry(name)
+        return entry.facts if entry else {}
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of the model that a step made: ``model.gguf``, or everything under ``onnx/``."""
+        entry = self.entry(name)
+        return (
+            sum(r.size for f, r in entry.files.items() if f == "model.gguf" or f.startswith("onnx/")) if entry else None
+        )
+
+    def answers(self, name: str, suite: str) -> dict[str, tuple[float, str]] | None:
+        """Return row id -> (score, text) of one evaluation, None if there is none."""
+        if (name, suite) not in self._answers:
+            entry = self.entry(f"evaluate/{name}")
+            path = entry.path / "answers" / f"{suite}.jsonl" if entry else None
+            found = None
+            if path is not None and path.is_file():
+                with path.open(encoding="utf-8") as file:
+                    rows = [json.loads(line) for line in file]
+                found = {row["id"]: (float(row["score"]), str(row["text"])) for row in rows}
+            self._answers[name, suite] = found
+        return self._answers[name, suite]
+
+    def paired(self, a: tuple[str, str], b: tuple[str, str]) -> tuple[list[float], list[float]] | None:
+        """Return two evaluations' scores on the rows that they share; None unless all rows pair up."""
+        left, right = self.answers(*a), self.answers(*b)
+        if not left or not right or left.keys() != right.keys():
+            return None
+        return [score for score, _ in left.values()], [right[row][0] for row in left]
+
+
+def read(session: Session) -> ReportData:
+    """Read a build's entries into a report without findings."""
+    reader = _Reader(session)
+    models = _models(reader)
+    gates, shipped = _gates(reader)
+    entries = {name: reader.entry(name) for name in reader.steps}
+    built = [entry for entry in entries.values() if entry]
+    missing, waiting = reader.missing()
+    curves = {name: _curve(entry.path / "log" / "train.jsonl") for name, entry in entries.items() if entry}
+    layers = session.recipe.student.layers
+    return ReportData(
+        recipe=session.recipe.name,
+        teacher=session.inputs.teacher.source,
+        student=session.inputs.student.source + ("" if layers == "all" else f", {_count(layers)} layers"),
+        models=models,
+        gates=gates,
+        shipped=shipped,
+        differences=_differences(reader, models),
+        curves={name: curve for name, curve in curves.items() if curve},
+        training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
+        yields=dict(reader.facts("filter")),
+        fallbacks=_fallbacks(entries),
+        hops=_hops(entries),
+        times=[
+            {"step": name, "seconds": e.seconds if e else None, "created": e.created if e else "", "key": step.key}
+            for step in session.plan.steps
+            for name, e in [(step.id, reader.entry(step.id))]
+        ],
+        sources=_sources(session),
+        versions={k: v for e in sorted(built, key=lambda e: e.created) for k, v in e.versions.items()},
+        created=max((entry.created for entry in built), default=""),
+        missing=missing,
+        waiting=waiting,
+        warnings=list(session.plan.warnings),
+    )
+
+
+def read_gates(session: Session) -> list[tuple[str, dict[str, Any]]]:
+    """Return every gate of every target that can be decided, as (target, line)."""
+    gates, _ = _gates(_Reader(session))
+    return [(target, line) for target, lines in gates.items() for line in lines]
+
+
+def _count(layers: Any) -> int:
+    return layers if isinstance(layers, int) else len(layers)
+
+
+def _models(reader: _Reader) -> list[Model]:
+    """List teacher, baselines, merged student and artifacts: those that are evaluated, measured or written so far."""
+    session, base = reader.session, reader.session.recipe.baselines
+    rows = [
+        ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
+        ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
+        (
+            "quantized-teacher",
+            f"teacher {base.quantized_teacher}",
+            "baseline",
+            base.quantized_teacher or "",
+            "quantize/teacher",
+        ),
+        ("gold-sft", "student, gold only", "baseline", "F16", "convert/gold-sft"),
+        ("student", "student f16", "student", "F16", "convert/student"),
+    ]
+    for target in session.inputs.targets:
+        type_ = target.quantize.type
+        onnx = target.runtime.format == "onnx" and "onnx" not in target.name
+        label = f"{target.name} {'ONNX ' * onnx}{type_}"
+        rows.append((target.name, label, "artifact", type_, f"quantize/{target.name}"))
+    reference, found = reader.size("convert/teacher"), []
+    for name, label, kind, type_, file in rows:
+        size, facts = reader.size(file), reader.facts(f"evaluate/{name}")
+        answered = facts.get("suites", {})
+        suites = {
+            suite: _suite(reader, name, suite, answered[suite]) for suite in session.recipe.suites if suite in answered
+        }
+        speed = _speed(reader.facts(f"measure/{name}"))
+        if size is None and not suites and speed is None:
+            continue
+        divergence = {
+            against: {key: f for key in ("kld", "top1") if (f := Figure.read(value.get(key)))}
+            for against, value in facts.get("likelihood", {}).items()
+        }
+        shrink = reference / size if reference and size and name != "teacher" else None
+        found.append(
+            Model(
+                id=name,
+                label=label,
+                kind=kind,
+                type=type_,
+                size=size,
+                shrink=shrink,
+                suites=suites,
+                divergence=divergence,
+                speed=speed,
+            )
+        )
+    return found
+
+
+def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
+    if perplexity := Figure.read(facts.get("perplexity")):
+        base = reader.facts("evaluate/base-few-shot").get("suites", {}).get(suite, {}).get("perplexity")
+        return SuiteLine(metric="perplexity", perplexity=perplexity, against_base=_over(perplexity, Figure.read(base)))
+    from edgedistill.evals.statistics import paired_difference, retention
+
+    kept = gain = None
+    if name != "teacher" and (pair := reader.paired((name, suite), ("teacher", suite))) and sum(pair[1]) > 0:
+        kept = retention(*pair)
+    under, mine = facts.get("grammar"), reader.answers(name, suite)
+    if isinstance(under, Mapping) and (pair := reader.paired((name, f"{suite}.grammar"), (name, suite))):
+        gain = paired_difference(*pair)
+    teacher = reader.answers("teacher", suite) or {}
+    errors = [row for row, (score, _) in mine.items() if score < 1] if mine else []
+    shared = sum(teacher.get(row, (1.0, ""))[0] < 1 and teacher[row][1] == (mine or {})[row][1] for row in errors)
+    runner = facts.get("runner", {})
+    return SuiteLine(
+        metric=str(facts.get("metric", "")),
+        score=Figure.read(facts.get("score")),
+        retention=Figure.read(kept),
+        valid=Figure.read(facts.get("valid_json")),
+        grammar=Figure.read(under["score"]) if isinstance(under, Mapping) else None,
+        grammar_gain=Figure.read(gain),
+        functions={key: f for key, value in facts.get("by_function", {}).items() if (f := Figure.read(value))},
+        cut=int(facts.get("cut", 0)),
+        errors=len(errors) if mine else None,
+        shared=shared if mine and teacher and name != "teacher" else None,
+        engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
+    )
+
+
+def _over(mine: Figure, base: Figure | None) -> Figure | None:
+    if base is None:
+        return None
+    bounds = None not in (mine.low, mine.high, base.low, base.high)
+    low, high = (mine.low / base.high, mine.high / base.low) if bounds else (None, None)  # type: ignore[operator]
+    return Figure(value=mine.value / base.value, low=low, high=high, n=mine.n, method="unpaired, widest")
+
+
+def _speed(facts: Mapping[str, Any]) -> Speed | None:
+    found = facts.get("measurement")
+    if not found:
+        return None
+    ttft, settings = found.get("ttft_ms") or {}, found.get("settings", {})
+    return Speed(
+        pp=_median(found["pp"]),
+        tg=_median(found["tg"]),
+        ratio=Figure.read((facts.get("ratio") or {}).get("tg")),
+        ttft_p50_ms=ttft.get("p50"),
+        ttft_p95_ms=ttft.get("p95"),
+        requests=int(ttft.get("n", 0)),
+        peak_rss=found.get("peak_rss"),
+        bandwidth_share=found.get("bandwidth_share"),
+        threads=settings.get("threads"),
+        context=settings.get("context"),
+        host=dict(found.get("host", {})),
+        runner={key: str(value) for key, value in found.get("runner", {}).items()},
+        noise=tuple(found.get("noise", ())) + tuple((facts.get("ratio") or {}).get("noise", ())),
+    )
+
+
+def _median(samples: Mapping[str, Any]) -> Figure:
+    low, high = samples.get("interval") or (None, None)
+    return Figure(value=samples["median"], low=low, high=high, n=samples["n"], method="median")
+
+
+def _gates(reader: _Reader) -> tuple[dict[str, list[dict[str, Any]]], dict[str, bool]]:
+    """Return target -> lines, from its package, or decided now where a missed gate kept the package from being
+    written.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    shipped: dict[str, bool] = {}
+    for target in reader.session.plan.packages:
+        entry = reader.entry(f"package/{target}")
+        shipped[target] = entry is not None
+        lines = list(entry.facts["gates"]) if entry else _decide(reader, target)
+        if lines is not None:
+            found[target] = lines
+    return found, shipped
+
+
+def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
+    from edgedistill.gates import check_gates
+
+    stage: Package = reader.steps[f"package/{target}"].stage  # type: ignore[assignment]
+    names = {key: step.id for step in reader.steps.values() for key in [step.key]}
+    keys = (stage.evaluation, stage.measurement, stage.teacher, stage.student, stage.reference, stage.model)
+    entries = {key: reader.entry(names[key]) for key in keys if key}
+    if None in entries.values():
+        return None
+    size = reader.size(names[stage.model]) or 0
+    known: dict[Any, Entry] = {key: entry for key, entry in entries.items() if entry}
+    return check_gates(
+        gates=stage.gates,
+        limits=stage.target["limits"],
+        size=size,
+        reference_size=reader.size(names[stage.reference]) if stage.reference else None,
+        evaluation=known[stage.evaluation].path,
+        measurement=known[stage.measurement].facts,
+        teacher=known[stage.teacher].path,
+        student=known[stage.student].path if stage.student else None,
+        unproved=stage.unproved,
+    ).to_json()
+
+
+def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
+    """Attribute the loss to the stages, each as a paired difference of two evaluations of the same rows."""
+    by_id = {model.id: model for model in models}
+    shaped = "shape" in reader.steps
+    pairs = [
+        ("adapting the teacher, against the base with examples in its prompt", "base-few-shot", "teacher"),
+        ("quantizing the teacher alone", "teacher", "quantized-teacher"),
+        (
+            "pruning, distilling, merging, converting" if shaped else "distilling, merging, converting",
+            "teacher",
+            "student",
+        ),
+        ("soft targets, against gold only", "gold-sft", "student"),
+    ]
+    for target in reader.session.inputs.targets:
+        verb = "exporting to ONNX and quantizing" if target.runtime.format == "onnx" else "quantizing"
+        pairs.append((f"{verb} to {target.quantize.type}", "student", target.name))
+    found = []
+    for what, before, after in pairs:
+        for suite in by_id[after].suites if before in by_id and after in by_id else ():
+            pair = reader.paired((after, suite), (before, suite))
+            if pair is None:
+                continue
+            from edgedistill.evals.statistics import paired_difference
+
+            estimate = paired_difference(*pair)
+            noticed = "loss" if estimate.high < 0 else "gain" if estimate.low > 0 else ""
+            figure = Figure.read(estimate)
+            assert figure is not None
+            line = Difference(what=what, before=before, after=after, suite=suite, figure=figure, noticed=noticed)
+            found.append(line)
+    return found
+
+
+def _curve(path: Path) -> list[dict[str, float]]:
+    """Read a training log, thinned evenly to ``CURVE_POINTS`` lines; the last step is always kept."""
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        lines = [{key: row[key] for key in CURVE_KEYS if key in row} for row in map(json.loads, file)]
+    every = max(1, math.ceil(len(lines) / CURVE_POINTS))
+    return [line for number, line in enumerate(lines) if number % every == 0 or number == len(lines) - 1]
+
+
+def _fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, entry in entries.items():
+        report = entry.facts.get("quantize") if entry else None
+        if report:
+            moved: dict[str, int] = {}
+            for tensor in report.get("tensors", ()):
+                if tensor["asked"] != tensor["got"]:
+                    move = f"{tensor['asked']} to {tensor['got']}"
+                    moved[move] = moved.get(move, 0) + 1
+            kept = {key: report.get(key) for key in ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries")}
+            found[name] = {**kept, "moved": moved, "tensors": len(report.get("tensors", ()))}
+    return found
+
+
+def _hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
+    """Return what each change of format was checked by: the scalar figures of its report."""
+    found = {}
+    for name, entry in entries.items():
+        report = (entry.facts.get("hop") or entry.facts.get("merge")) if entry else None
+        if isinstance(report, Mapping):
+            found[name] = {key: value for key, value in report.items() if isinstance(value, int | float | str)}
+    return found
+
+
+def _sources(session: Session) -> list[dict[str, Any]]:
+    rows = []
+    for role, model in (("teacher", session.inputs.teacher), ("student", session.inputs.student)):
+        rows.append(
+            {
+                "role": role,
+                "source": model.source,
+                "revision": model.revision,
+                "digest": model.digest,
+                "licence": model.facts.licence,
+                "quantized_from": model.facts.quantized_from,
+            }
+        )
+    return rows

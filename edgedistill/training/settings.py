@@ -1,0 +1,169 @@
+"""What a training run is given, what follows from it alone, and what stops it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.training.checkpoint import State
+from edgedistill.training.data import Example, make_batches
+from edgedistill.training.lora import LoraSettings
+from edgedistill.training.losses import LossTerms
+from edgedistill.training.targets import SparseTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to train. ``batch_size`` rows make one optimiser step, computed ``micro_batch`` rows at a time.
+
+    ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
+    computation; weights in training are kept in float32 beside it. ``gradient_norms`` is every how many steps the norms
+    of the kd and ce gradients are taken apart (0: never).
+    """
+
+    method: Literal["lora", "qlora", "full"] = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    lr: float = 2e-4
+    epochs: float = 1.0
+    steps: int | None = None
+    batch_size: int = 16
+    micro_batch: int | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    min_lr: float = 0.0
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    clip: float = 1.0
+    loss: LossTerms = field(default_factory=LossTerms)
+    freeze_embeddings: bool = True
+    dtype: str = "auto"
+    seed: int = 0
+    checkpoint_steps: int = 0
+    checkpoint_seconds: float = 60.0
+    gradient_norms: int = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run did. ``path`` is the adapter's folder (lora) or the model's (full); rates are of this process."""
+
+    path: Path
+    method: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    loss: float
+    kd: float
+    ce: float
+    trainable_parameters: int
+    peak_memory: int
+    resumed_at: int
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "path": self.path.name}
+
+
+def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
+    """Return the learning rate of optimiser step ``step`` (from 0) of ``total``."""
+    warm = max(1, round(settings.warmup * total)) if settings.warmup > 0 else 0
+    if step < warm:
+        return settings.lr * (step + 1) / warm
+    share = (step - warm) / max(1, total - warm)
+    if settings.schedule == "constant":
+        factor = 1.0
+    elif settings.schedule == "linear":
+        factor = 1.0 - share
+    else:
+        factor = 0.5 * (1.0 + math.cos(math.pi * share))
+    return settings.min_lr + (settings.lr - settings.min_lr) * factor
+
+
+def plan_steps(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
+    """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps."""
+    per_epoch = math.ceil(len(examples) / settings.batch_size)
+    total = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
+    plan: list[list[int]] = []
+    epoch = 0
+    while len(plan) < total:
+        plan += make_batches(examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
+        epoch += 1
+    return plan[:total]
+
+
+def check_settings(
+    settings: TrainSettings, examples: Sequence[Example], targets: Sequence[SparseTargets] | None, device: str
+) -> None:
+    if not examples:
+        raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
+    if settings.method == "qlora":
+        raise UsageError(
+            "method = 'qlora' needs an NVIDIA GPU (its 4-bit kernels are CUDA code)"
+            + (" and the package bitsandbytes, which is not part of this version" if device == "cuda" else ""),
+            hint="use method = 'lora'",
+        )
+    if settings.method not in ("lora", "full"):
+        raise UsageError(f"method = {settings.method!r}: use 'lora' or 'full'")
+    if settings.loss.kd and targets is None:
+        raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
+    if not settings.loss.kd and not settings.loss.ce:
+        raise UsageError("loss.kd and loss.ce are both 0: there is nothing to learn from")
+    if targets is not None:
+        if len(targets) != len(examples):
+            raise UsageError(f"{len(targets)} soft targets for {len(examples)} examples")
+        for example, one in zip(examples, targets, strict=True):
+            if one.positions != len(example.completion_ids):
+                raise UsageError(
+                    f"row {example.id!r}: soft targets for {one.positions} of {len(example.completion_ids)} tokens"
+                )
+
+
+def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) -> None:
+    loss = record["loss"]
+    if not math.isfinite(loss) or not math.isfinite(record["gradient"]):
+        raise StepFailed(
+            f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
+            hint=f"try lr = {settings.lr / 4:g}, a longer warmup, or dtype = 'float32'",
+        )
+    if len(state.first_losses) < 10:
+        state.first_losses.append(loss)
+    state.last_losses = [*state.last_losses[-19:], loss]
+    if state.step >= 30:
+        first = sum(state.first_losses) / len(state.first_losses)
+        last = sum(state.last_losses) / len(state.last_losses)
+        if last > 1.5 * first + 1.0:
+            raise StepFailed(
+                f"step {record['step']}: the loss runs away (first 10 steps {first:.3g}, last 20 steps {last:.3g})",
+                hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2:g} or a longer warmup",
+            )
+
+
+def run_digest(
+    model: Any,
+    examples: Sequence[Example],
+    targets: Sequence[SparseTargets] | None,
+    settings: TrainSettings,
+    vocab_size: int,
+) -> str:
+    """Hash what a checkpoint must agree with: settings (but for how often to save), rows, targets, the model."""
+    fields = asdict(settings)
+    for name in ("checkpoint_steps", "checkpoint_seconds"):
+        del fields[name]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    digest.update(f"{vocab_size} {model.config.model_type}".encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
+    for example in examples:
+        digest.update(example.token_hash + repr(example.weight).encode())
+    for one in targets or ():
+        digest.update(one.ids.tobytes())
+        digest.update(one.counts.tobytes())
+    return digest.hexdigest()

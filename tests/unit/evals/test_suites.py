@@ -1,0 +1,260 @@
+"""Suites: what is scored, stored and compared, with a runner that answers from a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals import likelihood
+from edgedistill.evals.runners.base import Answer, Progress
+from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.evals.suites import SuiteResult, compare, evaluate, load_scores
+
+
+class Table:
+    """A runner that answers row i with ``texts[i]``; its next-token distributions are a table by last token."""
+
+    def __init__(self, texts: Sequence[str] = (), table: np.ndarray | None = None, shift: int = 0) -> None:
+        self.texts, self.shift = texts, shift
+        self.table = np.log(table if table is not None else np.full((6, 6), 1 / 6))
+        self.grammars: list[str | None] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "table"}
+
+    def encode(self, row: Row) -> list[int]:
+        return [1, 2 + self.shift]
+
+    def encode_text(self, text: str) -> list[int]:
+        return [int(c) % 6 for c in text if c.isdigit()]
+
+    def end_token(self) -> int:
+        return 0
+
+    def answer(
+        self, rows: Sequence[Row], *, max_new_tokens: int, grammar: str | None = None, progress: Progress | None = None
+    ) -> list[Answer]:
+        self.grammars.append(grammar)
+        return [
+            Answer(
+                id=row.id, text=text, token_ids=tuple(map(ord, text)), seconds=0.5, finish="stop" if text else "length"
+            )
+            for row, text in zip(rows, self.texts, strict=True)
+        ]
+
+    def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for ids, wanted in zip(token_rows, positions, strict=True):
+            yield self.table[[ids[p] for p in wanted]].astype(np.float32)
+
+    def close(self) -> None:
+        pass
+
+
+def call(name: str, n: int) -> str:
+    return json.dumps({"name": name, "arguments": {"n": n}})
+
+
+ROWS = [
+    Row(
+        id=f"r{9 - i}",
+        messages=({"role": "user", "content": str(i)},),
+        reference=call("a" if i < 6 else "b", i),
+        tags=("low",) if i < 3 else (),
+    )
+    for i in range(10)
+]
+RIGHT = [row.reference or "" for row in ROWS]
+
+
+def answers(*wrong: int, broken: Sequence[int] = ()) -> list[str]:
+    return ["" if i in broken else call("a", 99) if i in wrong else text for i, text in enumerate(RIGHT)]
+
+
+def test_an_evaluation_is_scored_tabled_and_stored(tmp_path: Path) -> None:
+    runner = Table(answers(0, 7, broken=[8]))
+    result = evaluate(runner, ROWS, "json-exact", max_new_tokens=40, grammar="root ::= [a]")
+    assert runner.grammars == ["root ::= [a]"]
+    assert (result.n, result.score.value, result.score.n, result.score.method) == (10, 0.7, 10, "wilson")
+    assert result.valid_json is not None
+    assert result.valid_json.value == 0.9
+    assert result.by_tag["low"].value == pytest.approx(2 / 3)
+    assert {name: (e.value, e.n) for name, e in result.by_function.items()} == {"a": (5 / 6, 6), "b": (0.5, 4)}
+    assert (result.cut, result.seconds, len(result.grammar or "")) == (1, 5.0, 64)
+    assert result.rows[7].details == {"function": "b", "called": "a"}
+    result.save(tmp_path)
+    assert SuiteResult.load(tmp_path) == result
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result.summary()))
+    (tmp_path / "answers").mkdir()
+    result.save_answers(tmp_path / "answers" / "holdout.jsonl")
+    assert load_scores(tmp_path, "holdout") == [row.score for row in reversed(result.rows)]  # by id
+
+
+def test_stored_evaluations_that_are_damaged(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not readable as answers"):
+        load_scores(tmp_path, "holdout")
+    result = evaluate(Table(answers()), ROWS, "exact")
+    assert result.valid_json is None
+    assert result.by_function == {}
+    result.save(tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines[:4]))
+    with pytest.raises(UsageError, match="rows are missing"):
+        SuiteResult.load(tmp_path)
+    (tmp_path / "answers.jsonl").write_text(lines[0][:30])
+    with pytest.raises(UsageError, match="not readable"):
+        SuiteResult.load(tmp_path)
+
+
+def test_answers_with_odd_characters_survive(tmp_path: Path) -> None:
+    odd = ["\u2028", "\ud83d", "\x00", '"\\', "日本", *RIGHT[5:]]
+    result = evaluate(Table(odd), ROWS, "contains")
+    result.save(tmp_path)
+    assert [row.text for row in SuiteResult.load(tmp_path).rows] == odd
+
+
+def test_comparing_pairs_rows_by_id() -> None:
+    teacher, student = evaluate(Table(answers(0)), ROWS, "exact"), evaluate(Table(answers(0, 1, 2)), ROWS, "exact")
+    found = compare(student, teacher)
+    assert found.difference.value == pytest.approx(-0.2)
+    assert found.retention is not None
+    assert found.retention.value == pytest.approx(7 / 9)
+    assert found.retention.low < 7 / 9 < found.retention.high
+    assert json.loads(json.dumps(found.to_json()))["n"] == 10
+    shuffled = SuiteResult(**{**student.__dict__, "rows": student.rows[::-1]})
+    assert compare(shuffled, teacher).difference == found.difference
+    nothing = evaluate(Table(answers(*range(10))), ROWS, "exact")
+    assert compare(student, nothing).retention is None
+    with pytest.raises(UsageError, match="cannot compare exact with contains"):
+        compare(student, evaluate(Table(answers()), ROWS, "contains"))
+    with pytest.raises(UsageError, match="different rows"):
+        compare(student, evaluate(Table(answers()[:5]), ROWS[:5], "exact"))
+
+
+def test_what_is_refused_before_anything_is_decoded() -> None:
+    runner = Table(answers())
+    bare = Row(id="bare", messages=ROWS[0].messages)
+    plain = Row(id="plain", messages=ROWS[0].messages, reference="five")
+    for rows, message in (
+        ([], "needs rows"),
+        ([*ROWS, bare], "row 'bare' has no ref"),
+        ([plain], "'plain': json-exact"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluate(runner, rows, "json-exact")
+    with pytest.raises(UsageError, match="decodes nothing"):
+        evaluate(runner, ROWS, "perplexity", grammar="root ::= [a]")
+    with pytest.raises(UsageError, match="unknown metric"):
+        evaluate(runner, ROWS, "bleu")
+    assert runner.grammars == []
+
+
+DIGITS = [
+    Row(
+        id=str(i),
+        messages=({"role": "user", "content": "x"},),
+        reference="34" * (1 + i),
+        tags=(("t",) if i < 2 else ()),
+    )
+    for i in range(5)
+]
+
+
+def peaked(p: float) -> np.ndarray:
+    """Return a table in which 3 follows 2 and 4, 4 follows 3, each with probability p."""
+    table = np.full((6, 6), (1 - p) / 5)
+    for last, following in ((2, 3), (3, 4), (4, 3)):
+        table[last, following] = p
+    return table
+
+
+def test_perplexity_is_taken_over_the_answer_only() -> None:
+    found = likelihood.perplexity(Table(table=np.full((6, 6), 1 / 6)), DIGITS)
+    assert found.perplexity.value == pytest.approx(6, rel=1e-6)
+    assert found.tokens == sum(2 * (1 + i) + 1 for i in range(5))
+    table = peaked(0.5)
+    found = likelihood.perplexity(Table(table=table), DIGITS)
+    # 2 -> 3 -> 4 -> 3 ... each at 0.5, then the end token at 0.1.
+    total = sum(2 * (1 + i) * math.log(2) + math.log(10) for i in range(5))
+    assert found.nll.value == pytest.approx(total / found.tokens, rel=1e-6)
+    assert found.perplexity.low < found.perplexity.value < found.perplexity.high
+    data = found.to_json()
+    assert data["value"] == found.perplexity.value
+    assert json.dumps(data)
+
+    result = evaluate(Table(table=table), DIGITS, "perplexity")
+    assert result.score == found.perplexity
+    assert result.by_tag["t"].n == 2
+    worse = evaluate(Table(), DIGITS, "perplexity")
+    comparison = compare(result, worse)
+    assert comparison.retention is None
+    assert comparison.difference.value == pytest.approx(found.nll.value - math.log(6), abs=1e-6)
+
+
+def test_divergence_is_the_textbooks() -> None:
+    p, q = peaked(0.9), peaked(0.5)
+    found = likelihood.divergence(Table(table=q), Table(table=p), DIGITS)
+    each = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.02 / 0.1)
+    assert found.kld.value == pytest.approx(each, rel=1e-4)
+    assert found.p50 == pytest.approx(each, rel=1e-4)
+    assert found.max == pytest.approx(each, rel=1e-4)
+    assert found.top1.value == 1
+    assert (found.rows, found.tokens) == (5, 35)
+    assert json.dumps(found.to_json())
+    same = likelihood.divergence(Table(table=p), Table(table=p), DIGITS)
+    assert same.kld.value == same.max == 0
+    moved = np.roll(p, 1, axis=1)
+    assert likelihood.divergence(Table(table=moved), Table(table=p), DIGITS).top1.value == 0
+
+
+def test_a_padded_vocabulary_is_cut() -> None:
+    p = np.log(np.array([[0.5, 0.25, 0.25]], dtype=np.float32))
+    q = np.log(np.array([[0.25, 0.125, 0.125, 0.5]], dtype=np.float32))
+    kld, same = likelihood.kl_divergence(p, q)
+    assert kld == pytest.approx([0.0], abs=1e-6)
+    assert same.tolist() == [True]
+
+
+def test_divergence_refuses_other_tokens_and_broken_models() -> None:
+    with pytest.raises(UsageError, match="different tokens"):
+        likelihood.divergence(Table(shift=1), Table(), DIGITS)
+    with pytest.raises(UsageError, match="no rows"):
+        likelihood.divergence(Table(), Table(), [])
+    with pytest.raises(UsageError, match="no rows"):
+        likelihood.perplexity(Table(), [])
+    with pytest.raises(StepFailed, match="not finite"):
+        likelihood.divergence(Table(table=np.full((6, 6), np.nan)), Table(), DIGITS)
+    with pytest.raises(StepFailed, match="no probability"):
+        likelihood.perplexity(Table(table=np.full((6, 6), np.nan)), DIGITS)
+    bare = Row(id="bare", messages=ROWS[0].messages)
+    with pytest.raises(UsageError, match="'bare' has no reference"):
+        likelihood.perplexity(Table(), [bare])
+
+
+def test_distributions_of_files(tiny_file: Path, tiny_hf: Path, rows: list[Row], tmp_path: Path) -> None:
+    from edgedistill.evals.runners.transformers import TransformersRunner
+    from edgedistill.formats.gguf.quantize import quantize
+
+    small = tmp_path / "q4.gguf"
+    quantize(tiny_file, small, "Q4_0", imatrix=None, threads=1)
+    with (
+        GgufRunner(small) as quantized,
+        GgufRunner(tiny_file) as full,
+        TransformersRunner(tiny_hf, dtype="float32") as hf,
+    ):
+        lossy = likelihood.compare_distributions(quantized, tiny_file, rows[:12], threads=1)
+        same = likelihood.compare_distributions(full, tiny_file, rows[:12], threads=1)
+        hop = likelihood.compare_distributions(hf, tiny_file, rows[:12], threads=1)
+    assert same.kld.value == 0
+    assert same.top1.value == 1
+    assert hop.kld.value < 1e-4
+    assert lossy.kld.low > 0.005
+    assert lossy.p50 <= lossy.p99 <= lossy.max
+    assert lossy.top1.value < 1
