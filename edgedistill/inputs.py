@@ -39,11 +39,11 @@ def read_rows(
         path = recipe_path.parent / file
         if not path.is_file():
             raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=recipe_path, key=key)
-        rows += load_rows(path, need_reference=reference)
+        rows += load_rows(path, need_reference=reference)[:limit]
     doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
     if doubled:
         raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=recipe_path, key=key)
-    return tuple(rows[:limit])
+    return tuple(rows)
 
 
 def read_inputs(

@@ -197,7 +197,9 @@ def _publish(store: Store, key: Key, line: Any, out: Path, model: str) -> Quanti
         path=goal,
         size=int(entry.facts["size"]),
         bpw=float(report.get("bpw", 0.0)),
-        fallbacks=[f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]],
+        fallbacks=[
+            f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]
+        ],
         notes=[report["warning"]] if report.get("warning") else [],
     )
 

@@ -58,7 +58,7 @@ class Adapt(Training):
     """Fine-tune the teacher on gold data first."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(default=None, description="use the first so many rows only")
+    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
 
@@ -84,7 +84,7 @@ class Prompts(Section):
     """The prompts that the teacher answers: JSONL with id, messages | prompt, reference, tags."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(default=None, description="use the first so many rows only")
+    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
 
 
 class Generate(Section):
@@ -180,9 +180,7 @@ class Gates(Section):
 class Baselines(Section):
     """What a sceptic asks for, built and measured beside the student."""
 
-    few_shot: Annotated[int, Field(ge=0)] = Field(
-        0, description="base model with so many training examples in its prompt"
-    )
+    few_shot: int = Field(default=0, ge=0, description="base model with so many training examples in its prompt")
     gold_sft: bool = Field(default=False, description="the same healed student trained on references only")
     quantized_teacher: str | None = Field(default=None, description="GGUF type, e.g. Q4_0")
 

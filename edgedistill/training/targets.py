@@ -182,7 +182,9 @@ class TargetsWriter:
             self._schema,
             compression="zstd",
             compression_level=9,
-            use_dictionary=[f"{name}.list.element" for name in ("ids", "counts", "sizes")],  # pyright: ignore
+            use_dictionary=["counts.list.element", "sizes.list.element"],  # pyright: ignore[reportArgumentType]
+            # High bytes repeat, low bytes do not: apart, the former nearly vanish.
+            column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in ("ids", "logp", "normalisers")},
             write_statistics=False,
         )
 

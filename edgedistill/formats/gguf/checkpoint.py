@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
+_KEYS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -65,10 +71,17 @@ def read_config(folder: Path) -> dict[str, Any]:
             "(…ForCausalLM) can be built",
             "choose a text generation model",
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UsageError(f"{folder}: the weights are already quantized ({method})", "use the full-precision checkpoint")
     return config
+
+
+def require_keys(config: dict[str, Any], path: Path) -> None:
+    """Require that ``config`` has the numbers that describe a decoder. Raises UsageError naming the key."""
+    for key in _KEYS:
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise UsageError(f"{path}: {key} is {config.get(key)!r}; a positive number was expected")
 
 
 def open_checkpoint(folder: Path) -> dict[str, Entry]:
@@ -121,6 +134,13 @@ def _index(path: Path) -> dict[str, Entry]:
             }  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(f"{path}: damaged safetensors header: {error}", "download the model again") from None
+    for name, entry in entries.items():
+        width = _WIDTHS.get(entry.dtype)
+        wrong = width is not None and math.prod(entry.shape) * width != entry.nbytes
+        if wrong or entry.nbytes < 0 or entry.offset < 8 + length or min(entry.shape, default=0) < 0:
+            raise UsageError(
+                f"{path}: damaged safetensors header: {name} has impossible offsets", "download the model again"
+            )
     end = max((entry.offset + entry.nbytes for entry in entries.values()), default=0)
     if end > size:
         raise UsageError(f"{path}: safetensors cut short: {end - size} bytes are missing", "download the model again")

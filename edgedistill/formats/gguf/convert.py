@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.formats.gguf.checkpoint import Entry, open_checkpoint, read_config, read_entry
+from edgedistill.formats.gguf.checkpoint import Entry, open_checkpoint, read_config, read_entry, require_keys
 from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES
 from edgedistill.formats.gguf.vocabulary import load_tokenizer, read_vocabulary, write_vocabulary
 
@@ -104,6 +104,7 @@ def convert(
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}", "use f16")
     config = read_config(model_dir)
     family = family_of(config, f"{model_dir}/config.json")
+    require_keys(config, model_dir / "config.json")
     entries = open_checkpoint(model_dir)
     notes: list[str] = []
     layers = int(config["num_hidden_layers"])

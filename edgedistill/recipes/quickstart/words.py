@@ -12,8 +12,9 @@ T = TypeVar("T")
 class Chooser:
     """Draw from sequences with `random.Random.random()` only: the one method whose sequence Python promises to keep."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, invents: bool = False) -> None:
         self._random = random.Random(seed)
+        self.invents = invents  # half of the words that pools give are made up
 
     def chance(self, probability: float) -> bool:
         return self._random.random() < probability
@@ -24,12 +25,23 @@ class Chooser:
     def pick(self, items: Sequence[T]) -> T:
         return items[self.below(len(items))]
 
+    def invented(self, word: str) -> str:
+        """Make up a word of the same case; short words and numbers stay."""
+        if len(word) < 4 or not word.isalpha():
+            return word
+        made = "".join(self.pick(SYLLABLES) for _ in range(2 + self.below(2)))
+        return made.capitalize() if word[0].isupper() else made
+
     def shuffled(self, items: Sequence[T]) -> list[T]:
         out = list(items)
         for i in range(len(out) - 1, 0, -1):
             j = self.below(i + 1)
             out[i], out[j] = out[j], out[i]
         return out
+
+
+SYLLABLES = """ba be bran cal cor da del dor el fen fi gal gor ha hel ka kel kin la len lo mar mel mi mon na nel nor or
+    pa pel pi ra rin ros sal sen so tal tan ter tor va ven vi wen wil yor za""".split()
 
 
 class Pool:
@@ -46,7 +58,8 @@ class Pool:
         return tuple(dict.fromkeys(" ".join(w.split()) for w in words.split(",") if w.strip()))
 
     def pick(self, c: Chooser, half: str) -> str:
-        return c.pick(self.halves[half])
+        entry = c.pick(self.halves[half])
+        return " ".join(map(c.invented, entry.split(" "))) if c.invents and c.chance(0.5) else entry
 
 
 FIRST = Pool(

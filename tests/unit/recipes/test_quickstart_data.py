@@ -25,10 +25,10 @@ DIGESTS = {
     "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
     "holdout.jsonl": "102eff5b0adf981ed9e70f05b32fead4dbcaa7ddfd9eefd7d3378036f5b75e38",
     "ood.jsonl": "226985c6239873a7aa15d517348b66645931d9aefe315edbc95d759dba677b1b",
-    "times.jsonl": "5bed3547c03d19b747cea5b732bf1e97730d2f9d814811e8ba3d9b922ce19f4d",
+    "drills.jsonl": "18987c06bc3aafa5640890ddb1595ee100aae550b0d1ffce1b5cf5cba5a1a76b",
     "train.jsonl": "e89b875f727d145180126e5743523fe5ba02b7bd254e3ea125b5e3a5254ab1f1",
 }
-SIZES = {"train": 2400, "times": 800, "holdout": 480, "ood": 480, "general": 48}
+SIZES = {"train": 2400, "drills": 1200, "holdout": 480, "ood": 480, "general": 48}
 TASK = ("train", "holdout", "ood")
 
 
@@ -43,7 +43,7 @@ def rows(split: str) -> list[dict[str, Any]]:
 
 def taught() -> list[dict[str, Any]]:
     """Return every row that teacher or student may learn from."""
-    return rows("train") + rows("times")
+    return rows("train") + rows("drills")
 
 
 def prompt(row: dict[str, Any]) -> str:

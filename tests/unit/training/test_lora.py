@@ -86,7 +86,7 @@ def test_other_targets() -> None:
             check_targets({}, bad)
     with pytest.raises(UsageError, match=r"\['nope'\]"):
         attach(make_llama(), LoraSettings(targets=("nope",)))
-    with pytest.raises(UsageError, match="lora.rank = 0"):
+    with pytest.raises(UsageError, match=r"lora\.rank = 0"):
         attach(make_llama(), LoraSettings(rank=0))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_evenly_spaced_with_the_first_and_the_last(total: int, data: st.DataObje
     assert chosen == sorted(chosen)
     assert chosen[0] == 0
     assert count == 1 or chosen[-1] == total - 1
-    gaps = [right - left for left, right in zip(chosen, chosen[1:], strict=False)]
+    gaps = [right - left for left, right in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 

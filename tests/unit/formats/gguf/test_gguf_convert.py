@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf import convert as module
@@ -168,6 +170,8 @@ def broken(tiny: Tiny, tmp_path: Path, **changes: Any) -> Path:
         ({"num_hidden_layers": 3}, "lacks 9 tensors"),
         ({"num_hidden_layers": 1}, "has no place"),
         ({"vocab_size": 100}, "vocab_size is 100"),
+        ({"intermediate_size": "many"}, "intermediate_size is 'many'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"tie_word_embeddings": False}, "output.weight"),
     ],
 )
@@ -202,6 +206,20 @@ def test_cut_safetensors_are_refused(keep: int, tiny: Tiny, tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UsageError, match="cut short"):
         convert(folder, tmp_path / "out.gguf")
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_safetensors_header_never_crashes(data: st.DataObject, tiny: Tiny, tmp_path: Path) -> None:
+    whole = bytearray((tiny() / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        whole[data.draw(st.integers(0, 8 + int.from_bytes(whole[:2], "little")))] = data.draw(st.integers(0, 255))
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    try:
+        for entry in open_checkpoint(tmp_path).values():
+            read_entry(entry)
+    except UsageError:
+        pass
 
 
 @pytest.mark.parametrize(("value", "words"), [(1e6, "over 65504"), (float("nan"), "NaN")])

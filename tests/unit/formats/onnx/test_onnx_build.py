@@ -115,7 +115,7 @@ def test_a_failing_builder_shows_the_end_of_its_log() -> None:
     with pytest.raises(StepFailed, match="exited with 3") as caught:
         _run([sys.executable, "-c", script], 2, None)
     lines = str(caught.value).splitlines()
-    assert lines[1:3] == ["line 75", "line 76"]
+    assert lines[1:3] == ["line 74", "line 75"]
     assert lines[-1] == "new"
     assert "families" in caught.value.hint
     assert _hint("OSError: No space left on device", 10**12).startswith("Free disk space")
