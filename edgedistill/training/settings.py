@@ -104,6 +104,8 @@ def check_settings(
 ) -> None:
     if not examples:
         raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
+    if settings.batch_size < 1:
+        raise UsageError(f"batch_size is {settings.batch_size}: it must be at least 1")
     if settings.method == "qlora":
         raise UsageError(
             "method = 'qlora' needs an NVIDIA GPU (its 4-bit kernels are CUDA code)"

@@ -72,8 +72,8 @@ def main(root: Path) -> None:
         assert child(lambda method=method: run(root / method / "whole", method)) == 0
         cut = root / method / "cut"
         for kill_at in (2, 5, 6, 13):
-            assert child(lambda method=method, at=kill_at: run(cut, method, kill_at=at)) == signal.SIGKILL
-        assert child(lambda method=method: run(cut, method)) == 0
+            assert child(lambda method=method, cut=cut, at=kill_at: run(cut, method, kill_at=at)) == signal.SIGKILL
+        assert child(lambda method=method, cut=cut: run(cut, method)) == 0
     cut = root / "lora" / "cut in the middle of a checkpoint"
     assert child(lambda: run(cut, "lora", kill_in="rename")) == signal.SIGKILL
     assert child(lambda: run(cut, "lora", kill_at=8)) == signal.SIGKILL
