@@ -21,6 +21,8 @@ import numpy as np
 
 from edgedistill.errors import UsageError
 
+Numbers = Sequence[float] | np.ndarray
+
 LEVEL = 0.95
 RESAMPLES = 4000
 
@@ -90,7 +92,7 @@ def proportion(successes: int, n: int, level: float = LEVEL) -> Estimate:
     return Estimate(value=p, low=low, high=high, n=n, method="wilson", level=level)
 
 
-def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
+def mean(values: Numbers, level: float = LEVEL) -> Estimate:
     """Estimate the mean of per-row scores: Wilson for zeros and ones, else a percentile bootstrap over rows."""
     array = _array(values)
     if _binary(array):
@@ -98,7 +100,7 @@ def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
     return bootstrap(array, lambda sample: sample.mean(axis=1), level=level, method="bootstrap of the mean")
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Estimate:
+def paired_difference(a: Numbers, b: Numbers, level: float = LEVEL) -> Estimate:
     """Estimate mean(a) - mean(b) where a[i] and b[i] answer the same row.
 
     Zeros and ones: Tango's score interval. Graded: percentile bootstrap over rows. Raises ValueError on unequal
@@ -106,8 +108,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEV
     """
     x, y = _paired(a, b)
     if not (_binary(x) and _binary(y)):
-        estimate = bootstrap(x - y, lambda sample: sample.mean(axis=1), level=level, method="paired bootstrap")
-        return estimate
+        return bootstrap(x - y, lambda sample: sample.mean(axis=1), level=level, method="paired bootstrap")
     n = x.size
     only_a, only_b = int(np.sum((x == 1) & (y == 0))), int(np.sum((x == 0) & (y == 1)))
     value = (only_a - only_b) / n
@@ -128,7 +129,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = LEV
     return Estimate(value=value, low=low, high=high, n=n, method="tango", level=level)
 
 
-def retention(artifact: Sequence[float], teacher: Sequence[float], level: float = LEVEL) -> Estimate:
+def retention(artifact: Numbers, teacher: Numbers, level: float = LEVEL) -> Estimate:
     """Estimate mean(artifact) / mean(teacher) over the same rows; gates compare the lower bound.
 
     Zeros and ones: Nam and Blackwelder's score interval. Graded: percentile bootstrap over rows. Raises ValueError on
@@ -174,7 +175,7 @@ def retention(artifact: Sequence[float], teacher: Sequence[float], level: float 
     return Estimate(value=value, low=low, high=high, n=n, method="nam-blackwelder", level=level)
 
 
-def clustered_mean(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> tuple[Estimate, float]:
+def clustered_mean(sums: Numbers, counts: Numbers, level: float = LEVEL) -> tuple[Estimate, float]:
     """Estimate a mean over tokens that come in rows: (estimate, standard error).
 
     ``sums[i]`` is the sum over the tokens of row i, ``counts[i]`` their number. Tokens of one row are not independent,
@@ -194,7 +195,7 @@ def clustered_mean(sums: Sequence[float], counts: Sequence[int], level: float = 
     return Estimate(value=value, low=value - half, high=value + half, n=rows, method="clustered t", level=level), error
 
 
-def clustered_proportion(sums: Sequence[float], counts: Sequence[int], level: float = LEVEL) -> Estimate:
+def clustered_proportion(sums: Numbers, counts: Numbers, level: float = LEVEL) -> Estimate:
     """Estimate a share of tokens that come in rows: Wilson's interval at the effective sample size.
 
     ``sums[i]`` of the ``counts[i]`` tokens of row i are hits. The effective size is tokens over the design effect;
@@ -218,19 +219,19 @@ def clustered_proportion(sums: Sequence[float], counts: Sequence[int], level: fl
     )
 
 
-def median(values: Sequence[float], level: float = LEVEL) -> Estimate:
+def median(values: Numbers, level: float = LEVEL) -> Estimate:
     """Estimate a median with a percentile bootstrap."""
     return bootstrap(_array(values), lambda s: np.median(s, axis=1), level=level, method="bootstrap of the median")
 
 
-def quantile(values: Sequence[float], q: float, level: float = LEVEL) -> Estimate:
+def quantile(values: Numbers, q: float, level: float = LEVEL) -> Estimate:
     """Estimate the q-quantile (0..1) with a percentile bootstrap."""
     return bootstrap(
         _array(values), lambda s: np.quantile(s, q, axis=1), level=level, method=f"bootstrap of the {q:g}-quantile"
     )
 
 
-def median_ratio(a: Sequence[float], b: Sequence[float], *, paired: bool, level: float = LEVEL) -> Estimate:
+def median_ratio(a: Numbers, b: Numbers, *, paired: bool, level: float = LEVEL) -> Estimate:
     """Estimate a ratio of medians; paired: the median of a[i] / b[i], from interleaved runs."""
     if paired:
         x, y = _paired(a, b)
@@ -287,7 +288,7 @@ def _bisect(function: Callable[[float], float], low: float, high: float) -> floa
     return (low + high) / 2
 
 
-def _array(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def _array(values: Numbers) -> np.ndarray:
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError("statistics need a list of at least one number")
@@ -296,7 +297,7 @@ def _array(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return array
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _paired(a: Numbers, b: Numbers) -> tuple[np.ndarray, np.ndarray]:
     x, y = _array(a), _array(b)
     if x.shape != y.shape:
         raise ValueError(f"paired values must have one length, not {x.size} and {y.size}")

@@ -25,7 +25,7 @@ class State:
     digest: str = ""
     tokens: int = 0
     seconds: float = 0.0
-    first_losses: list[float] = field(default_factory=list)
+    best: float = 1e30
     last_losses: list[float] = field(default_factory=list)
 
 

@@ -17,6 +17,9 @@ from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.targets import SparseTargets
 
+WINDOW = 20
+"""Steps over which the loss is averaged before it is called divergent."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
@@ -135,17 +138,17 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) ->
             f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
             hint=f"try lr = {settings.lr / 4:g}, a longer warmup, or dtype = 'float32'",
         )
-    if len(state.first_losses) < 10:
-        state.first_losses.append(loss)
-    state.last_losses = [*state.last_losses[-19:], loss]
-    if state.step >= 30:
-        first = sum(state.first_losses) / len(state.first_losses)
-        last = sum(state.last_losses) / len(state.last_losses)
-        if last > 1.5 * first + 1.0:
-            raise StepFailed(
-                f"step {record['step']}: the loss runs away (first 10 steps {first:.3g}, last 20 steps {last:.3g})",
-                hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2:g} or a longer warmup",
-            )
+    state.last_losses = [*state.last_losses[1 - WINDOW :], loss]
+    mean = sum(state.last_losses) / len(state.last_losses)
+    if len(state.last_losses) < WINDOW:
+        state.best = min(state.best, state.last_losses[0])
+        return
+    if mean > 1.5 * state.best + 1.0:
+        raise StepFailed(
+            f"step {record['step']}: the loss runs away ({state.best:.3g} at best, {mean:.3g} over the last {WINDOW} steps)",
+            hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2 or 1:g} or a longer warmup",
+        )
+    state.best = min(state.best, mean)
 
 
 def run_digest(

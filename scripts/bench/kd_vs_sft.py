@@ -134,8 +134,8 @@ def train_peer(job: dict[str, Any], out: Path) -> Path:
         ),
     )
     trainer.train()
-    assert trainer.model is not None
-    trainer.model.save_pretrained(out / "adapter")
+    trained: Any = trainer.model
+    trained.save_pretrained(out / "adapter")
     return out / "adapter"
 
 

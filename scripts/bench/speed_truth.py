@@ -152,9 +152,11 @@ class Quiet:
 
     def wait(self) -> None:
         """Wait until half a second passes with others idle; give the benchmark up when patience is at its end."""
+        start = time.perf_counter()
         while (load := self.load_during(lambda: time.sleep(0.5))) > self.most:
             time.sleep(2)
-            self.lose(2.5, load)
+            self.lose(time.perf_counter() - start, load)
+            start = time.perf_counter()
 
     def lose(self, seconds: float, load: float) -> None:
         """Take ``seconds`` that the load of others has cost off the patience."""

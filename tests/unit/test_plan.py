@@ -174,7 +174,7 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
     ("edit", "message"),
     [
         (("lr         = 6e-4", "lrr        = 6e-4"), r"recipe\.toml:\d+: heal\.lrr.*lr"),
-        (("epochs     = 3", 'epochs     = "three"'), r"recipe\.toml:\d+: heal\.epochs"),
+        (("epochs     = 4", 'epochs     = "four"'), r"recipe\.toml:\d+: heal\.epochs"),
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
         (('kind = "sampled"', 'kind = "sampel"'), r"score\.kind.*sampled"),

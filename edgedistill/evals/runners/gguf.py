@@ -160,7 +160,7 @@ class GgufRunner:
         started = time.perf_counter()
         shared = _common_prefix(prompts)
         depth = min(max(len(p) for p in prompts) + max_new_tokens, self.context_limit)
-        slots = max(1, min(self.parallel, len(rows), CACHE_BYTES // (depth * self._cell_bytes())))
+        slots = max(1, min(self.parallel, len(rows), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
         session = _Session(self, sequences=slots + 1, depth=depth)
         answers: dict[int, Answer] = {}
         texts: dict[int, bytes] = {}
@@ -248,7 +248,7 @@ class GgufRunner:
             raise UsageError(
                 f"a row has {depth} tokens, the model's context {self.context_limit}", "Shorten it, or leave it out."
             )
-        together = max(1, min(16, len(token_rows), CACHE_BYTES // (depth * self._cell_bytes())))
+        together = max(1, min(16, len(token_rows), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
         session = _Session(self, sequences=together, depth=depth, batch=max(BATCH, depth))
         try:
             for group in _groups(token_rows, positions, session.batch_size, together):
@@ -280,7 +280,7 @@ class _Session:
         self._lib, self._path, self._vocabulary = runner._lib, runner.path, runner.vocabulary
         self.batch_size = batch
         params = self._lib.llama_context_default_params()
-        params.n_ctx = sequences * (-(-(depth + 1) // 256) * 256 if depth > 256 else depth + 1)
+        params.n_ctx = sequences * _padded(depth)
         params.n_batch = params.n_ubatch = batch
         params.n_seq_max = sequences
         params.n_outputs_max_per_seq = 0  # its default of 1 forbids asking for several logits of one sequence
@@ -366,6 +366,11 @@ class _Session:
         if items:
             out.append(self.decode(items).copy())
         return np.concatenate(out) if out else np.empty((0, self._vocabulary), dtype=np.float32)
+
+
+def _padded(depth: int) -> int:
+    """Return the cells that llama.cpp gives to a sequence of that many tokens: the next multiple of 256."""
+    return -(-(depth + 1) // 256) * 256
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Run by test_trainer: train in children that are killed with kill -9 at given steps, in folders under argv[1].
+"""Run by test_trainer: train in children, killed with kill -9 at given steps, or in pairs; in folders under argv[1].
 
 One interpreter for all runs, forked before torch starts a thread: importing takes longer than training.
 """
@@ -50,7 +50,17 @@ def run(out: Path, method: str, *, kill_at: int | None = None, kill_in: str = ""
     return train(model, examples, soft, settings=settings, out=out, progress=progress)
 
 
-def child(action: Callable[[], object]) -> int:
+def pair(rank: int, root: Path) -> TrainResult:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=2)
+    settings = TrainSettings(method="full", lr=1e-3, steps=6, batch_size=6, dtype="float32")
+    result = train(make_llama(), make_examples(), None, settings=settings, out=root / "two")
+    dist.destroy_process_group()
+    return result
+
+
+def start(action: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         import torch
@@ -64,10 +74,16 @@ def child(action: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitpid(pid, 0)[1]
+    return pid
+
+
+def child(action: Callable[[], object]) -> int:
+    return os.waitpid(start(action), 0)[1]
 
 
 def main(root: Path) -> None:
+    pids = [start(lambda rank=rank: pair(rank, root)) for rank in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     for method in ("lora", "full"):
         assert child(lambda method=method: run(root / method / "whole", method)) == 0
         cut = root / method / "cut"
