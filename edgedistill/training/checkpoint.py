@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -113,8 +114,12 @@ class StepLog:
         self._file = path.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add one step."""
-        self._file.write(json.dumps(record) + "\n")
+        """Add one step; what is not finite becomes null, for which JSON has a word."""
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

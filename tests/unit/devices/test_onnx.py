@@ -45,5 +45,5 @@ def test_broken_onnx_is_refused_with_its_name(tiny_onnx: Path, tmp_path: Path) -
     broken.mkdir()
     for file in tiny_onnx.iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".onnx" else file.read_bytes())
-    with pytest.raises(EdgeDistillError, match="broken.*cannot load"), Worker(broken, 1):
+    with pytest.raises(EdgeDistillError, match=r"broken.*cannot load"), Worker(broken, 1):
         pass

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.training.data import make_batches
+from edgedistill.training.checkpoint import State
+from edgedistill.training.data import counter_rng, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
-from edgedistill.training.settings import learning_rate, plan_steps
+from edgedistill.training.settings import check_loss, learning_rate, plan_steps
 from edgedistill.training.trainer import TrainSettings, train
 from tests.unit.training.tiny import make_examples, make_llama, score
 
@@ -195,14 +196,31 @@ def test_nan_stops_the_step(tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match="step 1: the loss is nan") as failure:
         train(model, make_examples(), None, settings=FULL, out=tmp_path)
     assert "try lr = 0.00025" in failure.value.hint
+    assert _log(tmp_path)[0]["loss"] is None
 
 
-def test_a_loss_that_runs_away_stops_the_step(tmp_path: Path) -> None:
-    wild = replace(FULL, lr=30.0, steps=100, clip=0.0)
-    with pytest.raises(StepFailed, match="runs away") as failure:
-        train(make_llama(), make_examples(), None, settings=wild, out=tmp_path)
-    assert "lr = 7.5" in failure.value.hint
-    assert 20 <= len(_log(tmp_path)) < 100
+def _watch(losses: list[float]) -> int:
+    """Feed losses to the check and return how many it let through."""
+    state = State()
+    for step, loss in enumerate(losses, 1):
+        state.step = step
+        try:
+            check_loss({"step": step, "loss": loss, "gradient": 1.0}, state, FULL)
+        except StepFailed as failure:
+            assert "runs away" in failure.message
+            assert "lr = 0.00025" in failure.hint
+            return step - 1
+    return len(losses)
+
+
+def test_a_loss_that_runs_away_stops_the_step() -> None:
+    noise = counter_rng("noise").normal(0, 0.2, 200)
+    falls = [6.0 * 0.98**step + 0.3 * abs(noise[step]) for step in range(200)]
+    assert _watch(falls) == 200
+    assert _watch([*falls[:100], *(0.8 + step * 0.2 for step in range(100))]) < 125
+    assert _watch([5.9, 6.5] + [14.0] * 50) == 19
+    assert _watch([0.05 + 0.5 * (step % 10 == 0) for step in range(100)]) == 100  # a hard batch now and then
+    assert _watch([12.0, 14.0, 11.0] + [9.0] * 40) == 43
 
 
 @pytest.mark.parametrize(
