@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_templates_render_as_transformers_does() -> None:
     )
     messages = [{"role": "user", "content": " <a> & 'b' "}, {"role": "assistant", "content": "c"}]
     messages.append({"role": "user", "content": "é"})
-    tools = [{"name": "f", "quote": "<&'\">"}]
+    tools: list[Any] = [{"name": "f", "quote": "<&'\">"}]
     ours = render_chat(template, messages, tools=tools, bos="<s>")
     theirs, _ = render_jinja_template(
         [messages], tools=tools, chat_template=template, add_generation_prompt=True, bos_token="<s>"

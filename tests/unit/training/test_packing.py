@@ -16,7 +16,7 @@ from tests.unit.training.tiny import make_examples, make_llama
 def _models() -> dict[str, Any]:
     import transformers as tf
 
-    grouped = {
+    grouped: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -28,8 +28,14 @@ def _models() -> dict[str, Any]:
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
-    small = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
-    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 1}
+    small: dict[str, Any] = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    quiet: dict[str, Any] = {
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     return {
         "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**grouped)),
         "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**grouped)),

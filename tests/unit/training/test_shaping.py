@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_the_pruned_checkpoint_loads_and_computes_the_kept_layers(tmp_path: Path
     pruned = prune_depth(model, 3)
     assert pruned.config.num_hidden_layers == 3
     pruned.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
         cached = loaded.generate(ids, max_new_tokens=5, do_sample=False)  # the cache is indexed by layer_idx
@@ -88,6 +89,6 @@ def test_per_layer_lists_of_the_config_are_cut_too(tmp_path: Path) -> None:
     )
     model = prune_depth(Gemma3ForCausalLM(config), [0, 2])
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
     assert len(loaded.model.layers) == 2
