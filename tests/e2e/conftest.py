@@ -14,6 +14,7 @@ from edgedistill.session import prepare
 from edgedistill.store import Store
 
 SIZES = {"drills": 16, "train": 48, "holdout": 8, "ood": 6, "general": 3}
+PROMPTS = SIZES["train"] + SIZES["drills"]  # what the teacher is asked
 REDUCED = {
     "teacher.min_score": {},
     "adapt.rows": 32,

@@ -13,7 +13,7 @@ from edgedistill.artifact import read_manifest
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.session import publish
-from tests.e2e.conftest import SIZES, read_jsonl
+from tests.e2e.conftest import PROMPTS, read_jsonl
 
 TARGET = "phone-midrange"
 pytestmark = pytest.mark.timeout(900)
@@ -42,18 +42,18 @@ def test_a_second_build_runs_zero_steps(built: Any, session_of: Callable[..., An
 
 def test_every_row_is_stored_once_and_none_was_asked_twice(built: Any) -> None:
     rows = RowStore(built.store.root)
-    assert rows.counts() == {"rows": SIZES["train"], "asks": SIZES["train"]}
+    assert rows.counts() == {"rows": PROMPTS, "asks": PROMPTS}
     assert rows.asked_again() == []
 
 
 def test_no_prompt_is_lost_by_the_filter(built: Any) -> None:
     kept = built.store.load(built.plan.match("filter")[0].key)
     lines = read_jsonl(kept.path / "kept.jsonl")
-    assert len(lines) == SIZES["train"]
+    assert len(lines) == PROMPTS
     for line in lines:
         assert json.loads(line["text"]) == json.loads(line["reference"])
     yields = kept.facts
-    assert yields["teacher"] + yields["gold"] == SIZES["train"]
+    assert yields["teacher"] + yields["gold"] == PROMPTS
 
 
 def test_the_package_says_what_it_is_and_runs_in_a_stock_runtime(built: Any) -> None:

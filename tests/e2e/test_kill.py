@@ -22,7 +22,7 @@ import pytest
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.store import Store
-from tests.e2e.conftest import REDUCED, SIZES, read_jsonl
+from tests.e2e.conftest import PROMPTS, REDUCED, read_jsonl
 
 pytestmark = pytest.mark.timeout(1500)
 UNTIL = "merge"
@@ -64,7 +64,7 @@ def clone_models(source: Path, goal: Path) -> None:
 
 def check(whole: Any, store: Path, kills: int) -> None:
     plan, rows = whole.plan, RowStore(store)
-    assert rows.counts()["rows"] == SIZES["train"]
+    assert rows.counts()["rows"] == PROMPTS
     with sqlite3.connect(rows.path) as db:
         again = db.execute("SELECT count(*) FROM rows JOIN asks USING (key) WHERE asks.at > rows.at").fetchone()[0]
         mine = {row[0] for row in db.execute("SELECT key FROM rows")}
@@ -124,4 +124,4 @@ def test_two_builds_on_one_store_share_the_work(whole: Any, tmp_path: Path) -> N
     codes = [process.communicate(timeout=1200)[1] and process.returncode for process in (first, second)]
     assert codes == [0, 0]
     check(whole, store, kills=0)
-    assert RowStore(store).counts()["asks"] == SIZES["train"]
+    assert RowStore(store).counts()["asks"] == PROMPTS
