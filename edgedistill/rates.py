@@ -10,19 +10,20 @@ from pathlib import Path
 
 from edgedistill.store import write_atomic
 
-# Units per second on 2 Zen 4 cores (AVX-512, BF16), medians of the quickstart build. A first run elsewhere may be
-# off by several times; the second run of a kind uses what was measured on that machine.
+# Units per second on 2 Zen 4 cores (AVX-512, BF16): training and scoring from single-thread CPU time of SmolLM2-135M, the
+# rest from one quickstart build. A first run elsewhere may be off by several times; the second run of a kind uses what was
+# measured on that machine.
 DEFAULTS = {
-    "train": 150e9,
-    "train-full": 150e9,
-    "forward": 250e9,
-    "decode": 100e9,
-    "decode-gguf": 100e9,
+    "train": 300e9,
+    "train-full": 470e9,
+    "forward": 320e9,
+    "decode": 150e9,
+    "decode-gguf": 150e9,
     "decode-onnx": 40e9,
     "bytes": 300e6,
-    "convert": 30e6,
-    "quantize": 100e6,
-    "build-onnx": 5e6,
+    "convert": 25e6,
+    "quantize": 60e6,
+    "build-onnx": 20e6,
     "measure": 1e9,
 }
 
