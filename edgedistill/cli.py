@@ -23,6 +23,8 @@ store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The b
 app.add_typer(targets_app, name="targets")
 app.add_typer(store_app, name="store")
 
+_verbose = False
+
 RecipeArgument = Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")]
 TargetOption = Annotated[
     list[str] | None, typer.Option("--target", "-t", help="build for this target only (repeatable)")
@@ -45,9 +47,10 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show tracebacks and library warnings")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="show the traceback of an error")] = False,
 ) -> None:
-    pass
+    global _verbose
+    _verbose = verbose
 
 
 def _print_json(value: Any) -> None:
@@ -379,6 +382,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Run the command line: errors become one message and an exit code; Ctrl-C loses nothing."""
+    import traceback
+
     from edgedistill.errors import EdgeDistillError
 
     try:
@@ -386,6 +391,8 @@ def main() -> None:
     except EdgeDistillError as error:
         from edgedistill.ui import show_error
 
+        if _verbose:
+            traceback.print_exc()
         show_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -393,6 +400,13 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except Exception as error:
+        if _verbose:
+            raise
+        typer.echo(
+            f"error: {type(error).__name__}: {error}\n  this is a bug; edgedistill -v shows the traceback", err=True
+        )
+        sys.exit(1)
 
 
 if __name__ == "__main__":

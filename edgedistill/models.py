@@ -104,6 +104,7 @@ def resolve(
         raise UsageError(
             f"model {source!r}: unknown kind of source", f"write one of {', '.join(k + ':…' for k in KINDS)}"
         )
+    (store / "models").mkdir(parents=True, exist_ok=True)
     finder = {"pypi": _from_pypi, "hf": _from_hf, "path": _from_path, "gguf": _from_gguf}[kind]
     if kind in ("path", "gguf"):
         name = str(base / Path(name).expanduser())

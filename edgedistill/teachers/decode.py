@@ -53,12 +53,13 @@ class _Prefill:
 class KeyValues:
     """Keys and values [rows, kv heads, room, D] of every layer, rows left-aligned; the layout of one-token steps."""
 
-    def __init__(self, lengths: Sequence[int], room: int) -> None:
-        self.lengths = torch.tensor(lengths)
+    def __init__(self, lengths: Sequence[int], room: int, device: torch.device) -> None:
+        self.device = device
+        self.lengths = torch.tensor(lengths, device=device)
         self.room = room
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
-        self._rows = torch.arange(len(lengths))
+        self._rows = torch.arange(len(lengths), device=device)
         self._masks: dict[int | None, torch.Tensor] = {}
         self._used = 0
 
@@ -82,11 +83,12 @@ class KeyValues:
 
     def _mask(self, window: int | None) -> torch.Tensor:
         if window not in self._masks:
-            at = torch.arange(self._used)[None]
+            at = torch.arange(self._used, device=self.device)[None]
             mask = at < self.lengths[:, None]
             if window is not None:
                 mask &= at >= self.lengths[:, None] - window
-            self._masks[window] = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)[:, None, None]
+            zeros = torch.zeros(mask.shape, device=self.device)
+            self._masks[window] = zeros.masked_fill_(~mask, -torch.inf)[:, None, None]
         return self._masks[window]
 
     def attend(
@@ -117,7 +119,7 @@ class KeyValues:
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all rows but these."""
         self.lengths = self.lengths[rows]
-        self._rows = torch.arange(len(rows))
+        self._rows = torch.arange(len(rows), device=self.device)
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
                 store[layer] = tensor.index_select(0, rows)
@@ -143,25 +145,28 @@ def decode(
     shortest = min(len(prompt) for prompt in prompts)
     prefix = min(common_prefix(prompts), shortest - 1) if len(prompts) > 1 else 0
     ids, positions, layout = lay_out(prompts, prefix)
-    cache = KeyValues([len(prompt) for prompt in prompts], max(len(prompt) for prompt in prompts) + max_new_tokens)
+    device = next(decoder.parameters()).device
+    layout.to(device)
+    longest = max(len(prompt) for prompt in prompts)
+    cache = KeyValues([len(prompt) for prompt in prompts], longest + max_new_tokens, device)
     results = [Decoded([], False, 0.0) for _ in prompts]
     alive = list(range(len(prompts)))
     done = np.zeros(len(prompts), dtype=bool)
     stops = set(stop_ids)
     states = decoder(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
         use_cache=False,
         layout=_Prefill(cache, layout),
     ).last_hidden_state
-    ends = torch.tensor(layout.counts).cumsum(0) + layout.prefix - 1
+    ends = torch.tensor(layout.counts, device=device).cumsum(0) + layout.prefix - 1
     hidden = states[0].index_select(0, ends)
     for step in range(max_new_tokens):
         logits = head(hidden)[:, :vocab_size].float()
         logp = torch.log_softmax(logits, -1)
         if temperature > 0:
             assert uniforms is not None
-            chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[alive, step]))
+            chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[alive, step]).to(device))
         else:
             chosen = logp.max(-1).indices
         gained = logp.gather(1, chosen[:, None])[:, 0].tolist()
@@ -179,7 +184,7 @@ def decode(
         if not open_rows or step + 1 == max_new_tokens:
             break
         if len(open_rows) <= 0.75 * len(alive):
-            keep = torch.tensor(open_rows)
+            keep = torch.tensor(open_rows, device=device)
             cache.keep(keep)
             chosen = chosen[keep]
             alive = [alive[at] for at in open_rows]

@@ -24,8 +24,9 @@ def plain_decode(
 ) -> list[Decoded]:
     """Do what ``decode`` does, with left padding and the model's own key/value cache."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = next(model.parameters()).device
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     results = [Decoded([], False, 0.0) for _ in prompts]
     stops, cache = set(stop_ids), None
@@ -43,7 +44,7 @@ def plain_decode(
         logp = torch.log_softmax(out.logits[:, -1, :vocab_size].float(), -1)
         if temperature > 0:
             assert uniforms is not None
-            chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[:, step]))
+            chosen = draw(logp, temperature, top_p, torch.from_numpy(uniforms[:, step]).to(device))
         else:
             chosen = logp.max(-1).indices
         gained = logp.gather(1, chosen[:, None])[:, 0].tolist()

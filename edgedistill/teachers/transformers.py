@@ -16,7 +16,7 @@ from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.training.data import Example, counter_rng, prompt_tokens, turn_end
 from edgedistill.training.draws import join_targets, slice_targets, sparse_from_logits, uniforms
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
-from edgedistill.training.precision import torch_dtype
+from edgedistill.training.precision import pick_device, torch_dtype
 from edgedistill.training.quiet import quiet
 from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
 
@@ -41,7 +41,8 @@ class TransformersTeacher:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.model_dir = Path(model_dir)
-        self.dtype = torch_dtype(dtype)
+        device = pick_device()
+        self.dtype = torch_dtype(dtype, device)
         try:
             self.tokenizer: Any = tokenizer or AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
             if model is None:
@@ -55,6 +56,7 @@ class TransformersTeacher:
         self.model: Any = model.eval().requires_grad_(False)
         for parameter in model.parameters():  # not model.to: rotary frequencies are buffers and stay in float32
             parameter.data = parameter.data.to(self.dtype)
+        self.model.to(device)
         self.vocab_size = min(len(self.tokenizer), self.model.get_output_embeddings().weight.shape[0])
         self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
 

@@ -63,10 +63,10 @@ def invert(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     blocks = torch.nn.functional.pad(p, (0, -size % BLOCK)).view(rows, -1, BLOCK)
     edges = blocks.sum(-1).cumsum(-1)
     # Scaled by the sum as computed, and kept below it: every draw falls inside the vocabulary, on an id with p > 0.
-    point = torch.minimum(uniform * edges[:, -1:], torch.nextafter(edges[:, -1:], torch.zeros(())))
+    point = torch.minimum(uniform * edges[:, -1:], torch.nextafter(edges[:, -1:], torch.zeros_like(edges[:, -1:])))
     block = torch.searchsorted(edges, point, right=True).clamp_(max=edges.shape[1] - 1)
-    before = torch.where(block > 0, edges.gather(1, (block - 1).clamp_min(0)), torch.zeros(()))
-    inside = blocks[torch.arange(rows)[:, None], block].cumsum(-1)
+    before = edges.gather(1, (block - 1).clamp_min(0)).mul_(block > 0)
+    inside = blocks[torch.arange(rows, device=p.device)[:, None], block].cumsum(-1)
     offset = torch.searchsorted(inside, (point - before)[..., None], right=True)[..., 0]
     # Rounding can put the point past the block's last id that has any probability: that id is meant.
     last = (inside < inside[..., -1:]).sum(-1)
@@ -86,7 +86,7 @@ def sparse_from_logits(
     p = torch.softmax(z, -1)
     lse = (z.amax(-1) - p.amax(-1).log())[:, None]
     temperatures = stored_temperatures(temperature)
-    normalisers = log_normalisers(p, z, lse, temperatures).numpy()
+    normalisers = log_normalisers(p, z, lse, temperatures).cpu().numpy()
     positions = z.shape[0]
     if kind == "top-k":
         values, ids = z.topk(n, -1)
@@ -97,31 +97,31 @@ def sparse_from_logits(
             temperature=temperature,
             temperatures=temperatures,
             offsets=np.arange(positions + 1, dtype=np.int64) * n,
-            ids=ids.to(torch.int32).numpy().ravel(),
+            ids=ids.to(torch.int32).cpu().numpy().ravel(),
             counts=np.zeros(0, np.float32),
-            logp=values.numpy().ravel(),
+            logp=values.cpu().numpy().ravel(),
             normalisers=normalisers,
         )
     assert uniform is not None
     if abs(temperature - 1.0) > 1e-9:
         p = torch.softmax(z / temperature, -1)
-    drawn = invert(p, uniform)
+    drawn = invert(p, uniform.to(p.device))
     drawn = drawn.sort(-1).values
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-    start = first.reshape(-1).nonzero()[:, 0].numpy()
+    start = first.reshape(-1).nonzero()[:, 0].cpu().numpy()
     counts = np.diff(np.append(start, drawn.numel())).astype(np.float32)
     offsets = np.zeros(positions + 1, dtype=np.int64)
-    np.cumsum(first.sum(-1).numpy(), out=offsets[1:])
+    np.cumsum(first.sum(-1).cpu().numpy(), out=offsets[1:])
     return SparseTargets(
         kind=kind,
         n=n,
         temperature=temperature,
         temperatures=temperatures,
         offsets=offsets,
-        ids=drawn[first].to(torch.int32).numpy(),
+        ids=drawn[first].to(torch.int32).cpu().numpy(),
         counts=counts,
-        logp=(z.gather(1, drawn) - lse)[first].numpy(),
+        logp=(z.gather(1, drawn) - lse)[first].cpu().numpy(),
         normalisers=normalisers,
     )
 

@@ -70,6 +70,10 @@ class Layout:
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
     additive: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> None:
+        """Move the indices to the model's device."""
+        self.pad_index, self.unpad_index = self.pad_index.to(device), self.unpad_index.to(device)
+
     @property
     def widest(self) -> int:
         """Longest row without the prefix."""
@@ -88,7 +92,8 @@ class Layout:
         if window not in self.additive:
             mask = _causal(self.widest, self.prefix, window, self.pad_index.device, always=True)
             assert mask is not None
-            self.additive[window] = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf).repeat(groups, 1)
+            zeros = torch.zeros(mask.shape, device=mask.device)
+            self.additive[window] = zeros.masked_fill_(~mask, -torch.inf).repeat(groups, 1)
         return self.additive[window]
 
     @functools.cached_property
@@ -101,7 +106,7 @@ class Layout:
     @functools.cached_property
     def prefix_alone(self) -> Layout:
         """Return the layout of the prefix as one row by itself."""
-        every = torch.arange(self.prefix)
+        every = torch.arange(self.prefix, device=self.pad_index.device)
         return Layout(0, [self.prefix], every, every)
 
     def prefix_mask(self, window: int | None) -> torch.Tensor | None:
@@ -333,9 +338,8 @@ def completion_states(model: Any, batch: PackedBatch | PaddedBatch) -> torch.Ten
     device = next(decoder.parameters()).device
     if isinstance(batch, PackedBatch):
         layout = batch.layout
-        if device.type != "cpu":
-            layout.pad_index, layout.unpad_index = layout.pad_index.to(device), layout.unpad_index.to(device)
-            batch.index = batch.index.to(device)
+        layout.to(device)
+        batch.index = batch.index.to(device)
         out = decoder(
             input_ids=batch.input_ids.to(device),
             position_ids=batch.position_ids.to(device),

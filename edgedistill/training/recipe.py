@@ -84,3 +84,20 @@ def take_results(result: Any, work: Path, out: Path, *, source: Path) -> None:
     shutil.move(work / "log.jsonl", out / "log" / "train.jsonl")
     if result.path.name == "model":
         copy_tokenizer(source, out / "model")
+    else:
+        strip_adapter(out / "adapter")
+
+
+def strip_adapter(adapter: Path) -> None:
+    """Take out of an adapter what is no part of it: PEFT writes this machine's path of the base and an unordered set.
+
+    Left in, the same adapter built elsewhere would have other bytes, and its teacher's answers would be asked anew.
+    """
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = ""
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    (adapter / "README.md").unlink(missing_ok=True)

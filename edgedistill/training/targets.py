@@ -309,7 +309,6 @@ def read_targets(
     Raises UsageError when a row is missing, when its tokens are not the ones that the teacher scored, or when the file
     was made with another tokenizer (``tokenizer`` is the hash to compare with).
     """
-    wanted = {example.token_hash: at for at, example in enumerate(examples)}
     names = {example.id for example in examples}
     places: dict[bytes, list[int]] = {}
     for at, example in enumerate(examples):
@@ -324,10 +323,9 @@ def read_targets(
                 hint="distributions need one tokenizer; distil on the teacher's text instead (score.kind = 'none')",
             )
         for name, tokens, targets in iter_targets(path):
-            if tokens in wanted:
-                for at in places[tokens]:
-                    found[at] = targets
-            elif name in names:
+            for at in places.get(tokens, ()):
+                found[at] = targets
+            if tokens not in places and name in names:
                 mismatched.append(name)
     for at, targets in enumerate(found):
         if targets is None:

@@ -114,7 +114,7 @@ class _Run:
         begun = saved = time.monotonic()
         before, tokens_here = state.seconds, 0
         total = len(self.plan)
-        record: dict[str, Any] = {}
+        peak = 0
         tail: list[dict[str, Any]] = []
         try:
             with torch.random.fork_rng(devices=[]), packed_mode(self.model) as self.packed:
@@ -125,10 +125,12 @@ class _Run:
                     tokens_here += record["tokens"]
                     state.step, state.tokens = step + 1, state.tokens + record["tokens"]
                     state.seconds = before + now - begun
+                    memory = _memory()
+                    peak = max(peak, memory)
                     record |= {
                         "tokens_per_s": round(record["tokens"] / (now - started), 1),
                         "seconds": round(state.seconds, 3),
-                        "memory": _memory(),
+                        "memory": memory,
                     }
                     if log is not None:
                         log.write(record)
@@ -159,7 +161,7 @@ class _Run:
             tokens_per_s=round(tokens_here / seconds, 1),
             **mean,
             trainable_parameters=sum(master.numel() for master in self.masters.values()),
-            peak_memory=_memory(),
+            peak_memory=peak,
             resumed_at=resumed_at,
             dtype=str(self.dtype).removeprefix("torch."),
         )

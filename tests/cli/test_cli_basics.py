@@ -188,3 +188,10 @@ def test_unknown_verb_and_option_exit_2() -> None:
 
 def test_folder_without_a_model(recipe: Path) -> None:
     refused(edgedistill("plan", recipe), "path:", "config.json")
+
+
+def test_a_traceback_is_shown_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    done = edgedistill("-v", "plan", tmp_path / "nope")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "no recipe there" in done.stderr
