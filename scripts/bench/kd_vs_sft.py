@@ -35,6 +35,8 @@ QUICK = {
     "prompts.rows": 24,
     "heal.epochs": 1.0,
     "baselines": {},
+    "suites": {},  # held-out rows are scored here, arm by arm
+    "gates": {},
 }
 
 
