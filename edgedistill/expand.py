@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, refuse, student_layers
+from edgedistill.inputs import Inputs, chosen_layers, refuse, student_layers
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
 from edgedistill.rates import Work
@@ -63,8 +64,9 @@ class _Expander:
         warnings = refuse(self.inputs)
         recipe, seed = self.recipe, self.recipe.seed
         base_teacher = self._base("base/teacher", self.inputs.teacher)
-        base_student = self._base("base/student", self.inputs.student)
         teacher = self._adapt(base_teacher)
+        from_teacher = recipe.student.model == "teacher"
+        base_student = teacher if from_teacher else self._base("base/student", self.inputs.student)
         scores = self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
         rows = rows_digest(self.inputs.prompts)
         answers = self.graph.add(
@@ -94,7 +96,7 @@ class _Expander:
             disk=len(self.inputs.prompts) * 800,
         )
         targets = self._score(teacher, kept)
-        healed = self._heal(self._shape(base_student), kept)
+        healed = self._heal(self._shape(base_student), kept, teacher)
         student = self._distill("distill/1", "merge", healed, kept, targets)
         self._artifacts(teacher, base_teacher, student, healed, kept, scores)
         plan = Plan(
@@ -171,15 +173,33 @@ class _Expander:
             disk=4 * self.s_params,
         )
 
-    def _heal(self, student: Key, kept: Key) -> Key:
+    def _heal(self, student: Key, kept: Key, teacher: Key) -> Key:
+        """Add the healing of a pruned student, with the teacher's hidden states where the recipe asks for them."""
         heal = self.recipe.heal
         if heal is None:
             return student
+        rows = self.inputs.healing
+        training = heal.model_dump(exclude={"files", "rows"})
+        guided = heal.hidden > 0
+        stage = Heal(
+            student=student,
+            kept=None if rows else kept,
+            rows_digest=rows_digest(rows),
+            rows=rows,
+            teacher=teacher if guided else None,
+            layers=chosen_layers(self.inputs),
+            training=training,
+            seed=self.recipe.seed,
+        )
+        tokens = (sum(map(row_tokens, rows)) if rows else self.tokens) * heal.epochs
+        work = train_work(self.s_params, tokens, full=True)
+        if guided:
+            work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
         return self.graph.add(
             "heal",
-            Heal(student=student, kept=kept, training=heal.model_dump(), seed=self.recipe.seed),
-            train_work(self.s_params, self.tokens * heal.epochs, full=True),
-            memory=train_memory(self.s_params, full=True),
+            stage,
+            work,
+            memory=train_memory(self.s_params, full=True) + guided * 2 * self.t_params,
             disk=16 * self.s_params,
         )
 
@@ -222,8 +242,15 @@ class _Expander:
 
     # artifacts
 
-    def _convert(self, name: str, model: Key, params: int) -> Key:
-        stage = Convert(model=model, dtype="f16", tool=self.gguf_tool, rows=self.checks)
+    def _convert(self, name: str, model: Key, of: Resolved, params: int) -> Key:
+        stage = Convert(
+            model=model,
+            dtype="f16",
+            tool=self.gguf_tool,
+            title=f"{self.recipe.name} {name.removeprefix('convert/')}",
+            licence=of.facts.licence or "",
+            rows=self.checks,
+        )
         return self.graph.add(
             name,
             stage,
@@ -236,8 +263,8 @@ class _Expander:
         """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""
         baselines = self.recipe.baselines
         self.packages: dict[str, Key] = {}
-        teacher_gguf = self._convert("convert/teacher", teacher, self.t_params)
-        student_gguf = self._convert("convert/student", student, self.s_params)
+        teacher_gguf = self._convert("convert/teacher", teacher, self.inputs.teacher, self.t_params)
+        student_gguf = self._convert("convert/student", student, self.inputs.student, self.s_params)
         references = {"student": student_gguf, "teacher": teacher_gguf}
         imatrix = self._calibrate("calibrate", student_gguf, kept, self.s_params)
         quantized: list[tuple[Target, Key, str]] = []
@@ -256,15 +283,18 @@ class _Expander:
             quantized.append((target, key, "onnx" if onnx else "model.gguf"))
         student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
         evaluations = [
-            self._evaluate(f"evaluate/{t.name}", key, file, self.s_params, references=references, grammar=True)
+            # onnxruntime-genai reads no GBNF: there the answers are free ones only
+            self._evaluate(
+                f"evaluate/{t.name}", key, file, self.s_params, references=references, grammar=file != "onnx"
+            )
             for t, key, file in quantized
         ]
         if baselines.few_shot:
-            base_gguf = self._convert("convert/base", base, self.t_params)
+            base_gguf = self._convert("convert/base", base, self.inputs.teacher, self.t_params)
             self._evaluate("evaluate/base-few-shot", base_gguf, "model.gguf", self.t_params, shots=baselines.few_shot)
         if baselines.gold_sft:
             gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)
-            gold_gguf = self._convert("convert/gold-sft", gold, self.s_params)
+            gold_gguf = self._convert("convert/gold-sft", gold, self.inputs.student, self.s_params)
             self._evaluate("evaluate/gold-sft", gold_gguf, "model.gguf", self.s_params)
         if baselines.quantized_teacher:
             teacher_imatrix = self._calibrate("calibrate/teacher", teacher_gguf, kept, self.t_params)
@@ -418,7 +448,8 @@ class _Expander:
             if isinstance(gates[name], dict):
                 gates[name] = gates[name].get(target.name)
         same, why = matches_host(target, self.host)
-        grammar = next((text for s in self.recipe.suites.values() if (text := self._grammar(s))), None)
+        grammars = (self._grammar(suite) for suite in self.recipe.suites.values() if file != "onnx")
+        grammar = next((text for text in grammars if text), None)
         sources = {
             model.source: {
                 "source": model.source,

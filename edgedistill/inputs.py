@@ -13,6 +13,7 @@ from edgedistill.models import Resolved
 from edgedistill.plan import package_version
 from edgedistill.recipe import Recipe
 from edgedistill.target import Target, format_size
+from edgedistill.training.shaping import choose_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,7 @@ class Inputs:
     targets: tuple[Target, ...]
     prompts: tuple[Row, ...]
     gold: tuple[Row, ...]
+    healing: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     ship_anyway: bool = False
 
@@ -67,6 +69,9 @@ def read_inputs(
         gold=read_rows(path, recipe.adapt.files, recipe.adapt.rows, "adapt.files", reference=True)
         if recipe.adapt
         else (),
+        healing=read_rows(path, recipe.heal.files, recipe.heal.rows, "heal.files", reference=True)
+        if recipe.heal
+        else (),
         suites={
             name: read_rows(path, suite.files, None, f"suites.{name}.files", reference=True)
             for name, suite in recipe.suites.items()
@@ -102,6 +107,14 @@ def refuse(inputs: Inputs) -> list[str]:
         raise RecipeError(f"{recipe.student.model} has {student.layers} layers", key="student.layers", file=inputs.path)
     if layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
+    if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):
+        raise RecipeError(
+            f"heal.hidden compares layers, and {recipe.student.model} has {student.layers} of width {student.hidden}, "
+            f"{recipe.teacher.model} {teacher.layers} of width {teacher.hidden}",
+            'cut the student out of the teacher (student.model = "teacher"), or set heal.hidden = 0',
+            key="heal.hidden",
+            file=inputs.path,
+        )
     for key, section, facts in (("adapt", recipe.adapt, teacher), ("distill", recipe.distill, student)):
         if section is not None and section.method != "full":
             try:
@@ -115,7 +128,8 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    for found in leaks(inputs.prompts, inputs.suites)[:1] or leaks(inputs.gold, inputs.suites)[:1]:
+    taught = {row.id: row for rows in (inputs.prompts, inputs.gold, inputs.healing) for row in rows}
+    for found in leaks(tuple(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
             "remove it from one of the files: a score on seen prompts proves nothing",
@@ -174,3 +188,10 @@ def student_layers(inputs: Inputs) -> int:
     if layers == "all":
         return inputs.student.facts.layers
     return layers if isinstance(layers, int) else len(layers)
+
+
+def chosen_layers(inputs: Inputs) -> tuple[int, ...]:
+    """Return which layers of its model the student keeps."""
+    layers = inputs.recipe.student.layers
+    total = inputs.student.facts.layers
+    return tuple(choose_layers(total, total if layers == "all" else layers))

@@ -119,7 +119,10 @@ def _plan(resolved: Resolved, wanted: list[Any], calibration: Path | None, store
         base = graph.add("base", stage, size, disk=4 * params)
         if any(line[1] == "gguf" for line in wanted):
             rows = _sample_rows()
-            convert = Convert(model=base, dtype="f16", tool=gguf_tool, rows=rows)
+            title = Path(resolved.source.split(":", 1)[-1]).name
+            convert = Convert(
+                model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
+            )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
     imatrix = None
     if calibration is not None and container is not None:

@@ -39,6 +39,7 @@ class Training(Section):
     epochs: Positive = 2.0
     batch_size: Count = 16
     lr: Positive = 2e-4
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -64,17 +65,26 @@ class Adapt(Training):
 
 
 class Student(Section):
-    """The model that ships. ``layers``: "all", a count (evenly spaced, first and last kept) or a list of layer
-    numbers.
+    """The model that ships. ``model`` "teacher" starts from the adapted teacher's weights. ``layers``: "all", a count
+    (evenly spaced, first and last kept) or a list of layer numbers.
     """
 
-    model: str
+    model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
     layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
 
 
 class Heal(Training):
-    """Train the pruned student in full on the kept text, so that an adapter has something to adapt."""
+    """Train the pruned student in full, so that an adapter has something to adapt: on the kept text, or on the
+    references of ``files``. ``hidden`` weighs the distance of its hidden states from the teacher's.
+    """
 
+    files: tuple[Path, ...] = Field(
+        default=(), description="rows with references; none: the text that the filters kept"
+    )
+    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
+    hidden: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight of the hidden states' relative error; 0: cross-entropy alone"
+    )
     epochs: Positive = 3.0
     lr: Positive = 6e-4
     freeze_embeddings: bool = True

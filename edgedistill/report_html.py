@@ -364,11 +364,13 @@ def _training(data: ReportData) -> list[Html]:
     plots = []
     for step, lines in data.curves.items():
         soft = any(line.get("kd") for line in lines)
+        guided = any(line.get("hidden") for line in lines)
         shown = []
-        for key in ("loss", "kd", "ce") if soft else ("loss",):
+        for key in ("loss", "kd", "ce") if soft else ("ce", "hidden") if guided else ("loss",):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            shown.append(Line(label=key, kind=key, points=points))
-        svg = curves(shown, title=f"loss of {step}", x_label="optimiser step", y_label="nats a token")
+            shown.append(Line(label=key, kind="kd" if key == "hidden" else key, points=points))
+        unit = "nats a token, relative error" if guided else "nats a token"
+        svg = curves(shown, title=f"loss of {step}", x_label="optimiser step", y_label=unit)
         plots.append(_figure(step, svg))
     parts = [h("div", *plots, cls="plots")] if plots else []
     sheet = training_sheet(data)

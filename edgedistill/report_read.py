@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from edgedistill.stages.package import Package
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
-CURVE_KEYS = ("step", "loss", "kd", "ce", "gradient", "gradient_kd", "gradient_ce", "lr", "tokens_per_s", "seconds")
+CURVE_KEYS = (
+    *("step", "loss", "kd", "ce", "hidden", "gradient", "gradient_kd", "gradient_ce"),
+    *("lr", "tokens_per_s", "seconds"),
+)
 
 
 class _Reader:

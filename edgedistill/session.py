@@ -87,7 +87,8 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
     lock = path.with_name(f"{recipe.name}.lock")
     pins = read_lock(lock)
     found: dict[str, Resolved] = {}
-    for source in dict.fromkeys((recipe.teacher.model, recipe.student.model)):
+    of_student = recipe.teacher.model if recipe.student.model == "teacher" else recipe.student.model
+    for source in dict.fromkeys((recipe.teacher.model, of_student)):
         local = source.split(":", 1)[0] in (
             "path",
             "gguf",
@@ -95,7 +96,7 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
         pin = None if local else pins.get(source)
         found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
-    return found[recipe.teacher.model], found[recipe.student.model]
+    return found[recipe.teacher.model], found[of_student]
 
 
 def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:

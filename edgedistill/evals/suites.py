@@ -31,13 +31,13 @@ class RowResult:
     valid: bool | None
     tags: tuple[str, ...]
     tokens: int
-    seconds: float
     finish: str
+    seconds: float = field(default=0.0, compare=False)
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict."""
-        return {**self.__dict__, "tags": list(self.tags)}
+        """Return a plain dict without the time: the same answers are the same bytes."""
+        return {**{key: value for key, value in self.__dict__.items() if key != "seconds"}, "tags": list(self.tags)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RowResult:

@@ -28,16 +28,12 @@ class Adapt(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Train, merge, compare the merged model with base + adapter."""
-        from transformers import AutoTokenizer
-
-        from edgedistill.training.data import encode_example
         from edgedistill.training.lora import merge
-        from edgedistill.training.recipe import copy_tokenizer, load_model, take_results, train_settings
+        from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model, take_results, train_settings
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.model, "model")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        examples = [encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id) for row in self.rows]
+        examples = encode_rows(self.rows, source)
         settings = train_settings(self.training, seed=self.seed)
         result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)

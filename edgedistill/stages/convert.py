@@ -22,6 +22,8 @@ class Convert(Stage):
     model: Key
     dtype: str
     tool: str
+    title: str  # general.name and general.license of the file
+    licence: str
     rows: tuple[Row, ...] = unkeyed()  # the user's own text that the hop is checked on
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
@@ -30,7 +32,7 @@ class Convert(Stage):
         from edgedistill.formats.gguf.convert import convert
 
         source, gguf = ctx.path(self.model, "model"), ctx.out / "model.gguf"
-        report = convert(source, gguf, dtype=self.dtype, progress=ctx.progress)
+        report = convert(source, gguf, dtype=self.dtype, name=self.title, license=self.licence, progress=ctx.progress)
         ctx.progress(1, 1, "comparing with transformers")
         texts = [str(message["content"]) for row in self.rows for message in row.messages]
         texts += [row.reference for row in self.rows if row.reference]

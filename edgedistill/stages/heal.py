@@ -1,7 +1,8 @@
-"""heal: train a pruned student in full on the kept text.
+"""heal: train a pruned student in full, before an adapter is put on it.
 
-In: the shaped checkpoint, kept rows. Out: ``model/``, ``log/train.jsonl``. A low-rank adapter on an unhealed pruned
-model learns slowly (0.57 against 0.995 exact match on the quickstart's task), so this comes first."""
+In: the shaped checkpoint; kept rows, or rows with references; the teacher, where its hidden states are matched. Out:
+``model/``, ``log/train.jsonl``. A low-rank adapter on an unhealed pruned model learns slowly (0.57 against 0.995 exact
+match on the quickstart's task), so this comes first."""
 
 from __future__ import annotations
 
@@ -9,29 +10,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage
+from edgedistill.step import Context, Stage, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heal(Stage):
-    """Train all weights (embeddings may be frozen) with cross-entropy on the kept text."""
+    """Train all weights (embeddings may be frozen) on ``kept`` text or on the references of ``rows``.
+
+    With ``training["hidden"]`` the hidden states of ``teacher``, of which the student kept ``layers``, are matched too.
+    """
 
     name: ClassVar[str] = "heal"
     deterministic: ClassVar[bool] = False
     student: Key
-    kept: Key
+    kept: Key | None
+    rows_digest: str
+    teacher: Key | None
+    layers: tuple[int, ...]
     training: Mapping[str, Any]
     seed: int
+    rows: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Train, save."""
-        from edgedistill.training.recipe import load_kept, load_model, take_results, train_settings
+        from edgedistill.training.hidden import HiddenStates
+        from edgedistill.training.recipe import encode_rows, load_kept, load_model, take_results, train_settings
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.student, "model")
-        examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), source)
+        if self.kept is not None:
+            examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), source)
+        else:
+            examples = encode_rows(self.rows, source)
+        guide = None
+        if self.teacher is not None:
+            guide = HiddenStates(load_model(ctx.path(self.teacher, "model")), self.layers)
         settings = train_settings(self.training, seed=self.seed)
-        result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
+        result = train(
+            load_model(source), examples, None, settings=settings, out=ctx.work, guide=guide, progress=ctx.progress
+        )
         take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json()}

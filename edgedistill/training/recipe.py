@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.data.prompts import Row
 from edgedistill.training.data import Example, encode_example
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
@@ -27,6 +28,7 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         method=table.get("method", "full"),
         lora=LoraSettings(**{**lora, "targets": targets if isinstance(targets, str) else tuple(targets)}),
         lr=table["lr"],
+        beta2=table["beta2"],
         epochs=table["epochs"],
         batch_size=table["batch_size"],
         micro_batch=max(1, -(-table["batch_size"] // table["accumulate"])),
@@ -35,6 +37,7 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         weight_decay=table["weight_decay"],
         clip=table["max_grad_norm"],
         loss=LossTerms(**terms),
+        hidden=table.get("hidden", 0.0),
         freeze_embeddings=table.get("freeze_embeddings", True),
         seed=seed,
         checkpoint_seconds=float(os.environ.get("EDGEDISTILL_CHECKPOINT_SECONDS", "60")),
@@ -58,6 +61,17 @@ def load_kept(kept: Path, model: Path, *, text: str = "text", limit: int | None 
         if row[text]:
             examples.append(encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context))
     return examples, tokenizer
+
+
+def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:
+    """Encode rows with their references, with the model's tokenizer. Raises UsageError as ``load_kept`` does."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
+    return [
+        encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id, context=context) for row in rows
+    ]
 
 
 def load_model(path: Path) -> Any:

@@ -26,7 +26,8 @@ class TrainSettings:
     """How to train. ``batch_size`` rows make one optimiser step, computed ``micro_batch`` rows at a time.
 
     ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
-    computation; weights in training are kept in float32 beside it. ``gradient_norms`` is every how many steps the norms
+    computation; weights in training are kept in float32 beside it. ``hidden`` is the weight of the hidden states' mean
+    relative error (``hidden.py``). ``gradient_norms`` is every how many steps the norms
     of the kd and ce gradients are taken apart (0: never).
     """
 
@@ -44,6 +45,7 @@ class TrainSettings:
     beta2: float = 0.999
     clip: float = 1.0
     loss: LossTerms = field(default_factory=LossTerms)
+    hidden: float = 0.0
     freeze_embeddings: bool = True
     dtype: str = "auto"
     seed: int = 0
@@ -119,8 +121,8 @@ def check_settings(
         raise UsageError(f"method = {settings.method!r}: use 'lora' or 'full'")
     if settings.loss.kd and targets is None:
         raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
-    if not settings.loss.kd and not settings.loss.ce:
-        raise UsageError("loss.kd and loss.ce are both 0: there is nothing to learn from")
+    if not settings.loss.kd and not settings.loss.ce and not settings.hidden:
+        raise UsageError("loss.kd, loss.ce and hidden are all 0: there is nothing to learn from")
     if targets is not None:
         if len(targets) != len(examples):
             raise UsageError(f"{len(targets)} soft targets for {len(examples)} examples")

@@ -23,6 +23,7 @@ from edgedistill.errors import UsageError
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
 from edgedistill.training.data import Example
 from edgedistill.training.fast_lora import restore, speed_up
+from edgedistill.training.hidden import HiddenStates, tokens_of
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import batch_targets, completion_loss
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
@@ -52,6 +53,7 @@ def train(
     settings: TrainSettings,
     out: Path,
     vocab_size: int | None = None,
+    guide: HiddenStates | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
@@ -59,9 +61,10 @@ def train(
     Writes ``out/adapter`` (lora) or ``out/model`` (full), safetensors in float32, and ``out/log.jsonl``; checkpoints
     live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on from the last checkpoint and
     ends with the same weights (same machine and thread count). ``model`` is used up. ``vocab_size`` is the tokenizer's.
+    ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
-    run = _Run(model, examples, targets, settings, Path(out), vocab_size, progress)
+    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, progress)
     return run.finished() or run.go()
 
 
@@ -74,10 +77,14 @@ class _Run:
         settings: TrainSettings,
         out: Path,
         vocab_size: int | None,
+        guide: HiddenStates | None,
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
         check_settings(settings, examples, targets, self.device)
+        if settings.hidden and guide is None:
+            raise UsageError("hidden is set, but there is no teacher whose states could be matched")
+        self.guide = guide if settings.hidden else None
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
         self.rank, self.world = _processes()
@@ -185,6 +192,9 @@ class _Run:
             self.model = attach(self.model, settings.lora, seed=settings.seed)
             speed_up(self.model)
         self.model.to(self.device).train()
+        if self.guide is not None:
+            self.guide.to(self.device, self.dtype)
+            self.guide.watch(self.model)
         self.trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
         self.frozen: dict[str, torch.Tensor] = {}
@@ -238,9 +248,11 @@ class _Run:
             and step % settings.gradient_norms == 0
             and terms.kd
             and terms.ce
+            and self.guide is None
             and self.world == 1
         )
-        kd = ce = 0.0
+        compared = tokens_of([self.examples[row] for row in rows])
+        kd = ce = hidden = 0.0
         norms: dict[str, float] = {}
         pending: list[torch.Tensor] = []
         for at, part in enumerate(micro):
@@ -248,14 +260,15 @@ class _Run:
                 continue
             if settings.lora.dropout and settings.method != "full":
                 torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + at)
-            one_kd, one_ce = self._forward(part, apart)
+            one_kd, one_ce, one_hidden = self._forward(part, apart)
             kd, ce = kd + float(one_kd.detach()), ce + float(one_ce.detach())
+            hidden += float(one_hidden.detach())
             if apart:
                 (one_kd / completion).backward(retain_graph=True)
                 self._collect()
                 pending.append(one_ce)
             else:
-                ((one_kd + one_ce) / completion).backward()
+                ((one_kd + one_ce) / completion + settings.hidden * one_hidden / compared).backward()
                 self._collect()
         if apart:
             norms["gradient_kd"] = float(self._norm())
@@ -269,13 +282,13 @@ class _Run:
                     squares += float(((master.grad - before) if before is not None else master.grad).square().sum())
             norms["gradient_ce"] = math.sqrt(squares)
         if self.world > 1:
-            kd, ce = self._sum_over_processes(kd, ce)
+            kd, ce, hidden = self._sum_over_processes(kd, ce, hidden)
         total_norm = self._norm()
         norm = float(total_norm)
         if settings.clip and math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
-        loss = (kd + ce) / completion
+        loss = (kd + ce) / completion + settings.hidden * hidden / compared
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -287,6 +300,7 @@ class _Run:
             "loss": loss,
             "kd": kd / completion / terms.kd if terms.kd else 0.0,
             "ce": ce / completion / terms.ce if terms.ce else 0.0,
+            **({"hidden": hidden / compared} if self.guide is not None else {}),
             "gradient": norm,
             **norms,
             "lr": rate,
@@ -294,14 +308,19 @@ class _Run:
             "completion_tokens": completion,
         }
 
-    def _forward(self, rows: Sequence[int], separate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self, rows: Sequence[int], separate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sums of kd and ce over completion tokens, and that of the hidden states' errors over tokens."""
         terms = self.settings.loss
         batch = make_batch([self.examples[row] for row in rows], packed=self.packed)
         soft = None
         if self.targets is not None and terms.kd:
             soft = batch_targets([self.targets[row] for row in rows], terms.temperature)
         states = completion_states(self.model, batch)
-        return completion_loss(
+        nothing = states.new_zeros((), dtype=torch.float32)
+        hidden = self.guide.error(batch) if self.guide is not None else nothing
+        if not (terms.kd or terms.ce):
+            return nothing, nothing, hidden
+        kd, ce = completion_loss(
             self.model,
             states,
             batch.targets.to(states.device),
@@ -311,8 +330,9 @@ class _Run:
             vocab_size=self.vocab_size,
             separate=separate,
         )
+        return kd, ce, hidden
 
-    def _sum_over_processes(self, kd: float, ce: float) -> tuple[float, float]:
+    def _sum_over_processes(self, *sums: float) -> tuple[float, ...]:
         """Add gradients and losses of all processes: each has divided by the token count of the whole step."""
         import torch.distributed as dist
 
@@ -320,9 +340,9 @@ class _Run:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             dist.all_reduce(master.grad)
-        both = torch.tensor([kd, ce], dtype=torch.float64, device=self.device)
-        dist.all_reduce(both)
-        return float(both[0]), float(both[1])
+        together = torch.tensor(sums, dtype=torch.float64, device=self.device)
+        dist.all_reduce(together)
+        return tuple(together.tolist())
 
     def _finish(self, result: TrainResult) -> None:
         """Write the trained weights in float32 under their final name, then the result."""

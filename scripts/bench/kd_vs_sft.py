@@ -33,7 +33,7 @@ QUICK = {
     "teacher.min_score": {},
     "adapt.rows": 24,
     "prompts.rows": 24,
-    "heal.epochs": 1.0,
+    "heal.rows": 48,
     "baselines": {},
     "suites": {},  # held-out rows are scored here, arm by arm
     "gates": {},

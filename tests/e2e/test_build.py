@@ -118,6 +118,20 @@ def test_another_type_reruns_four_steps(built: Any, session_of: Callable[..., An
     assert outcome.ran == [f"{stage}/{TARGET}" for stage in ("quantize", "evaluate", "measure", "package")]
 
 
+@pytest.mark.onnx
+def test_the_onnx_artifact_goes_all_the_way_too(built: Any, session_of: Callable[..., Any]) -> None:
+    target = "laptop-x86-onnx"
+    session = session_of(targets=[target], **{"gates.min_speedup": None, "gates.min_shrink": None, "baselines": {}})
+    outcome = rebuild(session)
+    assert not outcome.failed, outcome.failed
+    assert {step.split("/")[0] for step in outcome.ran if target in step} == {
+        "quantize", "evaluate", "measure", "package",
+    }  # fmt: skip
+    scores = built.store.load(session.plan.match(f"evaluate/{target}")[0].key).facts
+    assert scores["suites"]["holdout"]["n"] > 0 and scores["suites"]["holdout"]["grammar"] is None
+    assert rebuild(session).ran == []
+
+
 def test_a_missed_gate_ships_nothing_and_exits_4(built: Any, session_of: Callable[..., Any]) -> None:
     change = {"gates.min_speedup": None, "gates.min_shrink": 500.0, "baselines": {}}
     session = session_of(targets=[TARGET], **change)

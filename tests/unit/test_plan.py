@@ -72,7 +72,7 @@ def test_the_same_recipe_in_another_folder_has_the_same_keys(folder: Path, tmp_p
 
 
 def test_lr_reruns_from_distill_on(folder: Path) -> None:
-    names = changed(make(folder), make(folder, distill__lr=5e-4))
+    names = changed(make(folder), make(folder, distill__lr=2e-4))
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
     assert "distill/1" in names and "package/phone-midrange" in names
     assert "evaluate/teacher" not in names and "convert/teacher" not in names
@@ -86,6 +86,43 @@ def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
         make(folder, score__temperature=1.0), make(folder, score__temperature=1.0, distill__loss__temperature=1.5)
     )
     assert "score" not in fixed and "distill/1" in fixed
+
+
+def test_healing_on_references_waits_for_no_answer_and_its_weight_changes_nothing_before_it(folder: Path) -> None:
+    plan = make(folder)
+    (heal,) = plan.match("heal")
+    adapted, shaped, answers = (plan.match(name)[0].key for name in ("adapt", "shape", "generate"))
+    assert set(heal.stage.inputs()) == {shaped, adapted}
+    assert "base/student" not in {name for step in plan.steps for name in step.ids}  # cut out of the adapted teacher
+    assert answers not in heal.stage.inputs()
+    names = changed(plan, make(folder, heal__hidden=40.0))
+    assert {"heal", "distill/1", "distill/gold-sft"} <= names
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape"})
+    (on_answers,) = make(folder, heal__files=[], heal__hidden=0.0).match("heal")
+    assert set(on_answers.stage.inputs()) == {shaped, plan.match("filter")[0].key}
+
+
+def test_a_student_of_its_own_has_its_own_base(folder: Path) -> None:
+    plan = make(folder, student__model="path:other")
+    assert plan.match("base/student")
+    assert plan.match("adapt")[0].key not in plan.match("shape")[0].stage.inputs()
+
+
+def test_hidden_states_of_another_depth_are_refused(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"heal\.hidden compares layers, and path:other has 24 of width 576") as found:
+        make(folder, student={"layers": 24}, student__model="path:other", student__layers=10)
+    assert found.value.key == "heal.hidden"
+
+
+def test_the_grammar_is_for_the_runtime_that_reads_it(folder: Path) -> None:
+    plan = make(folder)
+
+    def grammars(target: str) -> list[bool]:
+        stage: Any = plan.match(f"evaluate/{target}")[0].stage
+        return [suite.grammar is not None for suite in stage.suites]
+
+    assert grammars("phone-midrange") == [True, False, False]
+    assert grammars("laptop-x86-onnx") == [False, False, False]
 
 
 def test_a_targets_limits_remeasure_nothing(folder: Path) -> None:
@@ -173,8 +210,8 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (("lr         = 6e-4", "lrr        = 6e-4"), r"recipe\.toml:\d+: heal\.lrr.*lr"),
-        (("epochs     = 4", 'epochs     = "four"'), r"recipe\.toml:\d+: heal\.epochs"),
+        (("lr         = 2e-3", "lrr        = 2e-3"), r"recipe\.toml:\d+: heal\.lrr.*lr"),
+        (("hidden     = 150", 'hidden     = "much"'), r"recipe\.toml:\d+: heal\.hidden"),
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
         (('kind = "sampled"', 'kind = "sampel"'), r"score\.kind.*sampled"),

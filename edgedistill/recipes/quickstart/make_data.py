@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgedistill.recipes.quickstart.drills import MORE_FRAMES, MORE_WORDINGS
 from edgedistill.recipes.quickstart.general import GENERAL
 from edgedistill.recipes.quickstart.templates import CONTEXT, OOD, OOD_FRAMES, REMARKS, TRAIN, TRAIN_FRAMES
 from edgedistill.recipes.quickstart.values import OPEN_ENDED, SLOTS, Value
@@ -27,10 +28,11 @@ from edgedistill.recipes.quickstart.words import Chooser
 HERE = Path(__file__).parent
 SYSTEM = "Answer with one function call."
 SIZES = {"train": 2400, "holdout": 480, "ood": 480}
-DRILLS = {  # rows of each function in a block of drills.jsonl, which has 50 blocks
-    "set_alarm": 5, "create_event": 5, "set_timer": 2, "add_to_list": 2, "get_weather": 2, "call_contact": 2,
-    "navigate_to": 1, "play_media": 1, "send_message": 1, "take_note": 1, "set_volume": 1, "toggle_setting": 1,
+DRILLS = {  # rows of each function in a block of drills.jsonl
+    "set_alarm": 5, "create_event": 5, "set_timer": 2, "add_to_list": 3, "get_weather": 2, "call_contact": 2,
+    "navigate_to": 2, "play_media": 2, "send_message": 3, "take_note": 2, "set_volume": 1, "toggle_setting": 1,
 }  # fmt: skip
+DRILL_BLOCKS = 160
 SEEDS = {"train": 20_240_117, "holdout": 20_240_229, "ood": 20_240_331, "drills": 20_240_430}
 Segment = tuple[str, bool]  # words, and whether they are an argument's
 Frame = tuple[str, str, bool]  # words before, words after, whether the whole becomes a question
@@ -137,17 +139,19 @@ def text_of(segments: Sequence[Segment]) -> str:
     return "".join(t for t, _ in segments)
 
 
-def in_domain(c: Chooser, wording: str, half: str) -> tuple[str, dict[str, Value], list[str]]:
-    """Make one request of train or holdout."""
+def in_domain(
+    c: Chooser, wording: str, half: str, frames: Sequence[Frame] = TRAIN_FRAMES
+) -> tuple[str, dict[str, Value], list[str]]:
+    """Make one request of train, holdout or drills."""
     segments, arguments = fill(c, wording.removeprefix("="), half)
-    segments, question = frame(c, wording, segments, TRAIN_FRAMES)
+    segments, question = frame(c, wording, segments, frames)
     style = c.below(10)
     if style < 3:
         return text_of(bare(segments)), arguments, []
     text = text_of(capitalised(segments, arguments))
     if question:
         return (text if text.endswith("?") else text + "?"), arguments, []
-    return text + ("." if style < 8 else ""), arguments, []
+    return text + ("." if style < 8 and not text.endswith("?") else ""), arguments, []
 
 
 def out_of_domain(c: Chooser, function: str, wording: str, kind: str) -> tuple[str, dict[str, Value], list[str]]:
@@ -193,11 +197,14 @@ def make_split(split: str, seen: set[str], train_calls: set[str]) -> list[Row]:
     c = Chooser(SEEDS[split], invents=split == "drills")
     source = OOD if split == "ood" else TRAIN
     names = [f["name"] for f in functions()]
+    frames, blocks = TRAIN_FRAMES, SIZES.get(split, 0) // len(names)
     if split == "drills":
         names = [name for name, count in DRILLS.items() for _ in range(count)]
+        source = {name: (*TRAIN[name], *MORE_WORDINGS[name]) for name in TRAIN}
+        frames, blocks = (*TRAIN_FRAMES, *MORE_FRAMES), DRILL_BLOCKS
     decks: dict[str, list[str]] = {name: [] for name in names}
     rows: list[Row] = []
-    for block in range(50 if split == "drills" else SIZES[split] // len(names)):
+    for block in range(blocks):
         for name in c.shuffled(names):
             for _ in range(1000):
                 if not decks[name]:
@@ -207,7 +214,7 @@ def make_split(split: str, seen: set[str], train_calls: set[str]) -> list[Row]:
                     kind = OOD_KINDS[(block + names.index(name)) % len(OOD_KINDS)]
                     prompt, arguments, tags = out_of_domain(c, name, wording, kind)
                 else:
-                    prompt, arguments, tags = in_domain(c, wording, "train" if split == "drills" else split)
+                    prompt, arguments, tags = in_domain(c, wording, "train" if split == "drills" else split, frames)
                 call = canonical_call(name, arguments)
                 repeated = call in train_calls and any(key not in CLOSED for key in arguments)
                 untimed = split == "drills" and name == "create_event" and "time" not in arguments
@@ -237,8 +244,8 @@ def make_all() -> dict[str, list[Row]]:
     train = make_split("train", seen, set())
     calls = {row["reference"] for row in train}
     holdout, ood = make_split("holdout", seen, calls), make_split("ood", seen, calls)
-    # More of what is hard: spoken times, and names that no language model has met, which can only be copied. Made last,
-    # so that the suites above stay what they were, and with no call of the suites in it.
+    # More of what is hard: spoken times, other wordings, and words that can only be copied. Made last, so that the suites
+    # above stay what they were, and with no call of the suites in it.
     suites = {row["reference"] for row in [*holdout, *ood]}
     return {
         "train": train,

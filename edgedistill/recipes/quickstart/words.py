@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from edgedistill.recipes.quickstart.drills import EVERYDAY, LEXICON, NAMES
+
 T = TypeVar("T")
 
 
@@ -14,7 +16,7 @@ class Chooser:
 
     def __init__(self, seed: int, *, invents: bool = False) -> None:
         self._random = random.Random(seed)
-        self.invents = invents  # half of the words that pools give are made up
+        self.invents = invents  # most of the words that pools give are others, some of them made up
 
     def chance(self, probability: float) -> bool:
         return self._random.random() < probability
@@ -25,11 +27,17 @@ class Chooser:
     def pick(self, items: Sequence[T]) -> T:
         return items[self.below(len(items))]
 
-    def invented(self, word: str) -> str:
-        """Make up a word of the same case; short words and numbers stay."""
+    def another(self, word: str) -> str:
+        """Take another word of the same case, or make one up; short words and numbers stay."""
         if len(word) < 4 or not word.isalpha():
             return word
-        made = "".join(self.pick(SYLLABLES) for _ in range(2 + self.below(2)))
+        way = self.below(20)
+        if way < 4:
+            made = "".join(self.pick(SYLLABLES) for _ in range(2 + self.below(2)))
+        elif way < 7:
+            made = self.pick(EVERYDAY)
+        else:
+            made = self.pick(NAMES if word[0].isupper() and way < 12 else LEXICON)
         return made.capitalize() if word[0].isupper() else made
 
     def shuffled(self, items: Sequence[T]) -> list[T]:
@@ -59,7 +67,7 @@ class Pool:
 
     def pick(self, c: Chooser, half: str) -> str:
         entry = c.pick(self.halves[half])
-        return " ".join(map(c.invented, entry.split(" "))) if c.invents and c.chance(0.5) else entry
+        return " ".join(map(c.another, entry.split(" "))) if c.invents and c.chance(0.8) else entry
 
 
 FIRST = Pool(

@@ -94,6 +94,7 @@ def test_an_evaluation_is_scored_tabled_and_stored(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result.summary()))
     (tmp_path / "answers").mkdir()
     result.save_answers(tmp_path / "answers" / "holdout.jsonl")
+    assert "seconds" not in (tmp_path / "answers" / "holdout.jsonl").read_text()  # the same answers are the same bytes
     assert load_scores(tmp_path, "holdout") == [row.score for row in reversed(result.rows)]  # by id
 
 

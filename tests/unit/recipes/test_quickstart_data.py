@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgedistill.recipes.quickstart import make_data, templates, values, words
+from edgedistill.recipes.quickstart import drills, make_data, templates, values, words
 
 HERE = Path(make_data.__file__).parent
 # Committed before anything was trained. Whoever changes the data changes them here too, and says so.
@@ -25,10 +26,10 @@ DIGESTS = {
     "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
     "holdout.jsonl": "102eff5b0adf981ed9e70f05b32fead4dbcaa7ddfd9eefd7d3378036f5b75e38",
     "ood.jsonl": "226985c6239873a7aa15d517348b66645931d9aefe315edbc95d759dba677b1b",
-    "drills.jsonl": "18987c06bc3aafa5640890ddb1595ee100aae550b0d1ffce1b5cf5cba5a1a76b",
+    "drills.jsonl": "bf9bd96a2a9bae7495209e260e7ea11fb865f95c7ef7fb5139aed446877011bc",
     "train.jsonl": "e89b875f727d145180126e5743523fe5ba02b7bd254e3ea125b5e3a5254ab1f1",
 }
-SIZES = {"train": 2400, "drills": 1200, "holdout": 480, "ood": 480, "general": 48}
+SIZES = {"train": 2400, "drills": 4800, "holdout": 480, "ood": 480, "general": 48}
 TASK = ("train", "holdout", "ood")
 
 
@@ -296,8 +297,26 @@ def test_no_wording_is_shared_with_ood() -> None:
     def folded(wordings: dict[str, tuple[str, ...]]) -> set[str]:
         return {" ".join(tokens(re.sub(r"\{\w+\}", "x", text))) for each in wordings.values() for text in each}
 
-    assert folded(templates.TRAIN) & folded(templates.OOD) == set()
-    assert {frame[:2] for frame in templates.TRAIN_FRAMES} & {frame[:2] for frame in templates.OOD_FRAMES} == {("", "")}
+    assert (folded(templates.TRAIN) | folded(drills.MORE_WORDINGS)) & folded(templates.OOD) == set()
+    taught_frames = {frame[:2] for frame in (*templates.TRAIN_FRAMES, *drills.MORE_FRAMES)}
+    assert taught_frames & {frame[:2] for frame in templates.OOD_FRAMES} == {("", "")}
+
+
+@pytest.mark.parametrize("name", sorted(templates.OOD))
+def test_drills_come_no_nearer_to_ood_than_train_did(name: str) -> None:
+    """The wordings of drills were written after those of ood: they must not be ood's with a word exchanged."""
+
+    def bag(wording: str) -> set[str]:
+        return set(re.findall(r"\{\w+\}|[a-z']+", wording.lower()))
+
+    def nearest(wording: str) -> float:
+        bags = [bag(other) for other in templates.OOD[name]]
+        return max(len(bag(wording) & one) / len(bag(wording) | one) for one in bags)
+
+    limit = max(0.75, *map(nearest, templates.TRAIN[name]))
+    assert [text for text in drills.MORE_WORDINGS[name] if nearest(text) > limit] == []
+    of_train = statistics.mean(map(nearest, templates.TRAIN[name]))
+    assert statistics.mean(map(nearest, drills.MORE_WORDINGS[name])) <= of_train
 
 
 @pytest.mark.parametrize("name", sorted(templates.TRAIN))
@@ -316,6 +335,14 @@ def test_pools_are_disjoint() -> None:
         assert not set(pool.halves["train"]) & set(pool.halves["holdout"])
     with pytest.raises(ValueError, match="shares"):
         words.Pool("a, b", "b, c")
+
+
+def test_no_word_of_a_holdout_value_is_drilled() -> None:
+    pools = [pool for pool in vars(words).values() if isinstance(pool, words.Pool)]
+    held = {word for pool in pools for entry in pool.halves["holdout"] for word in tokens(entry)}
+    drilled = {word.lower() for word in (*drills.EVERYDAY, *drills.LEXICON, *drills.NAMES)}
+    assert len(drilled) > 5000
+    assert drilled & held == set()
 
 
 def test_holdout_has_values_that_train_never_has() -> None:

@@ -26,10 +26,11 @@ def test_accumulation_cuts_a_batch_and_leaves_the_step_what_it_was() -> None:
     table = {
         "method": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"}, "lr": 1e-3,
         "epochs": 1.0, "batch_size": 10, "accumulate": 4, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 1.0, "beta2": 0.95,
     }  # fmt: skip
     settings = train_settings(
         table, seed=0, loss={"kd": 0.7, "ce": 0.3, "temperature": 2.0, "divergence": "forward-kl"}
     )
     assert (settings.batch_size, settings.micro_batch) == (10, 3)
+    assert (settings.beta2, settings.hidden) == (0.95, 0.0)
     assert (settings.loss.kd, settings.loss.temperature) == (0.7, 2.0)
