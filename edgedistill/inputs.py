@@ -128,8 +128,8 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    taught = {row.id: row for rows in (inputs.prompts, inputs.gold, inputs.healing) for row in rows}
-    for found in leaks(tuple(taught.values()), inputs.suites)[:1]:
+    taught = (inputs.prompts, inputs.gold, inputs.healing)
+    for found in [one for rows in taught for one in leaks(rows, inputs.suites)][:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
             "remove it from one of the files: a score on seen prompts proves nothing",

@@ -175,6 +175,7 @@ def make_inputs(folder: Path) -> Any:
         ({"distill__method": "qlora"}, {}, "QLoRA needs a CUDA device"),
         ({"student__layers": 31}, {}, "has 30 layers"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
+        ({"heal__files": ["data/holdout.jsonl"]}, {}, "stands in the training rows and in a suite"),
         ({"prompts__files": ["data/nothing.jsonl"]}, {}, "no such file"),
         ({"suites__holdout__grammar": "no.gbnf"}, {}, "No such file"),
     ],
