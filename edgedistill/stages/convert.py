@@ -32,7 +32,8 @@ class Convert(Stage):
         from edgedistill.formats.gguf.convert import convert
 
         source, gguf = ctx.path(self.model, "model"), ctx.out / "model.gguf"
-        report = convert(source, gguf, dtype=self.dtype, name=self.title, license=self.licence, progress=ctx.progress)
+        licence = "" if self.licence == "not stated" else self.licence
+        report = convert(source, gguf, dtype=self.dtype, name=self.title, license=licence, progress=ctx.progress)
         ctx.progress(1, 1, "comparing with transformers")
         texts = [str(message["content"]) for row in self.rows for message in row.messages]
         texts += [row.reference for row in self.rows if row.reference]
