@@ -3,8 +3,8 @@
 Layer ``kept[j]`` of the teacher became layer j of the student, and its successor there is layer ``kept[j + 1]``. So the
 student's layer j must do the work of the teacher's layers ``kept[j]`` to ``kept[j + 1] - 1``, and what it ought to give is
 the teacher's state where layer ``kept[j + 1]`` begins (Sun et al. 2019, arXiv:1908.09355; Muralidharan et al. 2024,
-arXiv:2407.14679). Every token of prompt and completion teaches, not only the few whose label is known, which is why a
-student cut to a third of its layers heals several times faster with it.
+arXiv:2407.14679). Every token of prompt and completion teaches, not only the few whose label is known. On the quickstart's
+task, a third of the layers after 1,600 rows at the same settings: 0.22 exact match without it, 0.30 with weight 3 (n = 120).
 """
 
 from __future__ import annotations

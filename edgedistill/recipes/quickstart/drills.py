@@ -1,7 +1,8 @@
 """Hold what drills.jsonl has beside the wordings and values of train: more ways of asking, and words to be copied.
 
-A model that has met a thousand words in arguments learns the thousand words (a student cut to ten layers then wrote "olas"
-for "olives"); one that has met a new word in every row learns to copy. None of these words is in a holdout value, and none of these wordings or frames is in ood.
+Many words, because a student cut to ten layers learns the words that it meets rather than to copy ("olas" for "olives").
+Most of these are one token each, and words of several tokens are still copied badly. None of them is in a holdout value, and
+none of these wordings or frames is in ood.
 """
 
 # ruff: noqa: E501
