@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,15 +33,18 @@ class Inputs:
 
 
 def read_rows(
-    recipe_path: Path, files: Iterable[Path], limit: int | None, key: str, *, reference: bool
+    recipe_path: Path, files: Sequence[Path], limit: int | Sequence[int] | None, key: str, *, reference: bool
 ) -> tuple[Row, ...]:
-    """Read the rows of several JSONL files relative to the recipe; the key is named in errors."""
+    """Read the rows of several JSONL files relative to the recipe, the first ``limit`` of each (one count for all files,
+    or one for each); the key is named in errors.
+    """
     rows: list[Row] = []
-    for file in files:
+    limits = limit if isinstance(limit, Sequence) else [limit] * len(files)
+    for file, most in zip(files, limits, strict=True):
         path = recipe_path.parent / file
         if not path.is_file():
             raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=recipe_path, key=key)
-        rows += load_rows(path, need_reference=reference)[:limit]
+        rows += load_rows(path, need_reference=reference)[:most]
     doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
     if doubled:
         raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=recipe_path, key=key)

@@ -16,6 +16,10 @@ from edgedistill.toml_source import load_toml
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Rows = Annotated[
+    Count | tuple[Count, ...] | None,
+    Field(description="use the first so many rows of each file: one count for all, or a list of one for each"),
+]
 
 
 class Section(BaseModel):
@@ -59,7 +63,7 @@ class Adapt(Training):
     """Fine-tune the teacher on gold data first."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
+    rows: Rows = None
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
 
@@ -81,7 +85,7 @@ class Heal(Training):
     files: tuple[Path, ...] = Field(
         default=(), description="rows with references; none: the text that the filters kept"
     )
-    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
+    rows: Rows = None
     hidden: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="weight of the hidden states' relative error; 0: cross-entropy alone"
     )
@@ -94,7 +98,7 @@ class Prompts(Section):
     """The prompts that the teacher answers: JSONL with id, messages | prompt, reference, tags."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Count | None = Field(default=None, description="use the first so many rows of each file")
+    rows: Rows = None
 
 
 class Generate(Section):
@@ -228,6 +232,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for place, section in (("adapt", self.adapt), ("heal", self.heal), ("prompts", self.prompts)):
+            if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
+                raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")
         for place, names in (
             ("teacher.min_score", self.teacher.min_score),
             ("gates.min_retention", self.gates.min_retention),

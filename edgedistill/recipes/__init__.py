@@ -21,5 +21,7 @@ def copy_recipe(name: str, folder: Path) -> Path:
         raise UsageError(f"no packaged recipe {name!r}", f"there is: {', '.join(packaged())}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: already there", f"build it: edgedistill build {folder}, or name another folder")
-    shutil.copytree(HERE / name, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"), dirs_exist_ok=True)
+    shutil.copytree(
+        HERE / name, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py", "*.txt"), dirs_exist_ok=True
+    )
     return folder

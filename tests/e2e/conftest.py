@@ -13,7 +13,7 @@ from edgedistill.recipes import copy_recipe
 from edgedistill.session import prepare
 from edgedistill.store import Store
 
-SIZES = {"drills": 16, "train": 48, "holdout": 8, "ood": 6, "general": 3}
+SIZES = {"drills": 16, "train": 48, "lists": 12, "holdout": 8, "ood": 6, "general": 3}
 PROMPTS = SIZES["train"] + SIZES["drills"]  # what the teacher is asked
 REDUCED = {
     "teacher.min_score": {},

@@ -71,6 +71,19 @@ def test_the_same_recipe_in_another_folder_has_the_same_keys(folder: Path, tmp_p
     assert changed(make(folder), make(tmp_path / "elsewhere")) == set()
 
 
+def test_rows_are_counted_for_all_files_or_for_each(folder: Path) -> None:
+    def gold(rows: Any) -> dict[str, int]:
+        plan = make(folder, adapt__files=["data/train.jsonl", "data/lists.jsonl"], adapt__rows=rows)
+        (adapt,) = (step.stage for step in plan.steps if "adapt" in step.ids)
+        names = [row.id.partition("-")[0] for row in adapt.rows]  # type: ignore[attr-defined]
+        return {name: names.count(name) for name in set(names)}
+
+    assert gold(7) == {"train": 7, "lists": 7}
+    assert gold([7, 3]) == {"train": 7, "lists": 3}
+    with pytest.raises(RecipeError, match=r"adapt\.rows has 3 counts for 2 files"):
+        gold([7, 3, 1])
+
+
 def test_lr_reruns_from_distill_on(folder: Path) -> None:
     names = changed(make(folder), make(folder, distill__lr=2e-4))
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})

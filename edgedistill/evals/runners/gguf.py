@@ -63,6 +63,7 @@ class GgufRunner:
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._end: int | None = None
+        self._free: dict[tuple[tuple[int, ...], int], Answer] = {}  # (prompt, budget) -> answer without a grammar
         self.context_limit = int(llama_cpp.llama_model_n_ctx_train(self._model))
 
     def __enter__(self) -> GgufRunner:
@@ -145,7 +146,9 @@ class GgufRunner:
     ) -> list[Answer]:
         """Answer every row greedily, in the order of ``rows``. With ``grammar`` (GBNF) only what it allows is decoded.
 
-        Raises UsageError for a prompt that leaves no room for an answer, or a grammar that llama.cpp refuses.
+        A free answer that this runner has already given, and that the grammar allows token by token, is the greedy answer
+        under the grammar too, and is not decoded again. Raises UsageError for a prompt that leaves no room for an answer,
+        or a grammar that llama.cpp refuses.
         """
         if not rows:
             return []
@@ -163,9 +166,12 @@ class GgufRunner:
         slots = max(1, min(self.parallel, len(rows), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
         session = _Session(self, sequences=slots + 1, depth=depth)
         answers: dict[int, Answer] = {}
+        if root is not None:
+            given = self._allowed(prompts, max_new_tokens, root)
+            answers = {index: dataclasses.replace(answer, id=rows[index].id) for index, answer in given.items()}
         texts: dict[int, bytes] = {}
         # Long prompts first, equal lengths together: llama.cpp cuts a batch into pieces of equal length per sequence.
-        waiting = sorted(range(len(rows)), key=lambda i: (len(prompts[i]), i))
+        waiting = sorted(set(range(len(rows))) - answers.keys(), key=lambda i: (len(prompts[i]), i))
         running: list[_Slot] = []  # in the order of their sequences, 1, 2, ...; sequence 0 keeps the shared tokens
         try:
             session.prefill([(0, prompts[0][:shared], 0)])
@@ -207,7 +213,25 @@ class GgufRunner:
             session.close()
             if root is not None:
                 root.close()
+        if grammar is None:
+            self._free |= {(tuple(prompts[i]), max_new_tokens): answers[i] for i in range(len(rows))}
         return _share_seconds([answers[i] for i in range(len(rows))], time.perf_counter() - started)
+
+    def _allowed(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, root: Grammar) -> dict[int, Answer]:
+        """Return the free answers of before that ``root`` allows, by the index of their prompt."""
+        end = self.end_token()
+        found: dict[int, Answer] = {}
+        for index, prompt in enumerate(prompts):
+            answer = self._free.get((tuple(prompt), max_new_tokens))
+            if answer is None:
+                continue
+            state = root.clone()
+            try:
+                if state.allows([*answer.token_ids, *([end] if answer.finish == "stop" else [])]):
+                    found[index] = answer
+            finally:
+                state.close()
+        return found
 
     def _choose(self, slots: Sequence[_Slot], logits: np.ndarray) -> list[tuple[_Slot, Finish]]:
         """Give each slot its next token from ``logits`` [slots, vocabulary]; return those that end here, and why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,16 @@ class Grammar:
         if not self._lib.llama_vocab_is_eog(self._vocab, token):
             self._lib.llama_sampler_accept(self._state, token)
         return token
+
+    def allows(self, tokens: Sequence[int]) -> bool:
+        """Step along ``tokens`` and tell whether every one of them, in its turn, is allowed."""
+        level = np.zeros(self._vocabulary, dtype=np.float32)
+        for token in tokens:
+            if self._first_allowed(np.array([token], dtype=np.int32), level) is None:
+                return False
+            if not self._lib.llama_vocab_is_eog(self._vocab, token):
+                self._lib.llama_sampler_accept(self._state, token)
+        return True
 
     def _first_allowed(self, candidates: np.ndarray, logits: np.ndarray) -> int | None:
         """Return the first of ``candidates`` (falling logits) that the grammar lets stand."""

@@ -1,8 +1,7 @@
 """Hold what drills.jsonl has beside the wordings and values of train: more ways of asking, and words to be copied.
 
-Many words, because a student cut to ten layers learns the words that it meets rather than to copy ("olas" for "olives").
-Most of these are one token each, and words of several tokens are still copied badly. None of them is in a holdout value, and
-none of these wordings or frames is in ood.
+Many words, because a small student learns the words that it meets rather than to copy ("olas" for "olives"). None of them is
+in a holdout value, and none of these wordings or frames is in ood.
 """
 
 # ruff: noqa: E501
@@ -176,3 +175,5 @@ NAMES = """Aaron Abel Ada Adele Agnes Aldo Alexa Alfred Alma Alvin Amelia Amos A
     Warner Watkins Weaver Webb Wheeler Wilcox Winters Wolfe Woodard Wright Yates Zimmerman""".split()
 # Words of the tokenizer's vocabulary that stand in ordinary documentation, without those of holdout and ood.
 LEXICON = (Path(__file__).parent / "lexicon.txt").read_text(encoding="utf-8").split()
+# Words and names that the tokenizer cuts one way after a space and another way after a quotation mark.
+SPELLING = (Path(__file__).parent / "spelling.txt").read_text(encoding="utf-8").split()

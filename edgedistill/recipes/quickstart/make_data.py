@@ -19,21 +19,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgedistill.recipes.quickstart.drills import MORE_FRAMES, MORE_WORDINGS
+from edgedistill.recipes.quickstart.drills import MORE_FRAMES, MORE_WORDINGS, SPELLING
 from edgedistill.recipes.quickstart.general import GENERAL
 from edgedistill.recipes.quickstart.templates import CONTEXT, OOD, OOD_FRAMES, REMARKS, TRAIN, TRAIN_FRAMES
-from edgedistill.recipes.quickstart.values import OPEN_ENDED, SLOTS, Value
+from edgedistill.recipes.quickstart.values import OPEN_ENDED, SLOTS, Value, clock, level, minutes
 from edgedistill.recipes.quickstart.words import Chooser
 
 HERE = Path(__file__).parent
 SYSTEM = "Answer with one function call."
 SIZES = {"train": 2400, "holdout": 480, "ood": 480}
 DRILLS = {  # rows of each function in a block of drills.jsonl
-    "set_alarm": 5, "create_event": 5, "set_timer": 2, "add_to_list": 3, "get_weather": 2, "call_contact": 2,
-    "navigate_to": 2, "play_media": 2, "send_message": 3, "take_note": 2, "set_volume": 1, "toggle_setting": 1,
+    "set_alarm": 4, "create_event": 4, "set_timer": 4, "add_to_list": 3, "get_weather": 2, "call_contact": 2,
+    "navigate_to": 2, "play_media": 2, "send_message": 3, "take_note": 2, "set_volume": 3, "toggle_setting": 1,
 }  # fmt: skip
-DRILL_BLOCKS = 160
-SEEDS = {"train": 20_240_117, "holdout": 20_240_229, "ood": 20_240_331, "drills": 20_240_430}
+DRILL_BLOCKS = 150
+LISTS = {"words": 10, "times": 5, "numbers": 3}  # rows of each kind in a block of lists.jsonl
+LIST_BLOCKS = 100
+LIST_SYSTEM = "Answer with a JSON list."
+SEEDS = {"train": 20_240_117, "holdout": 20_240_229, "ood": 20_240_331, "drills": 20_240_430, "lists": 20_241_124}
 Segment = tuple[str, bool]  # words, and whether they are an argument's
 Frame = tuple[str, str, bool]  # words before, words after, whether the whole becomes a question
 Row = dict[str, Any]
@@ -180,6 +183,18 @@ def out_of_domain(c: Chooser, function: str, wording: str, kind: str) -> tuple[s
 OOD_KINDS = ("plain", "bare", "typo", "bare_typo", "two", "two", "two_typo", "plain", "bare", "typo")
 
 
+def balanced(name: str, wordings: Sequence[str]) -> list[str]:
+    """Repeat wordings until those with an optional argument (a label, a volume's stream...) are about as many as those
+    without: where few have one, a model learns to leave it out.
+    """
+    required = next(f for f in functions() if f["name"] == name)["parameters"]["required"]
+    groups: tuple[list[str], list[str]] = ([], [])
+    for wording in wordings:
+        groups[any(SLOTS[slot][0] not in required for slot in _SLOT.findall(wording))].append(wording)
+    most = max(map(len, groups))
+    return [wording for group in groups if group for wording in group * round(most / len(group))]
+
+
 CLOSED = ("time", "minutes", "level", "stream", "setting", "on")  # arguments of few values
 
 
@@ -208,7 +223,7 @@ def make_split(split: str, seen: set[str], train_calls: set[str]) -> list[Row]:
         for name in c.shuffled(names):
             for _ in range(1000):
                 if not decks[name]:
-                    decks[name] = c.shuffled(source[name])
+                    decks[name] = c.shuffled(balanced(name, source[name]) if split == "drills" else source[name])
                 wording = decks[name].pop()
                 if split == "ood":
                     kind = OOD_KINDS[(block + names.index(name)) % len(OOD_KINDS)]
@@ -238,6 +253,40 @@ def _row(row_id: str, prompt: str, reference: str, tags: list[str], system: str 
     }
 
 
+def make_lists(seen: set[str]) -> list[Row]:
+    """Make rows of nothing but what a call is hard in: ten words to spell, or times and numbers to write in digits.
+
+    A tokenizer cuts " renovation" and "renovation" differently, so a model that copies a word to the start of a string
+    spells it. A call has one or two such words, a list has ten for the same number of tokens.
+    """
+    c = Chooser(SEEDS["lists"])
+    kinds = [kind for kind, count in LISTS.items() for _ in range(count)]
+    deck: list[str] = []
+
+    def word() -> str:
+        if not deck:
+            deck.extend(c.shuffled(SPELLING))
+        return deck.pop()
+
+    rows: list[Row] = []
+    while len(rows) < LIST_BLOCKS * len(kinds):
+        for kind in c.shuffled(kinds):
+            if kind == "words":
+                said = [f"{word()} {word()}" if c.chance(0.15) else word() for _ in range(10)]
+                items: list[Value] = list(said)
+            else:
+                makers = (clock,) if kind == "times" else (minutes, minutes, level)
+                made = [c.pick(makers)(c, "train") for _ in range(6 if kind == "times" else 8)]
+                said, items = [text for text, _ in made], [value for _, value in made]
+            prompt = ", ".join(said)
+            if key_of(prompt) in seen:
+                continue
+            seen.add(key_of(prompt))
+            reference = json.dumps(items, separators=(",", ":"), ensure_ascii=False)
+            rows.append(_row(f"lists-{len(rows):04d}", prompt, reference, [kind], LIST_SYSTEM))
+    return rows
+
+
 def make_all() -> dict[str, list[Row]]:
     """Make every split: name -> rows."""
     seen = {key_of(question) for _, question, _ in GENERAL}
@@ -250,6 +299,7 @@ def make_all() -> dict[str, list[Row]]:
     return {
         "train": train,
         "drills": make_split("drills", seen, suites),
+        "lists": make_lists(seen),
         "holdout": holdout,
         "ood": ood,
         "general": [

@@ -115,6 +115,39 @@ def test_answers_under_a_grammar(tiny_file: Path, rows: list[Row]) -> None:
         assert all(a == b for a, b in pairs)
 
 
+def test_a_free_answer_that_the_grammar_allows_is_not_decoded_again(
+    tiny_file: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgedistill.evals.runners import gguf
+
+    started: list[int] = []
+    prefill = gguf._Session.prefill
+
+    def counted(self: Any, parts: Any) -> Any:
+        started.append(sum(sequence > 0 for sequence, _, _ in parts))
+        return prefill(self, parts)
+
+    monkeypatch.setattr(gguf._Session, "prefill", counted)
+    some = [dataclasses.replace(row, id=f"again-{row.id}") for row in rows[:9]]
+    loose = "root ::= [\\x01-\\U0010FFFF]*"
+    with GgufRunner(tiny_file, parallel=4) as fresh:
+        expected = {text: fresh.answer(some, max_new_tokens=16, grammar=text) for text in (loose, GRAMMAR)}
+    with GgufRunner(tiny_file, parallel=4) as runner:
+        free = runner.answer(rows[:9], max_new_tokens=16)
+        clean = sum("\ufffd" not in answer.text for answer in free)
+        assert clean
+        for text, most in ((loose, 9 - clean), (GRAMMAR, 9)):
+            started.clear()
+            answers = runner.answer(some, max_new_tokens=16, grammar=text)
+            assert [dataclasses.replace(a, seconds=0.0) for a in answers] == [
+                dataclasses.replace(a, seconds=0.0) for a in expected[text]
+            ]
+            assert sum(started) <= most
+        started.clear()
+        runner.answer(some, max_new_tokens=15, grammar=loose)  # another budget: another answer
+        assert sum(started) == 9
+
+
 @pytest.mark.parametrize("text", ["root := [a-z]", "start ::= [a-z]", "root ::= missing", "root ::= root [a-z]", ""])
 def test_a_wrong_grammar_is_refused(tiny_file: Path, rows: list[Row], text: str) -> None:
     with GgufRunner(tiny_file) as runner, pytest.raises(UsageError, match="grammar"):

@@ -21,15 +21,16 @@ from edgedistill.recipes.quickstart import drills, make_data, templates, values,
 HERE = Path(make_data.__file__).parent
 # Committed before anything was trained. Whoever changes the data changes them here too, and says so.
 DIGESTS = {
-    "functions.json": "183dfac3cd829b7b172ca2e2ea6478cb59523ef65efc06072a53863a546b0a96",
+    "drills.jsonl": "f9fba6517f8ccc25cf30f76d4c65e92a153269945b1d25c44b571e49219dbdb9",
     "general.jsonl": "d2ec6311ecf027295ee5e26c2829226639f00494b89f24314089267b0a90ebdf",
-    "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
     "holdout.jsonl": "102eff5b0adf981ed9e70f05b32fead4dbcaa7ddfd9eefd7d3378036f5b75e38",
+    "lists.jsonl": "f646915599d857eb5d5b42bc37cb1d40d47ce3f1d0fe03bd80ca341e2908115d",
     "ood.jsonl": "226985c6239873a7aa15d517348b66645931d9aefe315edbc95d759dba677b1b",
-    "drills.jsonl": "bf9bd96a2a9bae7495209e260e7ea11fb865f95c7ef7fb5139aed446877011bc",
     "train.jsonl": "e89b875f727d145180126e5743523fe5ba02b7bd254e3ea125b5e3a5254ab1f1",
+    "functions.json": "183dfac3cd829b7b172ca2e2ea6478cb59523ef65efc06072a53863a546b0a96",
+    "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
 }
-SIZES = {"train": 2400, "drills": 4800, "holdout": 480, "ood": 480, "general": 48}
+SIZES = {"train": 2400, "drills": 4800, "lists": 1800, "holdout": 480, "ood": 480, "general": 48}
 TASK = ("train", "holdout", "ood")
 
 
@@ -105,7 +106,10 @@ def test_rows_have_the_shape_of_the_task(split: str) -> None:
         for text in (prompt(row), row["reference"]):
             assert text
             assert text == " ".join(text.split())
-        if split != "general":
+        if split == "lists":
+            assert row["messages"][0]["content"] == make_data.LIST_SYSTEM
+            assert len(json.loads(row["reference"])) == len(prompt(row).split(", "))
+        elif split != "general":
             assert row["messages"][0]["content"] == "Answer with one function call."
             assert row["tags"][0] == call(row)[0]
 
@@ -340,9 +344,37 @@ def test_pools_are_disjoint() -> None:
 def test_no_word_of_a_holdout_value_is_drilled() -> None:
     pools = [pool for pool in vars(words).values() if isinstance(pool, words.Pool)]
     held = {word for pool in pools for entry in pool.halves["holdout"] for word in tokens(entry)}
-    drilled = {word.lower() for word in (*drills.EVERYDAY, *drills.LEXICON, *drills.NAMES)}
-    assert len(drilled) > 5000
+    drilled = {word.lower() for word in (*drills.EVERYDAY, *drills.LEXICON, *drills.NAMES, *drills.SPELLING)}
+    assert len(drilled) > 15_000
     assert drilled & held == set()
+    assert {word for row in rows("lists") for word in tokens(prompt(row)) if row["tags"] == ["words"]} & held == set()
+
+
+def test_lists_have_no_time_or_number_of_holdout() -> None:
+    held = {value for row in rows("holdout") for key, value in call(row)[1].items() if key == "time"}
+    said = {"0": 0, "half": 50, "full": 100} | dict(values._HOURS)
+    for row in rows("lists"):
+        for text, value in zip(prompt(row).split(", "), json.loads(row["reference"]), strict=True):
+            if row["tags"] == ["times"]:
+                assert value not in held
+            elif row["tags"] == ["numbers"]:
+                assert values.number_half(value) == "train" or value in said.values(), text
+            else:
+                assert value == text
+
+
+def test_lists_spell_words_that_the_tokenizer_cuts_differently(smollm2_gguf: Path) -> None:
+    from llama_cpp import Llama
+
+    model = Llama(str(smollm2_gguf), vocab_only=True, verbose=False)
+
+    def cut(text: str) -> list[int]:
+        return model.tokenize(text.encode(), add_bos=False)
+
+    some = drills.SPELLING[::50]
+    assert len(some) > 400
+    assert all(len(cut(" " + word)) < len(cut(word)) for word in some)
+    model.close()
 
 
 def test_holdout_has_values_that_train_never_has() -> None:
