@@ -15,7 +15,6 @@ from edgedistill.errors import UsageError
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.training.data import Example, counter_rng, prompt_tokens, turn_end
 from edgedistill.training.draws import join_targets, slice_targets, sparse_from_logits, uniforms
-from edgedistill.training.memory import keep_freed_memory
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.precision import pick_device, torch_dtype
 from edgedistill.training.quiet import quiet
@@ -41,7 +40,6 @@ class TransformersTeacher:
     def __init__(self, model_dir: Path | str, dtype: str = "auto", *, model: Any = None, tokenizer: Any = None) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        keep_freed_memory()
         self.model_dir = Path(model_dir)
         device = pick_device()
         self.dtype = torch_dtype(dtype, device)

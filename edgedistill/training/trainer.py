@@ -26,7 +26,6 @@ from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.hidden import HiddenStates, tokens_of
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import batch_targets, completion_loss
-from edgedistill.training.memory import keep_freed_memory
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.precision import pick_device, torch_dtype
 from edgedistill.training.quiet import quiet
@@ -65,7 +64,6 @@ def train(
     ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
-    keep_freed_memory()
     run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, progress)
     return run.finished() or run.go()
 
@@ -229,7 +227,7 @@ class _Run:
                 continue
             master = self.masters[name]
             if master.grad is None:
-                # The buffer of the last step: 140 MB of fresh pages a step cost more than the optimiser does.
+                # The buffer of the last step: fresh pages for every gradient would be zeroed and mapped again.
                 buffer = self.gradients.get(name)
                 if buffer is None:
                     buffer = self.gradients[name] = torch.empty_like(master)

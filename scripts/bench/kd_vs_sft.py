@@ -1,6 +1,6 @@
 """Distillation against plain fine-tuning: same student, data, steps and seeds; ours by soft targets, the peer by TRL.
 
-Both arms train the same LoRA on the quickstart's healed 10-layer student, on the rows that the filters kept, for the same
+Both arms train the same LoRA on the quickstart's healed student, on the rows that the filters kept, for the same
 number of optimiser steps: ours with the recipe's loss (forward KL on random-sampled targets + cross-entropy), the peer with
 TRL's SFTTrainer (completion-only cross-entropy), each in a process of its own. Held-out exact match and KL to the teacher
 are paired by row over all seeds; the table shows whichever way it falls. What the quickstart has built already is reused.

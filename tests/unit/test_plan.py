@@ -111,7 +111,7 @@ def test_healing_on_references_waits_for_no_answer_and_its_weight_changes_nothin
     names = changed(plan, make(folder, heal__hidden=40.0))
     assert {"heal", "distill/1", "distill/gold-sft"} <= names
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape"})
-    (on_answers,) = make(folder, heal__files=[], heal__hidden=0.0).match("heal")
+    (on_answers,) = make(folder, heal__files=[], heal__rows=9, heal__hidden=0.0).match("heal")
     assert set(on_answers.stage.inputs()) == {shaped, plan.match("filter")[0].key}
 
 
@@ -157,7 +157,14 @@ def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path)
 
 
 def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
-    plan = make(folder, **{"quantize__laptop-x86__type": "Q4_0", "quantize__laptop-x86__imatrix": True})
+    plan = make(
+        folder,
+        **{
+            "quantize__laptop-x86__type": "Q4_0",
+            "quantize__laptop-x86__imatrix": True,
+            "quantize__laptop-x86__embedding_type": "Q5_0",
+        },
+    )
     shared = plan.match("quantize/laptop-x86")[0]
     assert shared.ids == ("quantize/phone-midrange", "quantize/laptop-x86")
     assert plan.match("evaluate/laptop-x86") == plan.match("evaluate/phone-midrange")
@@ -168,7 +175,7 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 
 def test_the_number_of_layers(folder: Path) -> None:
-    assert student_layers(make_inputs(folder)) == 10
+    assert student_layers(make_inputs(folder)) == 16
 
 
 def make_inputs(folder: Path) -> Any:
@@ -188,8 +195,8 @@ def make_inputs(folder: Path) -> Any:
         ({"distill__method": "qlora"}, {}, "QLoRA needs a CUDA device"),
         ({"student__layers": 31}, {}, "has 30 layers"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
-        ({"heal__files": ["data/holdout.jsonl"]}, {}, "stands in the training rows and in a suite"),
-        ({"prompts__files": ["data/nothing.jsonl"]}, {}, "no such file"),
+        ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),
+        ({"prompts__files": ["data/nothing.jsonl"], "prompts__rows": 9}, {}, "no such file"),
         ({"suites__holdout__grammar": "no.gbnf"}, {}, "No such file"),
     ],
 )
@@ -224,7 +231,7 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (("lr         = 2e-3", "lrr        = 2e-3"), r"recipe\.toml:\d+: heal\.lrr.*lr"),
+        (("warmup     = 0.03", "warmupp    = 0.03"), r"recipe\.toml:\d+: heal\.warmupp.*warmup"),
         (("hidden     = 150", 'hidden     = "much"'), r"recipe\.toml:\d+: heal\.hidden"),
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
