@@ -18,7 +18,7 @@ from edgedistill.report import collect
 from edgedistill.runner import Outcome
 from edgedistill.session import Session, rows_of
 from edgedistill.store import Store
-from edgedistill.target import list_targets
+from edgedistill.target import format_size, list_targets
 from tests.unit.made_build import TARGETS, make_session
 
 
@@ -45,7 +45,9 @@ def test_a_plan_names_steps_reasons_and_needs(partial: Session, capsys: pytest.C
     lines = {line.split()[0].rstrip(","): line for line in text.splitlines() if line.strip()}
     assert "cached" in lines["adapt"] and "never built" in lines["generate"]
     assert f"of {len(rows)} to run" in lines["total"]
-    assert "MiB" in lines["heal"] and "…" not in text
+    (heal,) = partial.plan.match("heal")
+    assert format_size(heal.memory) in lines["heal"] and format_size(heal.disk) in lines["heal"]
+    assert "…" not in text
 
 
 def test_a_plan_as_json_adds_up(partial: Session) -> None:
