@@ -17,6 +17,7 @@ from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
+from edgedistill.stages.adapt import Adapt
 from edgedistill.target import find_target
 
 FACTS = {
@@ -74,8 +75,8 @@ def test_the_same_recipe_in_another_folder_has_the_same_keys(folder: Path, tmp_p
 def test_rows_are_counted_for_all_files_or_for_each(folder: Path) -> None:
     def gold(rows: Any) -> dict[str, int]:
         plan = make(folder, adapt__files=["data/train.jsonl", "data/lists.jsonl"], adapt__rows=rows)
-        (adapt,) = (step.stage for step in plan.steps if "adapt" in step.ids)
-        names = [row.id.partition("-")[0] for row in adapt.rows]  # type: ignore[attr-defined]
+        (adapt,) = (step.stage for step in plan.steps if isinstance(step.stage, Adapt))
+        names = [row.id.partition("-")[0] for row in adapt.rows]
         return {name: names.count(name) for name in set(names)}
 
     assert gold(7) == {"train": 7, "lists": 7}
