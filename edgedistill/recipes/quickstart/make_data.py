@@ -3,8 +3,9 @@
 `python -m edgedistill.recipes.quickstart.make_data [--check] [--out DIR]`. The task: a spoken-style request becomes
 exactly one function call as compact JSON. `train` and `holdout` share wordings and differ in argument values; `ood` has
 wordings that train never saw, typos, two-sentence requests and lower case without punctuation, with train's values in
-calls that train does not have. `general` is ordinary chat, to see what a student forgets. Everything follows from the
-seeds below.
+calls that train does not have. `dev` and `dev-ood` are made like them, of other rows: settings are chosen by these two,
+and the suites are scored with what was chosen. `general` is ordinary chat, to see what a student forgets. Everything
+follows from the seeds below.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from edgedistill.recipes.quickstart.words import Chooser
 
 HERE = Path(__file__).parent
 SYSTEM = "Answer with one function call."
-SIZES = {"train": 2400, "holdout": 480, "ood": 480}
+SIZES = {"train": 2400, "holdout": 480, "ood": 480, "dev": 240, "dev-ood": 240}
 DRILLS = {  # rows of each function in a block of drills.jsonl
     "set_alarm": 4, "create_event": 4, "set_timer": 4, "add_to_list": 3, "get_weather": 2, "call_contact": 2,
     "navigate_to": 2, "play_media": 2, "send_message": 3, "take_note": 2, "set_volume": 3, "toggle_setting": 1,
@@ -36,7 +37,10 @@ DRILL_BLOCKS = 150
 LISTS = {"words": 10, "times": 5, "numbers": 3}  # rows of each kind in a block of lists.jsonl
 LIST_BLOCKS = 100
 LIST_SYSTEM = "Answer with a JSON list."
-SEEDS = {"train": 20_240_117, "holdout": 20_240_229, "ood": 20_240_331, "drills": 20_240_430, "lists": 20_241_124}
+SEEDS = {
+    "train": 20_240_117, "holdout": 20_240_229, "ood": 20_240_331, "drills": 20_240_430, "lists": 20_241_124,
+    "dev": 20_261_125, "dev-ood": 20_261_126,
+}  # fmt: skip
 Segment = tuple[str, bool]  # words, and whether they are an argument's
 Frame = tuple[str, str, bool]  # words before, words after, whether the whole becomes a question
 Row = dict[str, Any]
@@ -210,7 +214,9 @@ def make_split(split: str, seen: set[str], train_calls: set[str]) -> list[Row]:
     unless their arguments are closed (settings and volumes, alarms and timers without a label).
     """
     c = Chooser(SEEDS[split], invents=split == "drills")
-    source = OOD if split == "ood" else TRAIN
+    foreign = split in ("ood", "dev-ood")
+    source = OOD if foreign else TRAIN
+    half = "holdout" if split in ("holdout", "dev") else "train"
     names = [f["name"] for f in functions()]
     frames, blocks = TRAIN_FRAMES, SIZES.get(split, 0) // len(names)
     if split == "drills":
@@ -225,11 +231,11 @@ def make_split(split: str, seen: set[str], train_calls: set[str]) -> list[Row]:
                 if not decks[name]:
                     decks[name] = c.shuffled(balanced(name, source[name]) if split == "drills" else source[name])
                 wording = decks[name].pop()
-                if split == "ood":
+                if foreign:
                     kind = OOD_KINDS[(block + names.index(name)) % len(OOD_KINDS)]
                     prompt, arguments, tags = out_of_domain(c, name, wording, kind)
                 else:
-                    prompt, arguments, tags = in_domain(c, wording, "train" if split == "drills" else split, frames)
+                    prompt, arguments, tags = in_domain(c, wording, half, frames)
                 call = canonical_call(name, arguments)
                 repeated = call in train_calls and any(key not in CLOSED for key in arguments)
                 untimed = split == "drills" and name == "create_event" and "time" not in arguments
@@ -296,12 +302,17 @@ def make_all() -> dict[str, list[Row]]:
     # More of what is hard: spoken times, other wordings, and words that can only be copied. Made last, so that the suites
     # above stay what they were, and with no call of the suites in it.
     suites = {row["reference"] for row in [*holdout, *ood]}
+    drills, lists = make_split("drills", seen, suites), make_lists(seen)
+    calls |= suites | {row["reference"] for row in drills}
+    dev = make_split("dev", seen, calls)
     return {
         "train": train,
-        "drills": make_split("drills", seen, suites),
-        "lists": make_lists(seen),
+        "drills": drills,
+        "lists": lists,
         "holdout": holdout,
         "ood": ood,
+        "dev": dev,
+        "dev-ood": make_split("dev-ood", seen, calls | {row["reference"] for row in dev}),
         "general": [
             _row(f"general-{i:04d}", question, answer, [tag], None) for i, (tag, question, answer) in enumerate(GENERAL)
         ],

@@ -21,6 +21,8 @@ from edgedistill.recipes.quickstart import drills, make_data, templates, values,
 HERE = Path(make_data.__file__).parent
 # Committed before anything was trained. Whoever changes the data changes them here too, and says so.
 DIGESTS = {
+    "dev-ood.jsonl": "633a0535dbfe0a19ebd1691c968b88b236475b5d890b353ef2f172041e3a44a5",
+    "dev.jsonl": "8ddfd61e933cb398bf5f6543b36ca2b4363d153c5bf2216e9b124fd11ffa19ea",
     "drills.jsonl": "f9fba6517f8ccc25cf30f76d4c65e92a153269945b1d25c44b571e49219dbdb9",
     "general.jsonl": "d2ec6311ecf027295ee5e26c2829226639f00494b89f24314089267b0a90ebdf",
     "holdout.jsonl": "102eff5b0adf981ed9e70f05b32fead4dbcaa7ddfd9eefd7d3378036f5b75e38",
@@ -30,8 +32,8 @@ DIGESTS = {
     "functions.json": "183dfac3cd829b7b172ca2e2ea6478cb59523ef65efc06072a53863a546b0a96",
     "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
 }
-SIZES = {"train": 2400, "drills": 4800, "lists": 1800, "holdout": 480, "ood": 480, "general": 48}
-TASK = ("train", "holdout", "ood")
+SIZES = {"train": 2400, "drills": 4800, "lists": 1800, "holdout": 480, "ood": 480, "dev": 240, "dev-ood": 240, "general": 48}
+TASK = ("train", "holdout", "ood", "dev", "dev-ood")
 
 
 def path_of(name: str) -> Path:
@@ -122,6 +124,7 @@ def test_no_prompt_stands_twice() -> None:
 @pytest.mark.parametrize("split", TASK)
 @pytest.mark.parametrize("blocks", [1, 7, 20, 40])
 def test_any_prefix_is_balanced(split: str, blocks: int) -> None:
+    blocks = min(blocks, SIZES[split] // 12)
     names = Counter(row["tags"][0] for row in rows(split)[: 12 * blocks])
     assert set(names.values()) == {blocks}
     assert len(names) == 12
@@ -134,12 +137,14 @@ def test_requests_are_short() -> None:
         assert max(lengths) <= 28
 
 
-def test_ood_has_its_share_of_each_difficulty() -> None:
-    share = {tag: sum(tag in row["tags"] for row in rows("ood")) / 480 for tag in ("typo", "two_sentences", "bare")}
+@pytest.mark.parametrize("split", ["ood", "dev-ood"])
+def test_ood_has_its_share_of_each_difficulty(split: str) -> None:
+    tags = [set(row["tags"]) for row in rows(split)]
+    share = {tag: sum(tag in one for one in tags) / len(tags) for tag in ("typo", "two_sentences", "bare")}
     assert 0.25 <= share["typo"] <= 0.50
     assert 0.20 <= share["two_sentences"] <= 0.40
     assert 0.20 <= share["bare"] <= 0.40
-    for row in rows("ood"):
+    for row in rows(split):
         if "bare" in row["tags"]:
             assert not prompt(row).endswith((".", "?"))
         if "two_sentences" in row["tags"]:
@@ -377,22 +382,30 @@ def test_lists_spell_words_that_the_tokenizer_cuts_differently(smollm2_gguf: Pat
     model.close()
 
 
-def test_holdout_has_values_that_train_never_has() -> None:
+@pytest.mark.parametrize("split", ["holdout", "dev"])
+def test_holdout_has_values_that_train_never_has(split: str) -> None:
     seen = {(key, value) for row in taught() for key, value in call(row)[1].items()}
-    for row in rows("holdout"):
+    for row in rows(split):
         for key, value in call(row)[1].items():
             if key in (*COPIED, "time", "minutes", "level"):
                 assert (key, value) not in seen, row
 
 
-def test_ood_has_calls_that_train_never_has() -> None:
+@pytest.mark.parametrize("split", ["ood", "dev-ood"])
+def test_ood_has_calls_that_train_never_has(split: str) -> None:
     seen = {row["reference"] for row in taught()}
-    for row in rows("ood"):
+    for row in rows(split):
         if set(call(row)[1]) & set(COPIED):
             assert row["reference"] not in seen
 
 
-@pytest.mark.parametrize("split", ["holdout", "ood"])
+def test_no_call_of_the_suites_is_in_the_dev_sets() -> None:
+    suites = {row["reference"] for split in ("holdout", "ood") for row in rows(split)}
+    for row in rows("dev") + rows("dev-ood"):
+        assert row["reference"] not in suites or not set(call(row)[1]) & set(COPIED)
+
+
+@pytest.mark.parametrize("split", ["holdout", "ood", "dev", "dev-ood"])
 @pytest.mark.parametrize("weights", ["tfidf", "overlap"])
 def test_copying_the_nearest_training_call_stays_under_0_3(split: str, weights: str) -> None:
     """Score the baseline that needs no model: the call of the training row whose request is nearest by cosine."""

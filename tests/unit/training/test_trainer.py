@@ -221,6 +221,11 @@ def test_a_loss_that_runs_away_stops_the_step() -> None:
     assert _watch([5.9, 6.5] + [14.0] * 50) == 19
     assert _watch([0.05 + 0.5 * (step % 10 == 0) for step in range(100)]) == 100  # a hard batch now and then
     assert _watch([12.0, 14.0, 11.0] + [9.0] * 40) == 43
+    assert _watch([5.2] + [9.5] * 60) == 61  # an easy batch came first
+
+
+def test_the_first_window_is_what_later_ones_are_compared_with() -> None:
+    assert _watch([5.2] + [9.5] * 19 + [30.0] * 20) < 30
 
 
 @pytest.mark.parametrize(
