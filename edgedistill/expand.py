@@ -395,7 +395,7 @@ class _Expander:
             name,
             stage,
             Work(kind=kind, amount=2 * params * tokens),
-            memory=4 * params + RUNTIME_MIB * MIB,
+            memory=4 * params + bool(references) * 2 * (self.t_params + self.s_params) + RUNTIME_MIB * MIB,
             disk=sum(len(rows) for rows in self.inputs.suites.values()) * 400,
         )
 

@@ -8,7 +8,8 @@ sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,35 +145,49 @@ def _exp(value: float) -> float:
 def divergence(
     candidate: Runner, reference: Runner, rows: Sequence[Row], *, progress: Progress | None = None
 ) -> Divergence:
-    """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``.
+    """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``; see ``divergences``."""
+    return divergences(candidate, {"reference": reference}, rows, progress=progress)["reference"]
 
-    Both models read the same token ids, those of ``reference``'s tokenizer. Raises UsageError where the candidate's
-    tokenizer cuts a row otherwise (then no token's distributions compare), StepFailed where a distribution is not
-    finite.
+
+def divergences(
+    candidate: Runner, references: Mapping[str, Runner], rows: Sequence[Row], *, progress: Progress | None = None
+) -> dict[str, Divergence]:
+    """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``, for each reference.
+
+    All models read the same token ids, those of the references' tokenizer; the candidate reads them once for all
+    references. Raises UsageError where the candidate's tokenizer cuts a row otherwise (then no token's distributions
+    compare), StepFailed where a distribution is not finite.
     """
-    encoded = token_rows(reference, rows)
-    if not encoded:
+    own = token_rows(candidate, rows)
+    if not own:
         raise UsageError("divergence: no rows", "Name a file with rows that have references.")
-    for row, other in zip(encoded, token_rows(candidate, rows), strict=True):
-        if row.ids != other.ids:
-            raise UsageError(
-                f"row {row.id!r}: the two models cut it into different tokens ({len(row.ids)} and {len(other.ids)})",
-                "KLD compares models with one tokenizer and one chat template; compare scores instead.",
-            )
-    ids, positions = [row.ids for row in encoded], [row.positions for row in encoded]
-    klds: list[np.ndarray] = []
-    agree: list[float] = []
-    pairs = zip(reference.logprobs(ids, positions), candidate.logprobs(ids, positions), strict=True)
-    for row, (wanted, found) in zip(encoded, pairs, strict=True):
-        each, same = kl_divergence(wanted, found)
-        if not np.all(np.isfinite(each)):
-            raise StepFailed(
-                f"row {row.id!r}: a distribution is not finite", "One model is damaged (NaN weights?): build it again."
-            )
-        klds.append(each)
-        agree.append(float(same.sum()))
+    for reference in references.values():
+        for row, other in zip(token_rows(reference, rows), own, strict=True):
+            if row.ids != other.ids:
+                raise UsageError(
+                    f"row {row.id!r}: the two models cut it into different tokens ({len(row.ids)} and {len(other.ids)})",
+                    "KLD compares models with one tokenizer and one chat template; compare scores instead.",
+                )
+    ids, positions = [row.ids for row in own], [row.positions for row in own]
+    klds: dict[str, list[np.ndarray]] = {name: [] for name in references}
+    agree: dict[str, list[float]] = {name: [] for name in references}
+    every = (reference.logprobs(ids, positions) for reference in references.values())
+    for done, (row, found, *wanted) in enumerate(zip(own, candidate.logprobs(ids, positions), *every, strict=True), 1):
+        for name, one in zip(references, wanted, strict=True):
+            each, same = kl_divergence(one, found)
+            if not np.all(np.isfinite(each)):
+                raise StepFailed(
+                    f"row {row.id!r}: a distribution is not finite",
+                    "One model is damaged (NaN weights?): build it again.",
+                )
+            klds[name].append(each)
+            agree[name].append(float(same.sum()))
         if progress is not None:
-            progress(len(klds), len(encoded), "divergence")
+            progress(done, len(own), "divergence")
+    return {name: _summed(klds[name], agree[name]) for name in references}
+
+
+def _summed(klds: Sequence[np.ndarray], agree: Sequence[float]) -> Divergence:
     counts = [len(each) for each in klds]
     every = np.concatenate(klds)
     kld, error = clustered_mean([float(each.sum()) for each in klds], counts)
@@ -190,20 +205,20 @@ def divergence(
 
 def compare_distributions(
     candidate: Runner,
-    reference: Path,
+    references: Mapping[str, Path],
     rows: Sequence[Row],
     *,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Divergence:
-    """Measure ``divergence`` from the model file or folder ``reference``, which is opened and closed here."""
+) -> dict[str, Divergence]:
+    """Measure ``divergences`` from model files or folders, which are opened and closed here."""
     from edgedistill.evals.runners import open_runner
 
-    opened = open_runner(reference, threads=threads)
-    try:
-        return divergence(candidate, opened, rows, progress=progress)
-    finally:
-        opened.close()
+    with ExitStack() as opened:
+        runners = {
+            name: opened.enter_context(closing(open_runner(path, threads=threads))) for name, path in references.items()
+        }
+        return divergences(candidate, runners, rows, progress=progress)
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -96,17 +96,15 @@ class Evaluate(Stage):
         if not scored or not self.references:
             return {}
         rows = [row for row in self.rows[scored[0].name] if row.reference][:LIKELIHOOD_ROWS]
-        found = {}
-        for name, key in self.references.items():
-            report = compare_distributions(
-                runner,
-                Path(ctx.path(key, "model.gguf")),
-                rows,
-                threads=ctx.threads,
-                progress=lambda done, total, note, name=name: ctx.progress(done, total, f"KLD against the {name}"),
-            )
-            found[name] = report.to_json()
-        return found
+        names = " and ".join(f"the {name}" for name in self.references)
+        found = compare_distributions(
+            runner,
+            {name: Path(ctx.path(key, "model.gguf")) for name, key in self.references.items()},
+            rows,
+            threads=ctx.threads,
+            progress=lambda done, total, note: ctx.progress(done, total, f"KLD against {names}"),
+        )
+        return {name: report.to_json() for name, report in found.items()}
 
 
 def _timeless(facts: Any) -> Any:

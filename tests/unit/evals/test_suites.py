@@ -215,6 +215,16 @@ def test_divergence_is_the_textbooks() -> None:
     assert likelihood.divergence(Table(table=moved), Table(table=p), DIGITS).top1.value == 0
 
 
+def test_several_references_are_compared_in_one_reading() -> None:
+    p, q = peaked(0.9), peaked(0.5)
+    together = likelihood.divergences(Table(table=q), {"student": Table(table=p), "teacher": Table(table=q)}, DIGITS)
+    assert list(together) == ["student", "teacher"]
+    assert together["student"] == likelihood.divergence(Table(table=q), Table(table=p), DIGITS)
+    assert together["teacher"].kld.value == 0
+    with pytest.raises(UsageError, match="different tokens"):
+        likelihood.divergences(Table(), {"student": Table(), "teacher": Table(shift=1)}, DIGITS)
+
+
 def test_a_padded_vocabulary_is_cut() -> None:
     p = np.log(np.array([[0.5, 0.25, 0.25]], dtype=np.float32))
     q = np.log(np.array([[0.25, 0.125, 0.125, 0.5]], dtype=np.float32))
@@ -250,9 +260,9 @@ def test_distributions_of_files(tiny_file: Path, tiny_hf: Path, rows: list[Row],
         GgufRunner(tiny_file) as full,
         TransformersRunner(tiny_hf, dtype="float32") as hf,
     ):
-        lossy = likelihood.compare_distributions(quantized, tiny_file, rows[:12], threads=1)
-        same = likelihood.compare_distributions(full, tiny_file, rows[:12], threads=1)
-        hop = likelihood.compare_distributions(hf, tiny_file, rows[:12], threads=1)
+        lossy = likelihood.compare_distributions(quantized, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
+        same = likelihood.compare_distributions(full, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
+        hop = likelihood.compare_distributions(hf, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
     assert same.kld.value == 0
     assert same.top1.value == 1
     assert hop.kld.value < 1e-4
