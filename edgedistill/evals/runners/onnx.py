@@ -148,14 +148,16 @@ class OnnxRunner:
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
+            room = min(max_new_tokens, self.context_limit - max(len(prompts[i]) for i in part))
             began = time.perf_counter()
             found = self.generate([prompts[i] for i in part], max_new_tokens)
             seconds = (time.perf_counter() - began) / len(part)
             for i, tokens in zip(part, found, strict=True):
                 stop = next((k for k, token in enumerate(tokens) if token in self._ends), None)
-                finish: Finish = "stop" if stop is not None else "length"
-                if stop is None and len(tokens) < max_new_tokens:
-                    finish = "context"
+                # The end token of a batch's last answers is not appended: the generator is done, and stops short.
+                finish: Finish = "stop"
+                if stop is None and len(tokens) >= room:
+                    finish = "length" if room == max_new_tokens else "context"
                 tokens = tokens[:stop]
                 text = str(self._tokenizer.decode(np.array(tokens, dtype=np.int32))) if tokens else ""
                 answers[i] = Answer(id=rows[i].id, text=text, token_ids=tuple(tokens), seconds=seconds, finish=finish)

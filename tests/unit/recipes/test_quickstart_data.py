@@ -32,7 +32,16 @@ DIGESTS = {
     "functions.json": "183dfac3cd829b7b172ca2e2ea6478cb59523ef65efc06072a53863a546b0a96",
     "grammar.gbnf": "59bba006b18fe77d8aa96ac5fbb097300bf088f8ca5d71fdc7318a294a521310",
 }
-SIZES = {"train": 2400, "drills": 4800, "lists": 1800, "holdout": 480, "ood": 480, "dev": 240, "dev-ood": 240, "general": 48}
+SIZES = {
+    "train": 2400,
+    "drills": 4800,
+    "lists": 1800,
+    "holdout": 480,
+    "ood": 480,
+    "dev": 240,
+    "dev-ood": 240,
+    "general": 48,
+}
 TASK = ("train", "holdout", "ood", "dev", "dev-ood")
 
 

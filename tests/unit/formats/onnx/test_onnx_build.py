@@ -182,6 +182,13 @@ def test_batched_answers_are_those_of_one_row_at_a_time(tiny_onnx: Onnx, tiny_hf
         assert cut.tokens < 10
         with pytest.raises(UsageError, match="context 256"):
             runner.logits([1] * 257)
+        with pytest.MonkeyPatch.context() as patch:
+            # What the runtime gives for a batch whose last answer ends before its limit: no end token after it.
+            patch.setattr(runner, "generate", lambda prompts, _limit: [[5, 6], [5, 2, 2]][: len(prompts)])
+            ended = runner.answer(ROWS[:2], max_new_tokens=4)
+            assert [(a.finish, len(a.token_ids)) for a in ended] == [("stop", 2), ("stop", 1)]
+            patch.setattr(runner, "generate", lambda _prompts, limit: [[5] * limit])
+            assert runner.answer(ROWS[:1], max_new_tokens=4)[0].finish == "length"
     with open_runner(tiny_onnx("int8")) as opened:  # type: ignore[attr-defined]
         assert isinstance(opened, OnnxRunner)
 
