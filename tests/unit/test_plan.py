@@ -86,7 +86,7 @@ def test_rows_are_counted_for_all_files_or_for_each(folder: Path) -> None:
 
 
 def test_lr_reruns_from_distill_on(folder: Path) -> None:
-    names = changed(make(folder), make(folder, distill__lr=2e-4))
+    names = changed(make(folder), make(folder, distill__lr=3e-4))
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
     assert "distill/1" in names and "package/phone-midrange" in names
     assert "evaluate/teacher" not in names and "convert/teacher" not in names
@@ -161,9 +161,9 @@ def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
     plan = make(
         folder,
         **{
-            "quantize__laptop-x86__type": "Q4_0",
+            "quantize__laptop-x86__type": "IQ4_NL",
             "quantize__laptop-x86__imatrix": True,
-            "quantize__laptop-x86__embedding_type": "Q5_0",
+            "quantize__laptop-x86__embedding_type": "IQ4_NL",
         },
     )
     shared = plan.match("quantize/laptop-x86")[0]
@@ -176,7 +176,7 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 
 def test_the_number_of_layers(folder: Path) -> None:
-    assert student_layers(make_inputs(folder)) == 16
+    assert student_layers(make_inputs(folder)) == 18
 
 
 def make_inputs(folder: Path) -> Any:
