@@ -5,8 +5,8 @@ llama-bench is compiled from the source that the installed llama-cpp-python vend
 is linked against the very libllama and libggml that our measurement loads from site-packages.
 
 Design. Speed differs between *processes* by more than between samples of one (where pages land, which core), so a
-sample here is a fresh process on both sides: load, warm up, REPS runs, their median. Two sides take turns (ab, ba,
-ab, ...), and the ratio is the median over neighbouring pairs with a 95 % bootstrap interval. First llama-bench
+sample here is a fresh process on both sides: load, warm up, one run (or --reps runs and their median). Two sides take
+turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs with a 95 % bootstrap interval. First llama-bench
 against itself (A/A): if that interval is not inside the bounds, this machine cannot tell a 3 % difference now; the
 script says so and exits with 3. Pairs during which other processes were busy are taken again; what decides that is
 their CPU time, never the result, and the count is printed.
@@ -84,10 +84,10 @@ def main() -> None:
     arguments.add_argument("--model", type=Path, help="a .gguf file; default: SmolLM2-135M-Instruct in Q8_0")
     arguments.add_argument("--threads", type=int, default=fingerprint().cores, help="threads of both sides")
     arguments.add_argument(
-        "--pairs", type=int, default=12, help="least pairs of processes in each of the two comparisons"
+        "--pairs", type=int, default=20, help="least pairs of processes in each of the two comparisons"
     )
-    arguments.add_argument("--most-pairs", type=int, default=30, help="go on to so many while the interval is too wide")
-    arguments.add_argument("--reps", type=int, default=3, help="runs in each process")
+    arguments.add_argument("--most-pairs", type=int, default=70, help="go on to so many while the interval is too wide")
+    arguments.add_argument("--reps", type=int, default=1, help="runs in each process: more processes are worth more")
     arguments.add_argument("--patience", type=float, default=600, help="seconds to wait in all for a quiet machine")
     options = arguments.parse_args()
     if options.quick:
