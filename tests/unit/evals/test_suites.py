@@ -26,6 +26,7 @@ class Table:
         self.texts, self.shift = texts, shift
         self.table = np.log(table if table is not None else np.full((6, 6), 1 / 6))
         self.grammars: list[str | None] = []
+        self.readings = 0
 
     def describe(self) -> dict[str, Any]:
         return {"engine": "table"}
@@ -51,6 +52,7 @@ class Table:
         ]
 
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        self.readings += 1
         for ids, wanted in zip(token_rows, positions, strict=True):
             yield self.table[[ids[p] for p in wanted]].astype(np.float32)
 
@@ -217,7 +219,9 @@ def test_divergence_is_the_textbooks() -> None:
 
 def test_several_references_are_compared_in_one_reading() -> None:
     p, q = peaked(0.9), peaked(0.5)
-    together = likelihood.divergences(Table(table=q), {"student": Table(table=p), "teacher": Table(table=q)}, DIGITS)
+    candidate = Table(table=q)
+    together = likelihood.divergences(candidate, {"student": Table(table=p), "teacher": Table(table=q)}, DIGITS)
+    assert candidate.readings == 1
     assert list(together) == ["student", "teacher"]
     assert together["student"] == likelihood.divergence(Table(table=q), Table(table=p), DIGITS)
     assert together["teacher"].kld.value == 0
