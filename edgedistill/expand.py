@@ -15,7 +15,7 @@ from edgedistill.fingerprint import Key, digest
 from edgedistill.inputs import Inputs, chosen_layers, refuse, student_layers
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
-from edgedistill.rates import Work
+from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, train_memory, train_work
 from edgedistill.recipe import Suite
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
@@ -34,8 +34,6 @@ from edgedistill.stages.score import Score
 from edgedistill.stages.shape import Shape
 from edgedistill.target import Target, matches_host
 
-MIB = 2**20
-RUNTIME_MIB = 700  # torch, transformers and Python themselves
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
 
 
@@ -498,24 +496,3 @@ def _shots(gold: tuple[Row, ...], count: int) -> tuple[dict[str, str], ...]:
         {"prompt": str(row.messages[-1]["content"]), "reference": row.reference or ""}
         for row in list(seen.values())[:count]
     )
-
-
-# ── estimates ──
-
-
-def row_tokens(row: Row) -> int:
-    """Estimate the tokens of a row, template included: about 3.3 characters a token, 6 tokens around each message."""
-    characters = sum(len(str(message["content"])) for message in row.messages) + len(row.reference or " " * 80)
-    return int(characters / 3.3) + 6 * (len(row.messages) + 1)
-
-
-def train_work(params: int, tokens: float, *, full: bool) -> Work:
-    """Operations of training: forward and backward through the activations, and the weights' gradients in full
-    training.
-    """
-    return Work(kind="train-full" if full else "train", amount=(6 if full else 4) * params * tokens)
-
-
-def train_memory(params: int, *, full: bool) -> int:
-    """Bytes of training: fp32 weights, gradients and two moments in full; bf16 weights for an adapter; activations."""
-    return (18 if full else 3) * params + (RUNTIME_MIB + 1200) * MIB

@@ -1,5 +1,5 @@
-"""How long a step will take: the rate at which this machine did the same kind of work before, else a measured
-default.
+"""What a step will take: its work and memory by arithmetic, its time by the rate at which this machine did the same kind of
+work before, else by a measured default.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgedistill.data.prompts import Row
 from edgedistill.store import write_atomic
+
+MIB = 2**20
+RUNTIME_MIB = 700  # torch, transformers and Python themselves
 
 # Units per second on 2 Zen 4 cores (AVX-512, BF16): training and scoring from single-thread CPU time of SmolLM2-135M, the
 # rest from one quickstart build. A first run elsewhere may be off by several times; the second run of a kind uses what was
@@ -62,3 +66,21 @@ class Rates:
         rate = work.amount / seconds
         self._rates[work.kind] = (self._rates.get(work.kind, rate) + rate) / 2
         write_atomic(self.path, json.dumps(self._rates, indent=1, sort_keys=True))
+
+
+def row_tokens(row: Row) -> int:
+    """Estimate the tokens of a row, template included: about 3.3 characters a token, 6 tokens around each message."""
+    characters = sum(len(str(message["content"])) for message in row.messages) + len(row.reference or " " * 80)
+    return int(characters / 3.3) + 6 * (len(row.messages) + 1)
+
+
+def train_work(params: int, tokens: float, *, full: bool) -> Work:
+    """Operations of training: forward and backward through the activations, and the weights' gradients in full
+    training.
+    """
+    return Work(kind="train-full" if full else "train", amount=(6 if full else 4) * params * tokens)
+
+
+def train_memory(params: int, *, full: bool) -> int:
+    """Bytes of training: fp32 weights, gradients and two moments in full; bf16 weights for an adapter; activations."""
+    return (18 if full else 3) * params + (RUNTIME_MIB + 1200) * MIB
