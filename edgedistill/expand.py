@@ -12,7 +12,7 @@ from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, refuse, student_layers
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, refuse, student_facts
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, train_memory, train_work
@@ -47,19 +47,18 @@ class _Expander:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.recipe, self.graph = inputs, inputs.recipe, Graph()
+        self.warnings = refuse(inputs)
         self.host = host_fingerprint()
         self.isa = digest([self.host.arch, sorted(self.host.features)])[:16]
         self.gguf_tool = f"gguf {package_version('gguf')}"
         self.llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
         self.onnx = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
         self.tokens = sum(map(row_tokens, inputs.prompts)) * inputs.recipe.generate.samples
-        self.layers = student_layers(inputs)
         self.t_params = inputs.teacher.facts.params()
-        self.s_params = inputs.student.facts.params(self.layers)
+        self.s_params = student_facts(inputs).params()
         self.checks = inputs.prompts[:64]
 
     def plan(self) -> Plan:
-        warnings = refuse(self.inputs)
         recipe, seed = self.recipe, self.recipe.seed
         base_teacher = self._base("base/teacher", self.inputs.teacher)
         teacher = self._adapt(base_teacher)
@@ -100,7 +99,7 @@ class _Expander:
         plan = Plan(
             identity=digest([str(self.inputs.path.absolute()), recipe.name]),
             steps=self.graph.steps(),
-            warnings=warnings,
+            warnings=self.warnings,
             packages=self.packages,
         )
         check_machine(plan)
@@ -160,14 +159,22 @@ class _Expander:
         )
 
     def _shape(self, base: Key) -> Key:
-        layers = self.recipe.student.layers
-        if layers == "all":
+        layers, width = self.recipe.student.layers, self.recipe.student.ffn
+        if layers == "all" and width is None:
             return base
+        rows = cut_rows(self.inputs)
+        facts = self.inputs.student.facts
+        whole, tokens = facts.params(), sum(map(row_tokens, rows))
+        stage = Shape(
+            model=base, layers=None if layers == "all" else layers, ffn=width, rows_digest=rows_digest(rows), rows=rows
+        )
+        # one pass, the second moments of every layer's activations, and the fit: some inverses of a matrix [ffn, ffn]
+        operations = tokens * (2 * whole + 2 * facts.layers * facts.ffn**2) + 16 * facts.layers * facts.ffn**3
         return self.graph.add(
             "shape",
-            Shape(model=base, layers=layers),
-            Work(kind="bytes", amount=4 * self.s_params),
-            memory=8 * self.s_params,
+            stage,
+            Work(kind="shape", amount=operations) if width else Work(kind="bytes", amount=4 * self.s_params),
+            memory=8 * whole + ((RUNTIME_MIB + 1500) * MIB if width else 0),
             disk=4 * self.s_params,
         )
 

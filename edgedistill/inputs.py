@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgedistill.data.prompts import Row, leaks, load_rows
 from edgedistill.errors import RecipeError, UsageError
-from edgedistill.models import Resolved
+from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import package_version
 from edgedistill.recipe import Recipe
 from edgedistill.target import Target, format_size
 from edgedistill.training.shaping import choose_layers
+
+GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
+"""Architectures whose FFN ``student.ffn`` makes narrower, as GGUF and as config.json name them."""
+BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,8 @@ def refuse(inputs: Inputs) -> list[str]:
         isinstance(layers, tuple) and max(layers) >= student.layers
     ):
         raise RecipeError(f"{recipe.student.model} has {student.layers} layers", key="student.layers", file=inputs.path)
+    if recipe.student.ffn is not None:
+        _refuse_width(inputs, recipe.student.ffn)
     if layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
     if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):
@@ -144,6 +150,26 @@ def refuse(inputs: Inputs) -> list[str]:
     return warnings
 
 
+def _refuse_width(inputs: Inputs, width: int) -> None:
+    """Refuse a width of the FFN that the model does not have, that no block type divides, or that no row can tell."""
+    model, facts = inputs.recipe.student.model, inputs.student.facts
+    told: tuple[str, str] | None = None
+    if facts.architecture not in GATED:
+        told = (f"the FFN of {model} ({facts.architecture}) cannot be made narrower", "set student.layers instead")
+    elif width > facts.ffn:
+        told = (f"the FFN of {model} has {facts.ffn} neurons", "take fewer of them, or leave student.ffn out")
+    elif width % BLOCK:
+        lower = max(BLOCK, width // BLOCK * BLOCK)
+        told = (
+            f"{width} is no multiple of {BLOCK}: the types of llama.cpp and ONNX pack {BLOCK} weights in a block",
+            f"take {lower} or {lower + BLOCK}",
+        )
+    elif not (inputs.healing or inputs.gold):
+        told = ("no rows tell which neurons the task needs", "give heal.files or adapt.files")
+    if told:
+        raise RecipeError(*told, key="student.ffn", file=inputs.path)
+
+
 def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it."""
     from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits, smallest_type
@@ -156,13 +182,12 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             )
         return []
     limit, warnings = target.limits.file_size, []
-    layers = student_layers(inputs)
-    config = inputs.student.facts.config(layers)
+    config = student_facts(inputs).config()
     wanted = target.quantize.type
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
-    size = estimate_file_size(config, layers, wanted, imatrix=target.quantize.imatrix, **options)
+    size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
     if limit is not None:
-        best, least = smallest_type(config, layers)
+        best, least = smallest_type(config)
         if least > limit:
             raise RecipeError(
                 f"no type brings this student under {format_size(limit)}: "
@@ -185,12 +210,21 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
     return warnings
 
 
-def student_layers(inputs: Inputs) -> int:
-    """Return how many layers the student has after shaping."""
-    layers = inputs.recipe.student.layers
-    if layers == "all":
-        return inputs.student.facts.layers
-    return layers if isinstance(layers, int) else len(layers)
+def student_facts(inputs: Inputs) -> ModelFacts:
+    """Return the facts of the student after shaping."""
+    student, facts = inputs.recipe.student, inputs.student.facts
+    return replace(facts, layers=len(chosen_layers(inputs)), ffn=student.ffn or facts.ffn)
+
+
+def cut_rows(inputs: Inputs) -> tuple[Row, ...]:
+    """Return the rows that tell which neurons the student needs: evenly spaced ones of those that heal it, else of those
+    that the teacher is adapted on.
+    """
+    if inputs.recipe.student.ffn is None:
+        return ()
+    rows = inputs.healing or inputs.gold
+    count = min(inputs.recipe.student.ffn_rows, len(rows))
+    return tuple(rows[at * len(rows) // count] for at in range(count))
 
 
 def chosen_layers(inputs: Inputs) -> tuple[int, ...]:

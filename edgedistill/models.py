@@ -55,16 +55,16 @@ class ModelFacts:
         attention = 2 * self.hidden * self.hidden + 2 * self.hidden * head * self.kv_heads
         return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
 
-    def params(self, layers: int | None = None) -> int:
-        """Parameters in total, with ``layers`` blocks kept (all when None)."""
+    def params(self) -> int:
+        """Parameters in total."""
         heads = 1 if self.tied else 2
-        return heads * self.embedding_params + (layers or self.layers) * self.block_params() + self.hidden
+        return heads * self.embedding_params + self.layers * self.block_params() + self.hidden
 
-    def config(self, layers: int | None = None) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
         """Return the config.json keys that size estimates and adapter checks read."""
         return {
             "hidden_size": self.hidden,
-            "num_hidden_layers": layers or self.layers,
+            "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
             "intermediate_size": self.ffn,

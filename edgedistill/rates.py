@@ -21,6 +21,7 @@ DEFAULTS = {
     "train": 300e9,
     "train-full": 470e9,
     "forward": 320e9,
+    "shape": 200e9,
     "decode": 150e9,
     "decode-gguf": 150e9,
     "decode-onnx": 40e9,

@@ -70,11 +70,16 @@ class Adapt(Training):
 
 class Student(Section):
     """The model that ships. ``model`` "teacher" starts from the adapted teacher's weights. ``layers``: "all", a count
-    (evenly spaced, first and last kept) or a list of layer numbers.
+    (evenly spaced, first and last kept) or a list of layer numbers. ``ffn`` makes every layer's FFN narrower: the
+    neurons that the task's rows need stay, and their weights are fitted to do the others' work (``training/ffn.py``).
     """
 
     model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
     layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
+    ffn: Count | None = Field(
+        default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
+    )
+    ffn_rows: Count = Field(default=600, description="rows of heal.files, else adapt.files, that choose the neurons")
 
 
 class Heal(Training):

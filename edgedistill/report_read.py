@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import student_facts
 from edgedistill.report import Difference, Figure, Model, ReportData, Speed, SuiteLine
 from edgedistill.store import Damaged, Entry
 
@@ -100,11 +101,10 @@ def read(session: Session) -> ReportData:
     built = [entry for entry in entries.values() if entry]
     missing, waiting = reader.missing()
     curves = {name: _curve(entry.path / "log" / "train.jsonl") for name, entry in entries.items() if entry}
-    layers = session.recipe.student.layers
     return ReportData(
         recipe=session.recipe.name,
         teacher=session.inputs.teacher.source,
-        student=session.inputs.student.source + ("" if layers == "all" else f", {_count(layers)} layers"),
+        student=session.inputs.student.source + _shape(session),
         models=models,
         gates=gates,
         shipped=shipped,
@@ -134,8 +134,11 @@ def read_gates(session: Session) -> list[tuple[str, dict[str, Any]]]:
     return [(target, line) for target, lines in gates.items() for line in lines]
 
 
-def _count(layers: Any) -> int:
-    return layers if isinstance(layers, int) else len(layers)
+def _shape(session: Session) -> str:
+    """Say what of its model the student keeps."""
+    student, facts = student_facts(session.inputs), session.inputs.student.facts
+    layers = f", {student.layers} of {facts.layers} layers" if student.layers < facts.layers else ""
+    return layers + (f", FFN of {student.ffn} instead of {facts.ffn}" if student.ffn < facts.ffn else "")
 
 
 def _models(reader: _Reader) -> list[Model]:

@@ -89,13 +89,18 @@ def _catch(layer: Any, at: int, into: dict[int, torch.Tensor]) -> None:
     layer.register_forward_hook(hook)
 
 
-def _token_weights(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
-    """Weigh each position of a batch: 1 for a token, 0 for padding and first tokens; [rows or 1, positions].
+def token_counts(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
+    """Count how often each position of a batch stands in its rows: 0 for padding, 1 for a token; [rows or 1, positions].
 
     A shared prefix stands in a flat batch once and counts as often as there are rows, as it would in a padded one.
     """
-    later = (batch.position_ids > 0).float()
     if isinstance(batch, PaddedBatch):
-        return later * batch.attention_mask
-    later[:, : batch.layout.prefix] *= len(batch.layout.counts)
-    return later
+        return batch.attention_mask.float()
+    counts = torch.ones(batch.position_ids.shape, device=batch.position_ids.device)
+    counts[:, : batch.layout.prefix] *= len(batch.layout.counts)
+    return counts
+
+
+def _token_weights(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
+    """Weigh each position of a batch: its count, and 0 for the first tokens of the rows."""
+    return token_counts(batch) * (batch.position_ids > 0)

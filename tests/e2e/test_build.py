@@ -147,3 +147,24 @@ def test_a_damaged_answer_file_is_rebuilt_without_asking_again(built: Any, sessi
     outcome = rebuild(session)
     assert outcome.ran == ["generate"]
     assert RowStore(built.store.root).asked_again() == []
+
+
+def test_a_student_with_narrower_ffns_trains_and_merges(built: Any, session_of: Callable[..., Any]) -> None:
+    settings = {
+        "gates.min_speedup": None,
+        "baselines": {},
+        "student.layers": "all",
+        "student.ffn": 704,
+        "student.ffn_rows": 16,
+    }
+    session = session_of(targets=[TARGET], **settings)
+    plan = session.plan.only(session.plan.match("merge"))
+    outcome = Runner(plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    assert outcome.ran == ["shape", "heal", "distill/1", "merge"]  # the teacher's work is not redone
+    shape = session.store.load(session.plan.match("shape")[0].key)
+    config = json.loads((shape.path / "model" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (30, 704)
+    assert len(shape.facts["ffn_lost"]) == 30
+    assert 0 < max(shape.facts["ffn_lost"]) < 1
+    assert Runner(plan, session.store).build().ran == []

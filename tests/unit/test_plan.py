@@ -12,7 +12,7 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
-from edgedistill.inputs import read_inputs, student_layers
+from edgedistill.inputs import cut_rows, read_inputs, student_facts
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
@@ -176,12 +176,30 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 
 def test_the_number_of_layers(folder: Path) -> None:
-    assert student_layers(make_inputs(folder)) == 18
+    assert student_facts(make_inputs(folder)).layers == 18
 
 
-def make_inputs(folder: Path) -> Any:
+def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(folder: Path) -> None:
+    whole = make_inputs(folder, student__layers="all")
+    narrow = make_inputs(folder, student__layers="all", student__ffn=704, student__ffn_rows=60)
+    assert (student_facts(narrow).layers, student_facts(narrow).ffn) == (30, 704)
+    cut = student_facts(whole).params() - student_facts(narrow).params()
+    assert cut == 30 * 3 * 576 * (1536 - 704)
+    rows = cut_rows(narrow)
+    assert len(rows) == 60
+    assert rows[0] == narrow.healing[0]
+    assert len({row.id.split("-")[0] for row in rows}) == 3  # of all three files
+    assert cut_rows(whole) == ()
+    plans = [make(folder, student__layers="all", student__ffn=704, student__ffn_rows=count) for count in (60, 61)]
+    keys = [{step.id: step.key for step in plan.steps} for plan in plans]
+    changed = {name for name in keys[0] if keys[0][name] != keys[1][name]}
+    assert {"shape", "heal", "distill/1"} <= changed
+    assert not {"adapt", "generate", "filter", "score", "evaluate/teacher"} & changed
+
+
+def make_inputs(folder: Path, **overrides: Any) -> Any:
     path = folder / "recipe.toml"
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
     facts = ModelFacts(**FACTS)
     model = Resolved(source="x", kind="pypi", revision="1", digest="d", path=path, facts=facts)
     return read_inputs(recipe, path, model, model, [])
@@ -195,6 +213,8 @@ def make_inputs(folder: Path) -> Any:
         ({"adapt__lora__targets": ["q_proj", "embed_tokens"]}, {}, "ties its head"),
         ({"distill__method": "qlora"}, {}, "QLoRA needs a CUDA device"),
         ({"student__layers": 31}, {}, "has 30 layers"),
+        ({"student__ffn": 1568}, {}, "has 1536 neurons"),
+        ({"student__ffn": 700}, {}, "700 is no multiple of 32"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),
         ({"prompts__files": ["data/nothing.jsonl"], "prompts__rows": 9}, {}, "no such file"),
