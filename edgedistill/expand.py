@@ -8,14 +8,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgedistill.data.prompts import Row, rows_digest
+from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, refuse, student_facts
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, few_shots, refuse, student_facts
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
-from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, train_memory, train_work
+from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.recipe import Suite
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
@@ -159,22 +159,19 @@ class _Expander:
         )
 
     def _shape(self, base: Key) -> Key:
-        layers, width = self.recipe.student.layers, self.recipe.student.ffn
-        if layers == "all" and width is None:
+        width = self.recipe.student.ffn
+        if self.recipe.student.layers == "all" and width is None:
             return base
-        rows = cut_rows(self.inputs)
-        facts = self.inputs.student.facts
-        whole, tokens = facts.params(), sum(map(row_tokens, rows))
+        rows, whole = cut_rows(self.inputs), self.inputs.student.facts
         stage = Shape(
-            model=base, layers=None if layers == "all" else layers, ffn=width, rows_digest=rows_digest(rows), rows=rows
+            model=base, layers=chosen_layers(self.inputs), ffn=width, rows_digest=rows_digest(rows), rows=rows
         )
-        # one pass, the second moments of every layer's activations, and the fit: some inverses of a matrix [ffn, ffn]
-        operations = tokens * (2 * whole + 2 * facts.layers * facts.ffn**2) + 16 * facts.layers * facts.ffn**3
+        narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
         return self.graph.add(
             "shape",
             stage,
-            Work(kind="shape", amount=operations) if width else Work(kind="bytes", amount=4 * self.s_params),
-            memory=8 * whole + ((RUNTIME_MIB + 1500) * MIB if width else 0),
+            narrow if width else Work(kind="bytes", amount=4 * self.s_params),
+            memory=8 * whole.params() + ((RUNTIME_MIB + 1500) * MIB if width else 0),
             disk=4 * self.s_params,
         )
 
@@ -390,7 +387,7 @@ class _Expander:
             model=model,
             file=file,
             suites=specs,
-            shots=_shots(self.inputs.gold, shots),
+            shots=few_shots(self.inputs.gold, shots),
             references=dict(references or {}),
             build={"decode": "transformers", "decode-onnx": self.onnx}.get(kind, self.llama),
             isa=self.isa,
@@ -490,16 +487,3 @@ class _Expander:
             example=tuple(self.inputs.prompts[0].messages),
         )
         return self.graph.add(f"package/{target.name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))
-
-
-def _shots(gold: tuple[Row, ...], count: int) -> tuple[dict[str, str], ...]:
-    """Choose training examples for the few-shot prompt: the first of each tag, in the order of the file."""
-    if not count:
-        return ()
-    seen: dict[str, Row] = {}
-    for row in gold:
-        seen.setdefault(row.tags[0] if row.tags else row.id, row)
-    return tuple(
-        {"prompt": str(row.messages[-1]["content"]), "reference": row.reference or ""}
-        for row in list(seen.values())[:count]
-    )

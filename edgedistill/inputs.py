@@ -15,7 +15,7 @@ from edgedistill.recipe import Recipe
 from edgedistill.target import Target, format_size
 from edgedistill.training.shaping import choose_layers
 
-GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
+NARROWABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
 """Architectures whose FFN ``student.ffn`` makes narrower, as GGUF and as config.json name them."""
 BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
 
@@ -154,7 +154,7 @@ def _refuse_width(inputs: Inputs, width: int) -> None:
     """Refuse a width of the FFN that the model does not have, that no block type divides, or that no row can tell."""
     model, facts = inputs.recipe.student.model, inputs.student.facts
     told: tuple[str, str] | None = None
-    if facts.architecture not in GATED:
+    if facts.architecture not in NARROWABLE:
         told = (f"the FFN of {model} ({facts.architecture}) cannot be made narrower", "set student.layers instead")
     elif width > facts.ffn:
         told = (f"the FFN of {model} has {facts.ffn} neurons", "take fewer of them, or leave student.ffn out")
@@ -232,3 +232,16 @@ def chosen_layers(inputs: Inputs) -> tuple[int, ...]:
     layers = inputs.recipe.student.layers
     total = inputs.student.facts.layers
     return tuple(choose_layers(total, total if layers == "all" else layers))
+
+
+def few_shots(gold: tuple[Row, ...], count: int) -> tuple[dict[str, str], ...]:
+    """Choose training examples for the few-shot prompt: the first of each tag, in the order of the file."""
+    if not count:
+        return ()
+    seen: dict[str, Row] = {}
+    for row in gold:
+        seen.setdefault(row.tags[0] if row.tags else row.id, row)
+    return tuple(
+        {"prompt": str(row.messages[-1]["content"]), "reference": row.reference or ""}
+        for row in list(seen.values())[:count]
+    )

@@ -14,14 +14,14 @@ from edgedistill.store import write_atomic
 MIB = 2**20
 RUNTIME_MIB = 700  # torch, transformers and Python themselves
 
-# Units per second on 2 Zen 4 cores (AVX-512, BF16): training and scoring from single-thread CPU time of SmolLM2-135M, the
-# rest from one quickstart build. A first run elsewhere may be off by several times; the second run of a kind uses what was
-# measured on that machine.
+# Units per second on 2 Zen 4 cores (AVX-512, BF16): training and scoring from single-thread CPU time of SmolLM2-135M,
+# shape from one cut of it (46,651 tokens in 52 s), the rest from one quickstart build. A first run elsewhere may be off by
+# several times; the second run of a kind uses what was measured on that machine.
 DEFAULTS = {
     "train": 300e9,
     "train-full": 470e9,
     "forward": 320e9,
-    "shape": 200e9,
+    "shape": 400e9,
     "decode": 150e9,
     "decode-gguf": 150e9,
     "decode-onnx": 40e9,
@@ -80,6 +80,13 @@ def train_work(params: int, tokens: float, *, full: bool) -> Work:
     training.
     """
     return Work(kind="train-full" if full else "train", amount=(6 if full else 4) * params * tokens)
+
+
+def ffn_work(params: int, layers: int, ffn: int, tokens: float) -> Work:
+    """Operations of making FFNs narrower: one pass over the text, the second moments of every layer's activations, and
+    the fit, which takes some inverses of a matrix [ffn, ffn].
+    """
+    return Work(kind="shape", amount=tokens * (2 * params + 2 * layers * ffn**2) + 16 * layers * ffn**3)
 
 
 def train_memory(params: int, *, full: bool) -> int:

@@ -17,14 +17,11 @@ from edgedistill.step import Context, Stage, unkeyed
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Stage):
-    """Keep ``layers`` of the blocks (a count, evenly spaced, first and last kept; a list; None: all) and ``ffn`` neurons
-    of each FFN (None: all), chosen by ``rows``.
-    """
+    """Keep ``layers`` of the blocks and ``ffn`` neurons of each FFN (None: all), chosen by ``rows``."""
 
     name: ClassVar[str] = "shape"
-    version: ClassVar[int] = 2
     model: Key
-    layers: int | tuple[int, ...] | None
+    layers: tuple[int, ...]
     ffn: int | None
     rows_digest: str
     rows: tuple[Row, ...] = unkeyed()
@@ -32,15 +29,12 @@ class Shape(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prune and save."""
         from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model
-        from edgedistill.training.shaping import choose_layers, prune_depth
+        from edgedistill.training.shaping import prune_depth
 
         source = ctx.path(self.model, "model")
         ctx.progress(0, 1, "pruning")
         model = load_model(source)
         facts: dict[str, Any] = {"params_before": sum(p.numel() for p in model.parameters())}
-        total = model.config.num_hidden_layers
-        wanted = total if self.layers is None else self.layers
-        layers = choose_layers(total, wanted if isinstance(wanted, int) else list(wanted))
         if self.ffn is not None:
             from edgedistill.training.ffn import prune_ffn
             from edgedistill.training.precision import pick_device, torch_dtype
@@ -48,9 +42,9 @@ class Shape(Stage):
             device = pick_device()
             run = load_model(source).to(device, torch_dtype("auto", device))
             facts["ffn_lost"] = prune_ffn(
-                model, encode_rows(self.rows, source), self.ffn, layers=layers, run=run, progress=ctx.progress
+                model, encode_rows(self.rows, source), self.ffn, layers=self.layers, run=run, progress=ctx.progress
             )
-        pruned = prune_depth(model, layers)
+        pruned = prune_depth(model, self.layers)
         pruned.save_pretrained(ctx.out / "model")
         copy_tokenizer(source, ctx.out / "model")
         return {**facts, "params": sum(p.numel() for p in pruned.parameters())}

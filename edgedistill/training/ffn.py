@@ -27,11 +27,12 @@ from torch import nn
 
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example
-from edgedistill.training.hidden import token_counts
+from edgedistill.training.hidden import catch_output, token_counts
 from edgedistill.training.packing import body, completion_states, make_batch, packed_mode
 
-GATED = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("gate_proj", "up_proj", "down_proj")
 RIDGE = 0.01  # of the mean second moment; 0.001 and 0.0001 measured the same
+TINY = 1e-12  # a layer that never fires has moments of 0, and any choice will do
 ROUNDS = 8  # a round takes away an eighth of the neurons at most: what stays is fitted and ranked anew
 HELD_BYTES = 2**30  # second moments in memory at once: more layers than that need another pass over the text
 
@@ -49,13 +50,13 @@ class Cut:
 
 def ffn_width(model: Any) -> int:
     """Return the number of neurons of a layer. Raises UsageError for FFNs of another form than gate, up and down."""
-    for layer in body(model).layers if hasattr(body(model), "layers") else ():
-        mlp = getattr(layer, "mlp", None)
-        if mlp is None or not all(isinstance(getattr(mlp, name, None), nn.Linear) for name in GATED):
-            break
-    else:
-        if hasattr(body(model), "layers"):
-            return model.config.intermediate_size
+    parts = [
+        getattr(getattr(layer, "mlp", None), name, None)
+        for layer in getattr(body(model), "layers", ())
+        for name in PARTS
+    ]
+    if parts and all(isinstance(part, nn.Linear) for part in parts):
+        return model.config.intermediate_size
     raise UsageError(
         f"student.ffn: a model of type {model.config.model_type!r} cannot be made narrower",
         "its FFN has no gate_proj, up_proj and down_proj; set student.layers instead",
@@ -68,7 +69,7 @@ def choose_neurons(moments: torch.Tensor, down: torch.Tensor, width: int) -> Cut
     ``moments``: second moments of the activations, [F, F]; ``down``: the output matrix, [H, F]; both float32.
     """
     count = len(moments)
-    full = moments + RIDGE * moments.diagonal().mean() * torch.eye(count)
+    full = moments + (RIDGE * moments.diagonal().mean()).clamp_min(TINY) * torch.eye(count)
     kept, fitted = torch.arange(count), down
     while len(kept) > width:
         inner = full[kept][:, kept]
@@ -78,7 +79,7 @@ def choose_neurons(moments: torch.Tensor, down: torch.Tensor, width: int) -> Cut
         fitted = torch.linalg.solve(full[kept][:, kept], (down @ full[:, kept]).T).T
     change = down.clone()
     change[:, kept] -= fitted
-    whole = torch.einsum("hf,fg,hg->", down, moments, down)
+    whole = torch.einsum("hf,fg,hg->", down, moments, down).clamp_min(TINY)
     return Cut(kept, fitted, float(torch.einsum("hf,fg,hg->", change, moments, change) / whole))
 
 
@@ -92,8 +93,8 @@ def second_moments(
     sums = {at: torch.zeros(width, width) for at in layers}
     hooks = []
     for at in layers:
-        hooks.append(decoder.layers[at].mlp.down_proj.register_forward_pre_hook(_keep_input(inputs, at)))
-        hooks.append(decoder.layers[at].register_forward_hook(_keep_output(outputs, at)))
+        hooks.append(_catch_input(decoder.layers[at].mlp.down_proj, at, inputs))
+        hooks.append(catch_output(decoder.layers[at], at, outputs))
     total = 0.0
     try:
         with torch.no_grad(), packed_mode(model) as packed:
@@ -163,15 +164,8 @@ def _apply(mlp: Any, cut: Cut) -> None:
         mlp.intermediate_size = width
 
 
-def _keep_input(into: dict[int, torch.Tensor], at: int) -> Callable[..., None]:
+def _catch_input(part: nn.Linear, at: int, into: dict[int, torch.Tensor]) -> Any:
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         into[at] = inputs[0]
 
-    return hook
-
-
-def _keep_output(into: dict[int, torch.Tensor], at: int) -> Callable[..., None]:
-    def hook(_module: Any, _inputs: Any, output: Any) -> None:
-        into[at] = output[0] if isinstance(output, tuple) else output
-
-    return hook
+    return part.register_forward_pre_hook(hook)

@@ -33,7 +33,7 @@ class HiddenStates:
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
         for at in self.matched:
-            _catch(_layers(teacher)[at], at, self._teachers)
+            catch_output(_layers(teacher)[at], at, self._teachers)
 
     def watch(self, student: Any) -> None:
         """Keep the states of the student's layers from now on."""
@@ -46,7 +46,7 @@ class HiddenStates:
                 hint="cut the student from the teacher (student.layers), or set heal.hidden = 0",
             )
         for at, layer in enumerate(layers):
-            _catch(layer, at, self._students)
+            catch_output(layer, at, self._students)
 
     def to(self, device: Any, dtype: torch.dtype) -> None:
         """Move the teacher; its rotary frequencies are buffers and stay in float32."""
@@ -82,11 +82,13 @@ def _layers(model: Any) -> Any:
     return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
 
-def _catch(layer: Any, at: int, into: dict[int, torch.Tensor]) -> None:
+def catch_output(layer: Any, at: int, into: dict[int, torch.Tensor]) -> Any:
+    """Put every output of a layer under ``at`` into a dictionary; return the hook, to be removed."""
+
     def hook(_module: Any, _inputs: Any, output: Any) -> None:
         into[at] = output[0] if isinstance(output, tuple) else output
 
-    layer.register_forward_hook(hook)
+    return layer.register_forward_hook(hook)
 
 
 def token_counts(batch: PackedBatch | PaddedBatch) -> torch.Tensor:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UsageError
+from edgedistill.inputs import NARROWABLE
 from edgedistill.training import ffn
 from edgedistill.training.ffn import RIDGE, choose_neurons, ffn_width, prune_ffn, second_moments
 from edgedistill.training.shaping import prune_depth
@@ -131,6 +132,33 @@ def test_layers_that_do_not_fit_into_memory_at_once_give_the_same(monkeypatch: p
     prune_ffn(apart, examples, 32)
     for one, other in zip(together.parameters(), apart.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "gemma3_text", "smollm3"])
+def test_the_other_architectures_that_plan_lets_through(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert kind in NARROWABLE
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, pad_token_id=0, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+    assert all(0 < one < 1 for one in prune_ffn(model, make_examples(12), 64))
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.intermediate_size == 64
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_layer_that_never_fires_is_cut_too() -> None:
+    cut = choose_neurons(torch.zeros(8, 8), torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), 4)
+    assert len(cut.kept) == 4
+    assert torch.isfinite(cut.down).all()
+    assert cut.lost == 0
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
