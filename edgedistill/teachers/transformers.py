@@ -30,7 +30,7 @@ CACHED_ROWS = 16
 
 
 class TransformersTeacher:
-    """Load a causal LM and its tokenizer from a folder; ``dtype`` "auto" is bf16 where the processor has it.
+    """Load a causal LM and its tokenizer from a folder; ``dtype`` "auto" is bf16 where that is faster.
 
     Batches are fixed from the sorted list of rows before anything runs, so a resumed run that asks for the same rows
     gets the same batches. In bf16 another composition of batches may differ in the last bits, and so in a greedy choice

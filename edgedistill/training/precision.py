@@ -13,13 +13,22 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def cpu_has_bf16() -> bool:
-    """Tell whether the CPU has bf16 dot products (AVX512-BF16 or AMX on x86, BF16 on Arm); emulated ones are slow."""
+def cpu_computes_bf16() -> bool:
+    """Tell whether bf16 matrix products are faster than fp32 ones on this CPU: AMX, BF16 on Arm, AVX512-BF16 of AMD.
+
+    Zen 4 multiplies at 407 GFLOP/s in bf16 and 138 in fp32 on two cores. An Intel Xeon whose AMX the hypervisor hides
+    has AVX512-BF16 too, at half the rate of its own fp32: 153 and 300 GFLOP/s (1024 x 576 x 1536, torch 2.13).
+    """
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        return computes_bf16(Path("/proc/cpuinfo").read_text())
     except OSError:
         return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def computes_bf16(cpuinfo: str) -> bool:
+    """Tell what ``cpu_computes_bf16`` does from the text of a /proc/cpuinfo."""
+    words = set(cpuinfo.split())
+    return bool(words & {"amx_bf16", "bf16"}) or {"avx512_bf16", "AuthenticAMD"} <= words
 
 
 def resolve_dtype(name: str, device: str = "cpu") -> str:
@@ -28,7 +37,7 @@ def resolve_dtype(name: str, device: str = "cpu") -> str:
     """
     if name == "auto":
         if device == "cpu":
-            return "bfloat16" if cpu_has_bf16() else "float32"
+            return "bfloat16" if cpu_computes_bf16() else "float32"
         import torch
 
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"

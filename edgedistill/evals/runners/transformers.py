@@ -17,7 +17,7 @@ from edgedistill.evals.runners.base import Answer, Progress
 class TransformersRunner:
     """Run a folder greedily in this process, as the teacher of the same name writes its answers.
 
-    ``dtype`` "auto" is bf16 where the processor has it. Raises UsageError for a folder that is no causal language
+    ``dtype`` "auto" is bf16 where that is faster. Raises UsageError for a folder that is no causal language
     model.
     """
 
