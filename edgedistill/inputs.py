@@ -36,22 +36,35 @@ class Inputs:
     ship_anyway: bool = False
 
 
-def read_rows(
-    recipe_path: Path, files: Sequence[Path], limit: int | Sequence[int] | None, key: str, *, reference: bool
+class _Files:
+    """JSONL files beside a recipe, each parsed once however many keys name it: a build of zero steps is mostly this."""
+
+    def __init__(self, recipe_path: Path) -> None:
+        self.recipe_path = recipe_path
+        self._read: dict[tuple[Path, bool], list[Row]] = {}
+
+    def rows(self, file: Path, key: str, *, reference: bool) -> list[Row]:
+        path = self.recipe_path.parent / file
+        if (path, reference) not in self._read:
+            if not path.is_file():
+                raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=self.recipe_path, key=key)
+            self._read[path, reference] = load_rows(path, need_reference=reference)
+        return self._read[path, reference]
+
+
+def _read_rows(
+    source: _Files, files: Sequence[Path], limit: int | Sequence[int] | None, key: str, *, reference: bool
 ) -> tuple[Row, ...]:
-    """Read the rows of several JSONL files relative to the recipe, the first ``limit`` of each (one count for all files,
-    or one for each); the key is named in errors.
+    """Read the rows of several JSONL files, the first ``limit`` of each (one count for all files, or one for each); the
+    key is named in errors.
     """
     rows: list[Row] = []
     limits = limit if isinstance(limit, Sequence) else [limit] * len(files)
     for file, most in zip(files, limits, strict=True):
-        path = recipe_path.parent / file
-        if not path.is_file():
-            raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=recipe_path, key=key)
-        rows += load_rows(path, need_reference=reference)[:most]
+        rows += source.rows(file, key, reference=reference)[:most]
     doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
     if doubled:
-        raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=recipe_path, key=key)
+        raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=source.recipe_path, key=key)
     return tuple(rows)
 
 
@@ -65,6 +78,7 @@ def read_inputs(
     ship_anyway: bool = False,
 ) -> Inputs:
     """Read the data files of a recipe."""
+    source = _Files(path)
     need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
     return Inputs(
         recipe=recipe,
@@ -72,15 +86,15 @@ def read_inputs(
         teacher=teacher,
         student=student,
         targets=tuple(targets),
-        prompts=read_rows(path, recipe.prompts.files, recipe.prompts.rows, "prompts.files", reference=need),
-        gold=read_rows(path, recipe.adapt.files, recipe.adapt.rows, "adapt.files", reference=True)
+        prompts=_read_rows(source, recipe.prompts.files, recipe.prompts.rows, "prompts.files", reference=need),
+        gold=_read_rows(source, recipe.adapt.files, recipe.adapt.rows, "adapt.files", reference=True)
         if recipe.adapt
         else (),
-        healing=read_rows(path, recipe.heal.files, recipe.heal.rows, "heal.files", reference=True)
+        healing=_read_rows(source, recipe.heal.files, recipe.heal.rows, "heal.files", reference=True)
         if recipe.heal
         else (),
         suites={
-            name: read_rows(path, suite.files, None, f"suites.{name}.files", reference=True)
+            name: _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True)
             for name, suite in recipe.suites.items()
         },
         ship_anyway=ship_anyway,
@@ -137,8 +151,8 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    taught = (inputs.prompts, inputs.gold, inputs.healing)
-    for found in [one for rows in taught for one in leaks(rows, inputs.suites)][:1]:
+    taught = {id(row): row for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}  # files are shared, and so rows
+    for found in leaks(list(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
             "remove it from one of the files: a score on seen prompts proves nothing",

@@ -21,7 +21,7 @@ DEFAULTS = {
     "train": 300e9,
     "train-full": 470e9,
     "forward": 320e9,
-    "shape": 400e9,
+    "shape": 300e9,
     "decode": 150e9,
     "decode-gguf": 150e9,
     "decode-onnx": 40e9,
@@ -83,10 +83,10 @@ def train_work(params: int, tokens: float, *, full: bool) -> Work:
 
 
 def ffn_work(params: int, layers: int, ffn: int, tokens: float) -> Work:
-    """Operations of making FFNs narrower: one pass over the text, the second moments of every layer's activations, and
-    the fit, which takes some inverses of a matrix [ffn, ffn].
+    """Operations of making FFNs narrower: the whole and the cut model's pass over the text, the moments of every layer's
+    activations, and the fit, which takes some inverses of a matrix [ffn, ffn].
     """
-    return Work(kind="shape", amount=tokens * (2 * params + 2 * layers * ffn**2) + 16 * layers * ffn**3)
+    return Work(kind="shape", amount=tokens * (4 * params + 3 * layers * ffn**2) + 16 * layers * ffn**3)
 
 
 def train_memory(params: int, *, full: bool) -> int:

@@ -20,6 +20,7 @@ class Shape(Stage):
     """Keep ``layers`` of the blocks and ``ffn`` neurons of each FFN (None: all), chosen by ``rows``."""
 
     name: ClassVar[str] = "shape"
+    version: ClassVar[int] = 2  # 2: layer by layer, each on what the cut ones before it leave
     model: Key
     layers: tuple[int, ...]
     ffn: int | None
@@ -41,7 +42,7 @@ class Shape(Stage):
 
             device = pick_device()
             run = load_model(source).to(device, torch_dtype("auto", device))
-            facts["ffn_lost"] = prune_ffn(
+            facts["ffn_error"] = prune_ffn(
                 model, encode_rows(self.rows, source), self.ffn, layers=self.layers, run=run, progress=ctx.progress
             )
         pruned = prune_depth(model, self.layers)

@@ -19,6 +19,8 @@ from edgedistill.training.targets import SparseTargets
 
 WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
+FIRST = 5
+"""Steps at the start whose largest loss is what the first average is held against."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +145,10 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) ->
     state.last_losses = [*state.last_losses[1 - WINDOW :], loss]
     mean = sum(state.last_losses) / len(state.last_losses)
     if len(state.last_losses) < WINDOW:
-        state.best = min(state.best, state.last_losses[0])
+        # Until the first window is full there is no mean to compare with. A single batch may have been an easy one: where
+        # rows are of several kinds, their losses differ by more than what is called divergent.
+        state.best = max(state.last_losses[:FIRST])
         return
-    # Until the first window is full, the best is the loss of one batch, which may have been an easy one.
     factor = 2.0 if record["step"] == WINDOW else 1.5
     if mean > factor * state.best + 1.0:
         raise StepFailed(

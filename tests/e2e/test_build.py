@@ -165,6 +165,6 @@ def test_a_student_with_narrower_ffns_trains_and_merges(built: Any, session_of: 
     shape = session.store.load(session.plan.match("shape")[0].key)
     config = json.loads((shape.path / "model" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (30, 704)
-    assert len(shape.facts["ffn_lost"]) == 30
-    assert 0 < max(shape.facts["ffn_lost"]) < 1
+    assert len(shape.facts["ffn_error"]) == 30
+    assert 0 < max(shape.facts["ffn_error"]) < 1
     assert Runner(plan, session.store).build().ran == []

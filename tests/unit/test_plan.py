@@ -175,8 +175,11 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
     assert any("Q4_1" in warning for warning in make(folder).warnings)
 
 
-def test_the_number_of_layers(folder: Path) -> None:
-    assert student_facts(make_inputs(folder)).layers == 18
+def test_the_shape_of_the_student(folder: Path) -> None:
+    facts = student_facts(make_inputs(folder))
+    assert (facts.layers, facts.ffn) == (18, 1536)
+    facts = student_facts(make_inputs(folder, student__layers=[0, 1, 29], student__ffn=704))
+    assert (facts.layers, facts.ffn) == (3, 704)
 
 
 def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(folder: Path) -> None:

@@ -213,12 +213,17 @@ def _watch(losses: list[float]) -> int:
     return len(losses)
 
 
+def test_an_easy_first_batch_is_no_measure() -> None:
+    """Rows of two kinds: a student that starts near its goal had 1.1 on one kind and 4 on the other, and was stopped."""
+    assert _watch([1.1, 1.2, 1.1, 1.2, *[4.0, 3.0, 5.0] * 20]) == 64
+
+
 def test_a_loss_that_runs_away_stops_the_step() -> None:
     noise = counter_rng("noise").normal(0, 0.2, 200)
     falls = [6.0 * 0.98**step + 0.3 * abs(noise[step]) for step in range(200)]
     assert _watch(falls) == 200
     assert _watch([*falls[:100], *(0.8 + step * 0.2 for step in range(100))]) < 125
-    assert _watch([5.9, 6.5] + [14.0] * 50) == 19
+    assert _watch([5.9, 6.5, 6.1, 7.0, 7.2] + [20.0] * 50) == 19
     assert _watch([0.05 + 0.5 * (step % 10 == 0) for step in range(100)]) == 100  # a hard batch now and then
     assert _watch([12.0, 14.0, 11.0] + [9.0] * 40) == 43
     assert _watch([5.2] + [9.5] * 60) == 61  # an easy batch came first
