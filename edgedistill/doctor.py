@@ -218,7 +218,9 @@ def _numbers(host: HostFingerprint) -> Check:
         return Check(name="bf16", ok=True, detail="the processor multiplies bf16: teachers and training use it")
     slow = {"avx512_bf16", "bf16"} & set(host.features)
     why = "bf16 is not known to be faster than fp32 here" if slow else "no bf16 instructions"
-    return Check(name="bf16", ok=None, detail=f"{why}: training runs in fp32, up to 3 times slower than with bf16")
+    return Check(
+        name="bf16", ok=None, detail=f"{why}: training runs in fp32, up to 3 times slower than where bf16 is fast"
+    )
 
 
 def _version(distribution: str) -> str:

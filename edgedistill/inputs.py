@@ -37,7 +37,7 @@ class Inputs:
 
 
 class _Files:
-    """JSONL files beside a recipe, each parsed once however many keys name it: a build of zero steps is mostly this."""
+    """JSONL files beside a recipe, each parsed once however many keys name it."""
 
     def __init__(self, recipe_path: Path) -> None:
         self.recipe_path = recipe_path

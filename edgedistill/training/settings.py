@@ -146,7 +146,8 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) ->
     mean = sum(state.last_losses) / len(state.last_losses)
     if len(state.last_losses) < WINDOW:
         # Until the first window is full there is no mean to compare with. A single batch may have been an easy one: where
-        # rows are of several kinds, their losses differ by more than what is called divergent.
+        # rows are of several kinds, their losses differ by more than what is called divergent. The price: a loss that
+        # jumps within these steps and stays there is not noticed, only one that goes on rising.
         state.best = max(state.last_losses[:FIRST])
         return
     factor = 2.0 if record["step"] == WINDOW else 1.5
