@@ -115,6 +115,8 @@ def commands(manifest: Manifest) -> list[str]:
 
 def model_card(manifest: Manifest, *, grammar: bool) -> str:
     """Write the model card: what it is, what it scored, how fast it ran and where, where its weights come from."""
+    from edgedistill.evals.statistics import perplexity_over
+
     name = f"{manifest.recipe} for {manifest.target['name']}"
     lines = [
         f"# {name}",
@@ -126,7 +128,7 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
     for suite, facts in manifest.evaluation.get("suites", {}).items():
         teacher = manifest.teacher.get("suites", {}).get(suite, {})
         if "perplexity" in facts:
-            value = facts["perplexity"]
+            value = perplexity_over(facts["perplexity"], teacher.get("perplexity"))
             known = teacher.get("perplexity", {}).get("value")
             lines.append(
                 f"| {suite} (perplexity) | {value['value']:.2f} | {value['low']:.2f} to {value['high']:.2f} "

@@ -12,7 +12,7 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, few_shots, refuse, student_facts
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, few_shots, refuse, student_facts, taught_rows
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
@@ -159,12 +159,19 @@ class _Expander:
         )
 
     def _shape(self, base: Key) -> Key:
-        width = self.recipe.student.ffn
-        if self.recipe.student.layers == "all" and width is None:
+        width, vocabulary = self.recipe.student.ffn, self.recipe.student.vocabulary
+        if self.recipe.student.layers == "all" and width is None and vocabulary is None:
             return base
-        rows, whole = cut_rows(self.inputs), self.inputs.student.facts
+        rows, taught, whole = cut_rows(self.inputs), taught_rows(self.inputs), self.inputs.student.facts
         stage = Shape(
-            model=base, layers=chosen_layers(self.inputs), ffn=width, rows_digest=rows_digest(rows), rows=rows
+            model=base,
+            layers=chosen_layers(self.inputs),
+            ffn=width,
+            rows_digest=rows_digest(rows),
+            rows=rows,
+            vocabulary=vocabulary,
+            taught_digest=rows_digest(taught),
+            taught=taught,
         )
         narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
         return self.graph.add(

@@ -128,6 +128,8 @@ def refuse(inputs: Inputs) -> list[str]:
         raise RecipeError(f"{recipe.student.model} has {student.layers} layers", key="student.layers", file=inputs.path)
     if recipe.student.ffn is not None:
         _refuse_width(inputs, recipe.student.ffn)
+    if recipe.student.vocabulary is not None:
+        _refuse_vocabulary(inputs, recipe.student.vocabulary)
     if layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
     if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):
@@ -184,6 +186,27 @@ def _refuse_width(inputs: Inputs, width: int) -> None:
         raise RecipeError(*told, key="student.ffn", file=inputs.path)
 
 
+def _refuse_vocabulary(inputs: Inputs, size: int) -> None:
+    """Refuse a vocabulary larger than the model's, or of a tokenizer that cannot spell what was cut away."""
+    from edgedistill.training.vocabulary import check_trimmable
+
+    model, facts, key = inputs.recipe.student.model, inputs.student.facts, "student.vocabulary"
+    if size > facts.vocab:
+        raise RecipeError(
+            f"the vocabulary of {model} has {facts.vocab} tokens",
+            "take fewer of them, or leave student.vocabulary out",
+            key=key,
+            file=inputs.path,
+        )
+    if (
+        inputs.student.path.is_dir()
+    ):  # a GGUF that `base` dequantizes has a byte-level BPE tokenizer, or is refused there
+        try:
+            check_trimmable(inputs.student.path)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
+
+
 def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it."""
     from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits, smallest_type
@@ -227,7 +250,19 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
 def student_facts(inputs: Inputs) -> ModelFacts:
     """Return the facts of the student after shaping."""
     student, facts = inputs.recipe.student, inputs.student.facts
-    return replace(facts, layers=len(chosen_layers(inputs)), ffn=student.ffn or facts.ffn)
+    return replace(
+        facts,
+        layers=len(chosen_layers(inputs)),
+        ffn=student.ffn or facts.ffn,
+        vocab=student.vocabulary or facts.vocab,
+    )
+
+
+def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
+    """Return all rows that teach teacher or student, each once: their tokens stay in a trimmed vocabulary."""
+    if inputs.recipe.student.vocabulary is None:
+        return ()
+    return tuple({id(row): row for row in (*inputs.healing, *inputs.gold, *inputs.prompts)}.values())
 
 
 def cut_rows(inputs: Inputs) -> tuple[Row, ...]:

@@ -72,6 +72,7 @@ class Student(Section):
     """The model that ships. ``model`` "teacher" starts from the adapted teacher's weights. ``layers``: "all", a count
     (evenly spaced, first and last kept) or a list of layer numbers. ``ffn`` makes every layer's FFN narrower: the
     neurons that the task's rows need stay, and their weights are fitted to do the others' work (``training/ffn.py``).
+    ``vocabulary`` keeps so many tokens, those of the taught rows among them (``training/vocabulary.py``).
     """
 
     model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
@@ -80,6 +81,9 @@ class Student(Section):
         default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
     )
     ffn_rows: Count = Field(default=600, description="rows of heal.files, else adapt.files, that choose the neurons")
+    vocabulary: Count | None = Field(
+        default=None, description="tokens to keep, rarer words are spelt in pieces; none: all of them"
+    )
 
 
 class Heal(Training):

@@ -194,9 +194,14 @@ def _models(reader: _Reader) -> list[Model]:
 
 
 def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
-    if perplexity := Figure.read(facts.get("perplexity")):
+    if facts.get("perplexity"):
+        from edgedistill.evals.statistics import perplexity_over
+
         base = reader.facts("evaluate/base-few-shot").get("suites", {}).get(suite, {}).get("perplexity")
-        return SuiteLine(metric="perplexity", perplexity=perplexity, against_base=_over(perplexity, Figure.read(base)))
+        whole = base or reader.facts("evaluate/teacher").get("suites", {}).get(suite, {}).get("perplexity")
+        mine = Figure.read(perplexity_over(facts["perplexity"], whole))
+        assert mine is not None
+        return SuiteLine(metric="perplexity", perplexity=mine, against_base=_over(mine, Figure.read(base)))
     from edgedistill.evals.statistics import paired_difference, retention
 
     kept = gain = None

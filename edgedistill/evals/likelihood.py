@@ -154,27 +154,35 @@ def divergences(
 ) -> dict[str, Divergence]:
     """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``, for each reference.
 
-    All models read the same token ids, those of the references' tokenizer; the candidate reads them once for all
-    references. Raises UsageError where the candidate's tokenizer cuts a row otherwise (then no token's distributions
+    All models read the same tokens; the candidate reads them once for all references. A candidate with a part of the
+    reference's vocabulary (a trimmed one) is compared on the rows that both cut alike and over the tokens that both have,
+    the reference's probabilities normalised over them; a first choice that the candidate lacks is no agreement. Raises
+    UsageError where the tokenizers cut a row otherwise and neither holds the other (then no token's distributions
     compare), StepFailed where a distribution is not finite.
     """
     own = token_rows(candidate, rows)
     if not own:
         raise UsageError("divergence: no rows", "Name a file with rows that have references.")
-    for reference in references.values():
-        for row, other in zip(token_rows(reference, rows), own, strict=True):
-            if row.ids != other.ids:
-                raise UsageError(
-                    f"row {row.id!r}: the two models cut it into different tokens ({len(row.ids)} and {len(other.ids)})",
-                    "KLD compares models with one tokenizer and one chat template; compare scores instead.",
-                )
+    others = {name: token_rows(reference, rows) for name, reference in references.items()}
+    columns = {name: _columns(candidate, own, references[name], other) for name, other in others.items()}
+    alike = [
+        at for at in range(len(own)) if all(_alike(own[at], others[name][at], columns[name]) for name in references)
+    ]
+    if not alike:
+        raise UsageError(
+            "divergence: the two models cut every row into different tokens",
+            "KLD compares models on the same tokens; compare scores instead.",
+        )
+    own = [own[at] for at in alike]
     ids, positions = [row.ids for row in own], [row.positions for row in own]
     klds: dict[str, list[np.ndarray]] = {name: [] for name in references}
     agree: dict[str, list[float]] = {name: [] for name in references}
-    every = (reference.logprobs(ids, positions) for reference in references.values())
+    every = (
+        reference.logprobs([others[name][at].ids for at in alike], positions) for name, reference in references.items()
+    )
     for done, (row, found, *wanted) in enumerate(zip(own, candidate.logprobs(ids, positions), *every, strict=True), 1):
         for name, one in zip(references, wanted, strict=True):
-            each, same = kl_divergence(one, found)
+            each, same = kl_divergence(one, found, columns=columns[name])
             if not np.all(np.isfinite(each)):
                 raise StepFailed(
                     f"row {row.id!r}: a distribution is not finite",
@@ -185,6 +193,30 @@ def divergences(
         if progress is not None:
             progress(done, len(own), "divergence")
     return {name: _summed(klds[name], agree[name]) for name in references}
+
+
+def _columns(
+    candidate: Runner, own: Sequence[TokenRow], reference: Runner, other: Sequence[TokenRow]
+) -> np.ndarray | None:
+    """Return the reference's number of each of the candidate's tokens (-1: padding); None where the numbers are the same.
+
+    Raises UsageError where the candidate has tokens that the reference lacks.
+    """
+    differs = next(((a, b) for a, b in zip(own, other, strict=True) if a.ids != b.ids), None)
+    if differs is None:
+        return None
+    pieces, numbers = candidate.pieces(), {piece: at for at, piece in enumerate(reference.pieces())}
+    if any(piece not in numbers and not piece.startswith("[PAD") for piece in pieces):
+        raise UsageError(
+            f"row {differs[0].id!r}: the two models cut it into different tokens "
+            f"({len(differs[0].ids)} and {len(differs[1].ids)})",
+            "KLD compares models with one tokenizer and one chat template; compare scores instead.",
+        )
+    return np.asarray([numbers.get(piece, -1) for piece in pieces])
+
+
+def _alike(own: TokenRow, other: TokenRow, columns: np.ndarray | None) -> bool:
+    return columns is None or (own.start == other.start and tuple(columns[list(own.ids)].tolist()) == other.ids)
 
 
 def _summed(klds: Sequence[np.ndarray], agree: Sequence[float]) -> Divergence:
@@ -221,12 +253,18 @@ def compare_distributions(
         return divergences(candidate, runners, rows, progress=progress)
 
 
-def kl_divergence(p: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def kl_divergence(p: np.ndarray, q: np.ndarray, *, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return KL(p || q) in nats, float64 [positions], and whether the first choices agree, bool [positions].
 
     ``p`` and ``q`` are log-probabilities [positions, vocabulary]. Families pad vocabularies differently: the longer one
-    is cut to the shorter and normalised again.
+    is cut to the shorter and normalised again. ``columns`` gives the column of ``p`` that belongs to each of ``q``, where
+    q's vocabulary is a part of p's; both are normalised over the tokens that they share.
     """
+    if columns is not None:
+        shared = np.flatnonzero(columns >= 0)
+        same = columns[q.argmax(axis=1)] == p.argmax(axis=1)
+        p, q = _normalised(p[:, columns[shared]]), _normalised(q[:, shared])
+        return np.maximum(np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64), 0.0), same
     if p.shape[1] != q.shape[1]:
         size = min(p.shape[1], q.shape[1])
         p, q = _normalised(p[:, :size]), _normalised(q[:, :size])

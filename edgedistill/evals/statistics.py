@@ -12,7 +12,7 @@ Nam and Blackwelder 2002, Statistics in Medicine 21:689 (ratio of paired proport
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
@@ -306,3 +306,16 @@ def _paired(a: Numbers, b: Numbers) -> tuple[np.ndarray, np.ndarray]:
 
 def _binary(array: np.ndarray) -> bool:
     return bool(np.all((array == 0) | (array == 1)))
+
+
+def perplexity_over(facts: Mapping[str, Any], whole: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a perplexity (value, low, high, tokens) per token of another model's on the same text.
+
+    A trimmed vocabulary cuts a text into more tokens, each easier than a whole word: its own perplexity would flatter it.
+    """
+    tokens, per = facts.get("tokens"), (whole or {}).get("tokens")
+    if not tokens or not per or tokens == per:
+        return dict(facts)
+    power = tokens / per
+    scaled = {key: facts[key] ** power for key in ("value", "low", "high") if facts.get(key) is not None}
+    return {**facts, **scaled, "tokens": per}

@@ -30,17 +30,17 @@ class Distill(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Check the losses, train, save."""
-        from edgedistill.training.recipe import load_kept, load_model, take_results, train_settings
+        from edgedistill.training.recipe import load_kept, load_model, load_targets, take_results, train_settings
         from edgedistill.training.selfcheck import selfcheck
-        from edgedistill.training.targets import read_targets, tokenizer_hash
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.student, "model")
         examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source, text=self.text)
-        targets = None
+        targets, left_out = None, 0
         if self.targets is not None:
-            shards = sorted(ctx.path(self.targets, "targets").glob("*.parquet"))
-            targets = read_targets(shards, examples, tokenizer=tokenizer_hash(tokenizer))
+            kept = len(examples)
+            examples, targets = load_targets(ctx.path(self.targets, "targets"), examples, tokenizer, source)
+            left_out = kept - len(examples)
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         ctx.progress(0, 1, "checking the losses")
@@ -49,4 +49,4 @@ class Distill(Stage):
         )
         result = train(model, examples, targets, settings=settings, out=ctx.work, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)
-        return {"train": result.to_json(), "selfcheck": checks.to_json()}
+        return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out}

@@ -38,6 +38,7 @@ class Heal(Stage):
         from edgedistill.training.hidden import HiddenStates
         from edgedistill.training.recipe import encode_rows, load_kept, load_model, take_results, train_settings
         from edgedistill.training.trainer import train
+        from edgedistill.training.vocabulary import read_origin
 
         source = ctx.path(self.student, "model")
         if self.kept is not None:
@@ -46,7 +47,9 @@ class Heal(Stage):
             examples = encode_rows(self.rows, source)
         guide = None
         if self.teacher is not None:
-            guide = HiddenStates(load_model(ctx.path(self.teacher, "model")), self.layers)
+            origin = read_origin(source)
+            teacher = load_model(ctx.path(self.teacher, "model"))
+            guide = HiddenStates(teacher, self.layers, tokens=origin.kept.tolist() if origin else None)
         settings = train_settings(self.training, seed=self.seed)
         result = train(
             load_model(source), examples, None, settings=settings, out=ctx.work, guide=guide, progress=ctx.progress

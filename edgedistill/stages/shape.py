@@ -1,8 +1,8 @@
-"""shape: cut layers, and neurons of the FFNs, out of the student.
+"""shape: cut layers, neurons of the FFNs and rows of the vocabulary out of the student.
 
-In: base checkpoint, the layers and the width to keep; rows of the task, which tell what the width must hold. Out:
-``model/``, a checkpoint that transformers and the converter load. Without layers it is useless until it is healed; with
-narrower FFNs it is a little worse."""
+In: base checkpoint, what to keep; rows of the task, which tell what width and vocabulary must hold. Out: ``model/``, a
+checkpoint that transformers and the converter load. Without layers it is useless until it is healed; with narrower FFNs
+it is a little worse; with a smaller vocabulary it is the same on the rows that chose it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from edgedistill.step import Context, Stage, unkeyed
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Stage):
-    """Keep ``layers`` of the blocks and ``ffn`` neurons of each FFN (None: all), chosen by ``rows``."""
+    """Keep ``layers`` of the blocks, ``ffn`` neurons of each FFN (None: all), chosen by ``rows``, and ``vocabulary`` tokens
+    (None: all), those of ``taught`` among them.
+    """
 
     name: ClassVar[str] = "shape"
     version: ClassVar[int] = 2  # 2: layer by layer, each on what the cut ones before it leave
@@ -25,7 +27,10 @@ class Shape(Stage):
     layers: tuple[int, ...]
     ffn: int | None
     rows_digest: str
+    vocabulary: int | None = None
+    taught_digest: str = ""
     rows: tuple[Row, ...] = unkeyed()
+    taught: tuple[Row, ...] = unkeyed(default=())
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prune and save."""
@@ -46,6 +51,17 @@ class Shape(Stage):
                 model, encode_rows(self.rows, source), self.ffn, layers=self.layers, run=run, progress=ctx.progress
             )
         pruned = prune_depth(model, self.layers)
+        if self.vocabulary is not None:
+            from edgedistill.training.vocabulary import choose_tokens, trim_vocabulary, write_trimmed_tokenizer
+
+            examples = encode_rows(self.taught, source)
+            used = {token for example in examples for token in (*example.prompt_ids, *example.completion_ids)}
+            tokens = choose_tokens(source, used, self.vocabulary)
+            trim_vocabulary(pruned, tokens)
+            facts |= {"tokens_used": len(used), "tokens": len(tokens)}
         pruned.save_pretrained(ctx.out / "model")
-        copy_tokenizer(source, ctx.out / "model")
+        if self.vocabulary is None:
+            copy_tokenizer(source, ctx.out / "model")
+        else:
+            write_trimmed_tokenizer(source, ctx.out / "model", tokens)
         return {**facts, "params": sum(p.numel() for p in pruned.parameters())}

@@ -10,6 +10,7 @@ task, a third of the layers after 1,600 rows at the same settings: 0.22 exact ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,13 +24,15 @@ class HiddenStates:
     """Compare a student's hidden states with the teacher's over the same batch.
 
     ``kept`` are the teacher's layers that the student was cut from, ascending. Raises UsageError where the two do not
-    fit: other widths, or another number of layers.
+    fit: other widths, or another number of layers. ``tokens`` are the teacher's numbers of the student's tokens, where its
+    vocabulary was trimmed.
     """
 
-    def __init__(self, teacher: Any, kept: Sequence[int]) -> None:
+    def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         layers = len(_layers(teacher))
         self.matched = [at - 1 for at in kept[1:]] + [layers - 1]
+        self.tokens = None if tokens is None else torch.as_tensor(tokens)
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
         for at in self.matched:
@@ -61,8 +64,11 @@ class HiddenStates:
         drown the others. The first token of a row does not count: it is the attention sink, with states a thousand times
         as large and nothing to learn.
         """
+        read = batch
+        if self.tokens is not None:
+            read = replace(batch, input_ids=self.tokens.to(batch.input_ids.device)[batch.input_ids])
         with torch.no_grad(), packed_mode(self.teacher):
-            completion_states(self.teacher, batch)
+            completion_states(self.teacher, read)
         weights = _token_weights(batch)
         total = torch.zeros((), device=weights.device)
         for at, matched in enumerate(self.matched):

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
 from edgedistill.training.data import Example, encode_example
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
+from edgedistill.training.targets import SparseTargets, find_targets, read_targets, tokenizer_hash
 from edgedistill.training.trainer import TrainSettings
+from edgedistill.training.vocabulary import read_origin
 
 
 def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, Any] | None = None) -> TrainSettings:
@@ -61,6 +64,27 @@ def load_kept(kept: Path, model: Path, *, text: str = "text", limit: int | None 
         if row[text]:
             examples.append(encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context))
     return examples, tokenizer
+
+
+def load_targets(
+    folder: Path, examples: list[Example], tokenizer: Any, model: Path
+) -> tuple[list[Example], list[SparseTargets]]:
+    """Read the soft targets of the examples, in the numbers of the model's own tokens: (examples, targets).
+
+    Where the vocabulary of ``model`` was trimmed, a row whose text it cuts into other pieces than the teacher has no
+    targets and is left out. Raises UsageError where that leaves none, or where targets are missing otherwise.
+    """
+    shards, origin = sorted(folder.glob("*.parquet")), read_origin(model)
+    if origin is None:
+        return examples, read_targets(shards, examples, tokenizer=tokenizer_hash(tokenizer))
+    found, _ = find_targets(shards, [origin.example(one) for one in examples], tokenizer=origin.tokenizer)
+    pairs = [(one, origin.targets(soft, one)) for one, soft in zip(examples, found, strict=True) if soft is not None]
+    if not pairs:
+        raise UsageError(
+            "the student's vocabulary cuts every scored row into other pieces than the teacher's",
+            "take a larger student.vocabulary, or distil on text alone (score.kind = 'none', distill.loss.kd = 0)",
+        )
+    return [one for one, _ in pairs], [soft for _, soft in pairs]
 
 
 def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:

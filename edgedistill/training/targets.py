@@ -309,12 +309,27 @@ def read_targets(
     Raises UsageError when a row is missing, when its tokens are not the ones that the teacher scored, or when the file
     was made with another tokenizer (``tokenizer`` is the hash to compare with).
     """
-    names = {example.id for example in examples}
+    found, scored = find_targets(paths, examples, tokenizer=tokenizer)
+    for at, targets in enumerate(found):
+        if targets is None:
+            name = examples[at].id
+            why = "its tokens are not the ones that were scored" if name in scored else "it was not scored"
+            raise UsageError(f"row {name!r} has no soft targets: {why}", hint="build the score step again")
+    return [targets for targets in found if targets is not None]
+
+
+def find_targets(
+    paths: Path | Iterable[Path], examples: Sequence[Example], *, tokenizer: str | None = None
+) -> tuple[list[SparseTargets | None], set[str]]:
+    """Find the targets of these examples, None where their tokens were not scored, and the ids of all rows that were.
+
+    Raises UsageError when a file was made with another tokenizer.
+    """
     places: dict[bytes, list[int]] = {}
     for at, example in enumerate(examples):
         places.setdefault(example.token_hash, []).append(at)
     found: list[SparseTargets | None] = [None] * len(examples)
-    mismatched: list[str] = []
+    scored: set[str] = set()
     for path in [paths] if isinstance(paths, Path) else paths:
         header = read_header(path)
         if tokenizer is not None and header.tokenizer != tokenizer:
@@ -325,14 +340,8 @@ def read_targets(
         for name, tokens, targets in iter_targets(path):
             for at in places.get(tokens, ()):
                 found[at] = targets
-            if tokens not in places and name in names:
-                mismatched.append(name)
-    for at, targets in enumerate(found):
-        if targets is None:
-            name = examples[at].id
-            why = "its tokens are not the ones that were scored" if name in mismatched else "it was not scored"
-            raise UsageError(f"row {name!r} has no soft targets: {why}", hint="build the score step again")
-    return [targets for targets in found if targets is not None]
+            scored.add(name)
+    return found, scored
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

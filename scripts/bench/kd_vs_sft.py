@@ -78,14 +78,12 @@ def places(session: Session) -> dict[str, str]:
 
 def train_ours(job: dict[str, Any], out: Path) -> Path:
     """Train with soft targets; return the adapter's folder."""
-    from edgedistill.training.targets import read_targets, tokenizer_hash
+    from edgedistill.training.recipe import load_targets
     from edgedistill.training.trainer import train
 
     student = Path(job["student"])
     examples, tokenizer = load_kept(Path(job["kept"]), student)
-    targets = read_targets(
-        sorted(Path(job["targets"]).glob("*.parquet")), examples, tokenizer=tokenizer_hash(tokenizer)
-    )
+    examples, targets = load_targets(Path(job["targets"]), examples, tokenizer, student)
     settings = train_settings(job["training"], loss=job["loss"], seed=job["seed"])
     return train(load_model(student), examples, targets, settings=settings, out=out).path
 

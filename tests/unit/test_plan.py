@@ -12,7 +12,7 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
-from edgedistill.inputs import cut_rows, read_inputs, student_facts
+from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
@@ -199,6 +199,20 @@ def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(fol
     assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
 
 
+def test_a_trimmed_vocabulary_is_a_smaller_student_chosen_by_all_that_is_taught(folder: Path) -> None:
+    whole, small = make_inputs(folder), make_inputs(folder, student__vocabulary=16384)
+    assert student_facts(small).vocab == 16384
+    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 16384) * 576
+    assert taught_rows(whole) == ()
+    rows = taught_rows(small)
+    assert len({row.id for row in rows}) == len(rows)
+    assert {row.id for row in (*small.gold, *small.healing, *small.prompts)} == {row.id for row in rows}
+    plans = [make(folder, student__vocabulary=size) for size in (16384, 20480)]
+    names = changed(*plans)
+    assert {"shape", "heal", "distill/1"} <= names
+    assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
+
+
 def make_inputs(folder: Path, **overrides: Any) -> Any:
     path = folder / "recipe.toml"
     recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
@@ -217,6 +231,7 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"student__layers": 31}, {}, "has 30 layers"),
         ({"student__ffn": 1568}, {}, "has 1536 neurons"),
         ({"student__ffn": 700}, {}, "700 is no multiple of 32"),
+        ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),
         ({"prompts__files": ["data/nothing.jsonl"], "prompts__rows": 9}, {}, "no such file"),

@@ -57,6 +57,10 @@ class Runner(Protocol):
         """Return the id that ends an answer."""
         ...
 
+    def pieces(self) -> list[str]:
+        """Return the text of every token as the vocabulary writes it, by id; the logits have as many columns."""
+        ...
+
     def answer(
         self,
         rows: Sequence[Row],

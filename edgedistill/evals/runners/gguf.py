@@ -136,6 +136,13 @@ class GgufRunner:
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
+    def pieces(self) -> list[str]:
+        """Return the text of every token as the file's vocabulary writes it."""
+        return [
+            self._lib.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+            for token in range(self.vocabulary)
+        ]
+
     def answer(
         self,
         rows: Sequence[Row],

@@ -121,6 +121,14 @@ class OnnxRunner:
             self._end = ends[0] if ends else self._ends[0]
         return self._end
 
+    def pieces(self) -> list[str]:
+        """Return the text of every token as the folder's tokenizer.json writes it."""
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        size = int(self._config.get("vocab_size", tokenizer.get_vocab_size()))
+        return [tokenizer.id_to_token(token) or f"[PAD{token}]" for token in range(size)]
+
     # -- answers ----------------------------------------------------------------------------------------------------
 
     def answer(

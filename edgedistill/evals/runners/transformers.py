@@ -71,6 +71,10 @@ class TransformersRunner:
 
         return turn_end(self._teacher.tokenizer)
 
+    def pieces(self) -> list[str]:
+        """Return the text of every token as the tokenizer writes it."""
+        return list(self._teacher.tokenizer.convert_ids_to_tokens(range(self._teacher.vocab_size)))
+
     def answer(
         self,
         rows: Sequence[Row],

@@ -182,3 +182,14 @@ def test_estimates_travel_as_json() -> None:
     estimate = s.proportion(3, 4)
     assert s.Estimate.from_json(estimate.to_json()) == estimate
     assert str(estimate) == "0.75 [0.3006, 0.9544] (n = 4)"
+
+
+def test_a_perplexity_over_more_tokens_is_told_per_token_of_the_whole_vocabulary() -> None:
+    # One text, 30 nats: 10 tokens in the whole vocabulary, 12 in the trimmed one.
+    own = {"value": math.exp(30 / 12), "low": math.exp(24 / 12), "high": math.exp(36 / 12), "n": 5, "tokens": 12}
+    found = s.perplexity_over(own, {"value": 7.0, "tokens": 10})
+    assert found["value"] == pytest.approx(math.exp(30 / 10))
+    assert (found["low"], found["high"]) == (pytest.approx(math.exp(2.4)), pytest.approx(math.exp(3.6)))
+    assert (found["n"], found["tokens"]) == (5, 10)
+    for whole in (None, {}, {"tokens": 12}):
+        assert s.perplexity_over(own, whole) == own

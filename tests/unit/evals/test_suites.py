@@ -34,6 +34,9 @@ class Table:
     def encode(self, row: Row) -> list[int]:
         return [1, 2 + self.shift]
 
+    def pieces(self) -> list[str]:
+        return [str(at) if self.shift == 0 else f"other {at}" for at in range(self.table.shape[1])]
+
     def encode_text(self, text: str) -> list[int]:
         return [int(c) % 6 for c in text if c.isdigit()]
 
@@ -251,6 +254,39 @@ def test_divergence_refuses_other_tokens_and_broken_models() -> None:
     bare = Row(id="bare", messages=ROWS[0].messages)
     with pytest.raises(UsageError, match="'bare' has no reference"):
         likelihood.perplexity(Table(), [bare])
+
+
+def test_a_trimmed_vocabulary_is_compared_over_the_tokens_that_both_have(
+    tiny_file: Path, tiny_hf: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    """The same weights with fewer tokens are no distance away, but for first choices that are gone."""
+    from edgedistill.evals.runners.transformers import TransformersRunner
+    from edgedistill.formats.gguf.convert import convert
+    from edgedistill.training.recipe import load_model
+    from edgedistill.training.vocabulary import choose_tokens, trim_vocabulary, write_trimmed_tokenizer
+
+    with GgufRunner(tiny_file) as full, TransformersRunner(tiny_hf, dtype="float32") as hf:
+        assert full.pieces() == hf.pieces()
+        taught = [row for row in rows if "percent" not in row.messages[1]["content"]]
+        used = {token for row in likelihood.token_rows(full, taught) for token in row.ids}
+        kept = choose_tokens(tiny_hf, used, 320)
+        small = tmp_path / "small"
+        trim_vocabulary(load_model(tiny_hf), kept).save_pretrained(small)
+        write_trimmed_tokenizer(tiny_hf, small, kept)
+        convert(small, tmp_path / "small.gguf", dtype="f32")
+        with GgufRunner(tmp_path / "small.gguf") as trimmed:
+            assert trimmed.pieces() == [full.pieces()[at] for at in kept]
+            found = likelihood.divergence(trimmed, full, rows)
+            with pytest.raises(UsageError, match="different tokens"):  # the whole is no part of the trimmed one
+                likelihood.divergence(full, trimmed, rows)
+        same = likelihood.token_rows(full, rows)
+        alike = [row for row in same if set(row.ids) <= set(kept.tolist())]
+        assert 0 < found.rows == len(alike) < len(rows)
+        assert found.kld.value < 1e-6
+        first = full.logprobs([row.ids for row in alike], [row.positions for row in alike])
+        gone = sum(int((~np.isin(one.argmax(axis=1), kept)).sum()) for one in first)
+        assert gone > 0
+        assert found.top1.value == pytest.approx(1 - gone / found.tokens)
 
 
 def test_distributions_of_files(tiny_file: Path, tiny_hf: Path, rows: list[Row], tmp_path: Path) -> None:

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgedistill.errors import UsageError
+from edgedistill.training.data import Example
+from edgedistill.training.hidden import HiddenStates
+from edgedistill.training.packing import completion_states, make_batch, packed_mode
+from edgedistill.training.recipe import load_model
+from edgedistill.training.targets import tokenizer_hash
+from edgedistill.training.vocabulary import (
+    Origin,
+    check_trimmable,
+    choose_tokens,
+    read_origin,
+    renumber,
+    trim_vocabulary,
+    write_trimmed_tokenizer,
+)
+from tests.unit.formats.gguf.conftest import TEXT, make_model, make_tokenizer
+from tests.unit.training.tiny import VOCAB, make_examples, make_llama, score
+
+TAUGHT = ["Remind me to water the ficus at 7:45.", '{"name":"add_note","arguments":{"text":"ficus"}}', "naïve café 🙂"]
+CHAT = [{"role": "user", "content": TAUGHT[0]}, {"role": "assistant", "content": TAUGHT[1]}]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def trimmed(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Origin]:
+    """The real tokenizer, the same with 2,000 of its 49,152 tokens, and the way back."""
+    folder = tmp_path_factory.mktemp("trimmed")
+    whole = tokenizer_of(smollm2)
+    used = set(whole.apply_chat_template(CHAT, tokenize=True, return_dict=False))
+    used |= {token for text in TAUGHT for token in whole.encode(text, add_special_tokens=False)}
+    kept = choose_tokens(smollm2, used, 2000)
+    assert len(kept) == len(set(kept.tolist())) == 2000
+    write_trimmed_tokenizer(smollm2, folder, kept)
+    origin = read_origin(folder)
+    assert origin is not None
+    assert origin.tokenizer == tokenizer_hash(whole)
+    return whole, tokenizer_of(folder), origin
+
+
+def test_taught_text_is_cut_as_before(trimmed: tuple[Any, Any, Origin]) -> None:
+    whole, small, origin = trimmed
+    for text in TAUGHT:
+        found = small.encode(text, add_special_tokens=False)
+        assert origin.kept[found].tolist() == whole.encode(text, add_special_tokens=False)
+    ids = small.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert origin.kept[ids].tolist() == whole.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert small.all_special_tokens == whole.all_special_tokens
+    assert origin.kept[small.eos_token_id] == whole.eos_token_id
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=150)
+def test_any_text_can_be_written_as_before(trimmed: tuple[Any, Any, Origin], text: str) -> None:
+    whole, small, origin = trimmed
+    ids = small.encode(text, add_special_tokens=False)
+    before = whole.decode(whole.encode(text, add_special_tokens=False))  # it lacks a few bytes that no UTF-8 needs
+    assert small.decode(ids) == before
+    # Each piece is a token of the whole tokenizer too: read by the teacher, it is the same text.
+    assert whole.decode(origin.kept[ids].tolist()) == before
+
+
+@given(st.lists(st.sampled_from("water the ficus alarm at 7 note naïve café 🙂 rhododendron Zzyzx".split()), max_size=9))
+def test_text_of_kept_tokens_alone_is_cut_as_before(trimmed: tuple[Any, Any, Origin], words: list[str]) -> None:
+    whole, small, origin = trimmed
+    before = whole.encode(" ".join(words), add_special_tokens=False)
+    if set(before) <= set(origin.kept.tolist()):
+        assert origin.kept[small.encode(" ".join(words), add_special_tokens=False)].tolist() == before
+
+
+@pytest.mark.parametrize("pre", ["smollm", "llama-bpe", "qwen2"])
+def test_every_family_keeps_its_way_to_cut(tmp_path: Path, pre: str) -> None:
+    make_tokenizer(tmp_path / "whole", pre, bos=True)
+    whole = tokenizer_of(tmp_path / "whole")
+    texts = TEXT[:2]
+    kept = choose_tokens(tmp_path / "whole", {t for x in texts for t in whole.encode(x, add_special_tokens=False)}, 330)
+    (tmp_path / "small").mkdir()
+    write_trimmed_tokenizer(tmp_path / "whole", tmp_path / "small", kept)
+    small = tokenizer_of(tmp_path / "small")
+    for text in texts:
+        assert kept[small.encode(text)].tolist() == whole.encode(text)  # with the BOS that the post-processor adds
+    assert small.decode(small.encode(TEXT[4]), skip_special_tokens=True) == TEXT[4]
+    assert len(small.encode(TEXT[4])) > len(whole.encode(TEXT[4]))
+
+
+def test_merges_written_as_text_and_a_token_that_no_merge_makes(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["merges"] = [" ".join(pair) for pair in data["model"]["merges"]]
+    lone = data["model"]["vocab"]["Ġthe"] = len(data["model"]["vocab"])
+    path.write_text(json.dumps(data))
+    kept = choose_tokens(tmp_path, {lone}, 300)
+    assert lone in kept.tolist()
+    write_trimmed_tokenizer(tmp_path, tmp_path, kept)
+    assert tokenizer_of(tmp_path).decode(tokenizer_of(tmp_path).encode("then the end")) == "then the end"
+
+
+def test_special_tokens_at_the_end_of_the_vocabulary_get_new_numbers(tmp_path: Path) -> None:
+    """Llama 3 and Qwen 2 keep them last, beyond the merged tokens and outside of model.vocab."""
+    folder = make_model(tmp_path / "whole", vocab_size=410, bos_token_id=405, eos_token_id=[406, 407], pad_token_id=406)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    for token, number in (("<|begin|>", 405), ("<|end|>", 406), ("<|eot|>", 407)):
+        data["added_tokens"].append({**data["added_tokens"][0], "content": token, "id": number})
+    path.write_text(json.dumps(data))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"407": {"content": "<|eot|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    generation = {"eos_token_id": [406, 407], "bos_token_id": 405, "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    used = tokenizer_of(folder).encode(TEXT[0], add_special_tokens=False)
+    kept = choose_tokens(folder, used, 310)
+    assert kept[-3:].tolist() == [405, 406, 407]
+    small = tmp_path / "small"
+    model = trim_vocabulary(load_model(folder), kept)
+    model.save_pretrained(small)
+    write_trimmed_tokenizer(folder, small, kept)
+    assert tokenizer_of(small).encode("<|begin|>a<|eot|>", add_special_tokens=False)[::2] == [307, 309]
+    loaded = load_model(small)
+    for settings_ in (loaded.config, loaded.generation_config):
+        assert (settings_.bos_token_id, settings_.eos_token_id) == (307, [308, 309])
+    assert loaded.config.pad_token_id == 308
+    assert loaded.generation_config.temperature == 0.6
+    assert "309" in json.loads((small / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+
+
+def test_numbers_of_tokens_that_are_gone() -> None:
+    found = renumber({"eos_token_id": [5, 9], "pad_token_id": 9, "bos_token_id": None, "x": 5}, {5: 2})
+    assert found == {"eos_token_id": [2], "pad_token_id": None, "bos_token_id": None, "x": 5}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_trimmed_model_gives_the_kept_tokens_logits(tmp_path: Path, tied: bool) -> None:
+    whole, kept = make_llama(2, tied=tied), np.array([0, 1, 7, 40, 41, 100, 250, 299])
+    trim_vocabulary(make_llama(2, tied=tied), kept).save_pretrained(tmp_path)
+    small = load_model(tmp_path).eval()
+    assert small.config.vocab_size == 8
+    assert (small.lm_head.weight is small.model.embed_tokens.weight) == tied
+    ids = torch.tensor([[3, 1, 7, 0, 5]])
+    with torch.no_grad():
+        found, wanted = small(ids).logits, whole(torch.as_tensor(kept)[ids]).logits[..., kept]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "top-k"])
+def test_soft_targets_keep_what_is_left_of_them(kind: Any) -> None:
+    model, examples = make_llama(), make_examples(6)
+    text = {token for example in examples for token in (*example.prompt_ids, *example.completion_ids)}
+    kept = np.asarray(sorted(text | set(range(0, VOCAB, 2))))
+    origin = Origin(tokenizer="x", kept=kept)
+    for whole, example in zip(score(model, examples, kind=kind), examples, strict=True):
+        own = Example(
+            example.id,
+            tuple(origin.numbers[list(example.prompt_ids)].tolist()),
+            tuple(origin.numbers[list(example.completion_ids)].tolist()),
+        )
+        assert origin.example(own) == example
+        found = origin.targets(whole, own)
+        assert found.positions == whole.positions
+        for at in range(whole.positions):
+            before = dict(zip(*([x[whole.offsets[at] : whole.offsets[at + 1]] for x in (whole.ids, whole.logp)]), strict=True))
+            mine = slice(found.offsets[at], found.offsets[at + 1])
+            after = dict(zip(kept[found.ids[mine]].tolist(), found.logp[mine], strict=True))
+            left = {token: value for token, value in before.items() if token in set(kept.tolist())}
+            if left or kind == "top-k":
+                assert after == left
+            else:
+                assert after == {example.completion_ids[at]: 0.0}
+        if kind == "sampled":
+            weights = np.add.reduceat(found.probabilities(1.0), found.offsets[:-1])
+            np.testing.assert_allclose(weights, 1.0, rtol=1e-5)
+
+
+def test_a_position_without_any_draw_left_learns_its_own_token() -> None:
+    model, examples = make_llama(), make_examples(3)
+    text = {token for example in examples for token in (*example.prompt_ids, *example.completion_ids)}
+    origin = Origin(tokenizer="x", kept=np.asarray(sorted(text)))
+    emptied = 0
+    for whole, example in zip(score(model, examples), examples, strict=True):
+        own = tuple(origin.numbers[list(example.completion_ids)].tolist())
+        found = origin.targets(whole, Example(example.id, (), own))
+        for at in range(whole.positions):
+            drawn = set(whole.ids[whole.offsets[at] : whole.offsets[at + 1]].tolist()) & text
+            mine = slice(found.offsets[at], found.offsets[at + 1])
+            if not drawn:
+                emptied += 1
+                assert found.ids[mine].tolist() == [own[at]]
+                assert found.counts[mine].tolist() == [found.n]
+            else:
+                assert set(origin.kept[found.ids[mine]].tolist()) == drawn
+    assert emptied, "no position lost all its draws: the test shows nothing"
+
+
+def test_hidden_states_are_those_of_the_same_tokens() -> None:
+    """A trimmed student that is the teacher otherwise is no distance away, under its own numbers."""
+    examples = make_examples(4)
+    kept = np.asarray(sorted({t for one in examples for t in (*one.prompt_ids, *one.completion_ids)} | {0, 1}))
+    origin = Origin(tokenizer="x", kept=kept)
+    own = [
+        Example(one.id, *(tuple(origin.numbers[list(ids)].tolist()) for ids in (one.prompt_ids, one.completion_ids)))
+        for one in examples
+    ]
+    student = trim_vocabulary(make_llama(4), kept).eval()
+    guide = HiddenStates(make_llama(4), range(4), tokens=kept.tolist())
+    guide.watch(student)
+    with packed_mode(student), torch.no_grad():
+        batch = make_batch(own, packed=True)
+        completion_states(student, batch)
+        assert float(guide.error(batch)) == pytest.approx(0.0, abs=1e-6)
+        guide.tokens = None
+        completion_states(student, batch)
+        assert float(guide.error(batch)) > 0.1
+
+
+def test_too_small_and_other_tokenizers_are_refused(smollm2: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"need \d+ tokens") as found:
+        choose_tokens(smollm2, range(1000, 3000), 1000)
+    assert "student.vocabulary to " in found.value.hint
+    check_trimmable(smollm2)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram"}}))
+    with pytest.raises(UsageError, match="Unigram tokenizer"):
+        check_trimmable(tmp_path)
+    assert read_origin(tmp_path) is None
+
+
+def test_llama_cpp_reads_it_as_transformers_does(tmp_path: Path) -> None:
+    from edgedistill.formats.gguf.check import compare_logits
+    from edgedistill.formats.gguf.convert import convert
+
+    folder, small = make_model(tmp_path / "whole"), tmp_path / "small"
+    used = {token for text in TEXT[:2] for token in tokenizer_of(folder).encode(text, add_special_tokens=False)}
+    kept = choose_tokens(folder, used, 340)
+    trim_vocabulary(load_model(folder), kept).save_pretrained(small)
+    write_trimmed_tokenizer(folder, small, kept)
+    converted = convert(small, tmp_path / "small.gguf", dtype="f32")
+    report = compare_logits(small, converted.path, [[{"role": "user", "content": text}] for text in TEXT], texts=TEXT)
+    assert report.max_diff < 0.05  # llama.cpp keeps keys and values in f16
