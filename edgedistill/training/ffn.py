@@ -18,6 +18,8 @@ token with it.
 On the quickstart's task, 704 of 1,536 neurons in all 30 layers by 600 rows, no training at all: 0.73 and 0.47 of the dev
 sets' calls are right (n = 240 each; the whole teacher: 0.95 and 0.67); every layer alone, by the whole model's states and other
 rows, 0.72 and 0.43. By the same rows the states of 100 dev rows are off by 0.023, and by 0.031 with every layer alone.
+For one size of the file a few layers may go too, those whose loss alone hurts least: 26 layers of 896 neurons 0.79 and 0.51,
+24 of 1,024 0.79 and 0.55, 22 of 1,184 0.78 and 0.50, 20 of 1,344 0.69 and 0.50 (one run each, standard error 0.03).
 """
 
 from __future__ import annotations

@@ -6,6 +6,10 @@ single bytes, so nothing becomes unreadable. The kept tokens hold every token of
 from*, so these rows are cut into the same pieces as before, one for one: the teacher's distributions and hidden states
 still belong to them, under other numbers (``Origin``). The rest is filled up by merge rank, most frequent first.
 
+What it costs is copying: a word that the rows never had, cut into pieces, is spelt wrong more often. On the quickstart's
+task a healed student (30 layers of 1,120 neurons) had 0.85 and 0.70 of further dev rows right (n = 600 and 360); the same
+cut to 16,384 of 49,152 tokens 0.85 and 0.66; another, healed on rows of which 41 % were in pieces, 0.79 and 0.59.
+
 Sources: Abdaoui et al. 2020 (arXiv:2010.05609); Ushio et al. 2023, vocabulary trimming (arXiv:2305.15020).
 """
 

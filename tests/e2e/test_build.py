@@ -149,14 +149,34 @@ def test_a_damaged_answer_file_is_rebuilt_without_asking_again(built: Any, sessi
     assert RowStore(built.store.root).asked_again() == []
 
 
-def test_a_student_with_narrower_ffns_trains_and_merges(built: Any, session_of: Callable[..., Any]) -> None:
-    settings = {
-        "gates.min_speedup": None,
-        "baselines": {},
-        "student.layers": "all",
-        "student.ffn": 704,
-        "student.ffn_rows": 16,
-    }
+def test_the_student_is_the_teacher_with_fewer_neurons_and_tokens(built: Any) -> None:
+    """Its tokens have other numbers than the teacher's: hidden states, soft targets and KLD must follow."""
+    student = built.recipe.student
+    entry = {name: built.store.load(built.plan.match(name)[0].key) for name in ("adapt", "shape", "distill/1", "heal")}
+    config, whole = (
+        json.loads((entry[name].path / "model" / "config.json").read_text()) for name in ("shape", "adapt")
+    )
+    sizes = ("num_hidden_layers", "intermediate_size", "vocab_size")
+    assert [whole[key] for key in sizes] == [30, 1536, 49152]
+    assert [config[key] for key in sizes] == [30, student.ffn, student.vocabulary]
+    facts = entry["shape"].facts
+    assert facts["params_before"] - facts["params"] == 576 * (
+        30 * 3 * (1536 - student.ffn) + 49152 - student.vocabulary
+    )
+    assert len(facts["ffn_error"]) == 30
+    assert 0 < max(facts["ffn_error"]) < 1
+    assert facts["tokens"] == student.vocabulary > facts["tokens_used"] > 256
+    assert entry["distill/1"].facts["left_out"] == 0  # every token of the taught rows stayed
+    log = read_jsonl(entry["heal"].path / "log" / "train.jsonl")
+    # Fitted to the teacher's states, it starts near them; by other numbers it would read other words.
+    assert log[0]["hidden"] < 0.2
+    found = built.store.load(built.plan.match(f"evaluate/{TARGET}")[0].key).facts["likelihood"]
+    assert found["teacher"]["rows"] >= 1
+    assert found["teacher"]["kld"]["value"] < 5  # nats; by other numbers more than log(16384) = 9.7
+
+
+def test_a_depth_pruned_student_heals_and_merges(built: Any, session_of: Callable[..., Any]) -> None:
+    settings = {"student.layers": 10, "student.ffn": None, "student.vocabulary": None, "baselines": {}}
     session = session_of(targets=[TARGET], **settings)
     plan = session.plan.only(session.plan.match("merge"))
     outcome = Runner(plan, session.store).build()
@@ -164,7 +184,5 @@ def test_a_student_with_narrower_ffns_trains_and_merges(built: Any, session_of: 
     assert outcome.ran == ["shape", "heal", "distill/1", "merge"]  # the teacher's work is not redone
     shape = session.store.load(session.plan.match("shape")[0].key)
     config = json.loads((shape.path / "model" / "config.json").read_text())
-    assert (config["num_hidden_layers"], config["intermediate_size"]) == (30, 704)
-    assert len(shape.facts["ffn_error"]) == 30
-    assert 0 < max(shape.facts["ffn_error"]) < 1
+    assert (config["num_hidden_layers"], config["intermediate_size"], config["vocab_size"]) == (10, 1536, 49152)
     assert Runner(plan, session.store).build().ran == []

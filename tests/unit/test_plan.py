@@ -112,8 +112,9 @@ def test_healing_on_references_waits_for_no_answer_and_its_weight_changes_nothin
     names = changed(plan, make(folder, heal__hidden=40.0))
     assert {"heal", "distill/1", "distill/gold-sft"} <= names
     assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape"})
-    (on_answers,) = make(folder, heal__files=[], heal__rows=9, heal__hidden=0.0).match("heal")
-    assert set(on_answers.stage.inputs()) == {shaped, plan.match("filter")[0].key}
+    other = make(folder, heal__files=[], heal__rows=9, heal__hidden=0.0)
+    (on_answers,), (cut_by_gold,) = other.match("heal"), other.match("shape")
+    assert set(on_answers.stage.inputs()) == {cut_by_gold.key, plan.match("filter")[0].key}
 
 
 def test_a_student_of_its_own_has_its_own_base(folder: Path) -> None:
@@ -177,14 +178,14 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 def test_the_shape_of_the_student(folder: Path) -> None:
     facts = student_facts(make_inputs(folder))
-    assert (facts.layers, facts.ffn) == (18, 1536)
+    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1120, 16384)
     facts = student_facts(make_inputs(folder, student__layers=[0, 1, 29], student__ffn=704))
     assert (facts.layers, facts.ffn) == (3, 704)
 
 
 def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(folder: Path) -> None:
-    whole = make_inputs(folder, student__layers="all")
-    narrow = make_inputs(folder, student__layers="all", student__ffn=704, student__ffn_rows=60)
+    whole = make_inputs(folder, student__ffn=None)
+    narrow = make_inputs(folder, student__ffn=704, student__ffn_rows=60)
     assert (student_facts(narrow).layers, student_facts(narrow).ffn) == (30, 704)
     cut = student_facts(whole).params() - student_facts(narrow).params()
     assert cut == 30 * 3 * 576 * (1536 - 704)
@@ -193,14 +194,14 @@ def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(fol
     assert rows[0] == narrow.healing[0]
     assert len({row.id.split("-")[0] for row in rows}) == 3  # of all three files
     assert cut_rows(whole) == ()
-    plans = [make(folder, student__layers="all", student__ffn=704, student__ffn_rows=count) for count in (60, 61)]
+    plans = [make(folder, student__ffn=704, student__ffn_rows=count) for count in (60, 61)]
     names = changed(*plans)
     assert {"shape", "heal", "distill/1"} <= names
     assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
 
 
 def test_a_trimmed_vocabulary_is_a_smaller_student_chosen_by_all_that_is_taught(folder: Path) -> None:
-    whole, small = make_inputs(folder), make_inputs(folder, student__vocabulary=16384)
+    whole, small = make_inputs(folder, student__vocabulary=None), make_inputs(folder)
     assert student_facts(small).vocab == 16384
     assert student_facts(whole).params() - student_facts(small).params() == (49152 - 16384) * 576
     assert taught_rows(whole) == ()
@@ -269,7 +270,7 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (("warmup     = 0.03", "warmupp    = 0.03"), r"recipe\.toml:\d+: heal\.warmupp.*warmup"),
+        (("warmup     = 0.06", "warmupp    = 0.06"), r"recipe\.toml:\d+: heal\.warmupp.*warmup"),
         (("hidden     = 150", 'hidden     = "much"'), r"recipe\.toml:\d+: heal\.hidden"),
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),

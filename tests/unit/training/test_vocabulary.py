@@ -76,7 +76,9 @@ def test_any_text_can_be_written_as_before(trimmed: tuple[Any, Any, Origin], tex
     assert whole.decode(origin.kept[ids].tolist()) == before
 
 
-@given(st.lists(st.sampled_from("water the ficus alarm at 7 note naïve café 🙂 rhododendron Zzyzx".split()), max_size=9))
+@given(
+    st.lists(st.sampled_from("water the ficus alarm at 7 note naïve café 🙂 rhododendron Zzyzx".split()), max_size=9)
+)
 def test_text_of_kept_tokens_alone_is_cut_as_before(trimmed: tuple[Any, Any, Origin], words: list[str]) -> None:
     whole, small, origin = trimmed
     before = whole.encode(" ".join(words), add_special_tokens=False)
@@ -159,6 +161,12 @@ def test_the_trimmed_model_gives_the_kept_tokens_logits(tmp_path: Path, tied: bo
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+def renumbered(example: Example, origin: Origin) -> Example:
+    """Return the example as the trimmed tokenizer numbers it."""
+    prompt, completion = (origin.numbers[list(ids)].tolist() for ids in (example.prompt_ids, example.completion_ids))
+    return Example(example.id, tuple(prompt), tuple(completion))
+
+
 @pytest.mark.parametrize("kind", ["sampled", "top-k"])
 def test_soft_targets_keep_what_is_left_of_them(kind: Any) -> None:
     model, examples = make_llama(), make_examples(6)
@@ -166,16 +174,13 @@ def test_soft_targets_keep_what_is_left_of_them(kind: Any) -> None:
     kept = np.asarray(sorted(text | set(range(0, VOCAB, 2))))
     origin = Origin(tokenizer="x", kept=kept)
     for whole, example in zip(score(model, examples, kind=kind), examples, strict=True):
-        own = Example(
-            example.id,
-            tuple(origin.numbers[list(example.prompt_ids)].tolist()),
-            tuple(origin.numbers[list(example.completion_ids)].tolist()),
-        )
+        own = renumbered(example, origin)
         assert origin.example(own) == example
         found = origin.targets(whole, own)
         assert found.positions == whole.positions
         for at in range(whole.positions):
-            before = dict(zip(*([x[whole.offsets[at] : whole.offsets[at + 1]] for x in (whole.ids, whole.logp)]), strict=True))
+            theirs = slice(whole.offsets[at], whole.offsets[at + 1])
+            before = dict(zip(whole.ids[theirs].tolist(), whole.logp[theirs], strict=True))
             mine = slice(found.offsets[at], found.offsets[at + 1])
             after = dict(zip(kept[found.ids[mine]].tolist(), found.logp[mine], strict=True))
             left = {token: value for token, value in before.items() if token in set(kept.tolist())}
@@ -213,10 +218,7 @@ def test_hidden_states_are_those_of_the_same_tokens() -> None:
     examples = make_examples(4)
     kept = np.asarray(sorted({t for one in examples for t in (*one.prompt_ids, *one.completion_ids)} | {0, 1}))
     origin = Origin(tokenizer="x", kept=kept)
-    own = [
-        Example(one.id, *(tuple(origin.numbers[list(ids)].tolist()) for ids in (one.prompt_ids, one.completion_ids)))
-        for one in examples
-    ]
+    own = [renumbered(one, origin) for one in examples]
     student = trim_vocabulary(make_llama(4), kept).eval()
     guide = HiddenStates(make_llama(4), range(4), tokens=kept.tolist())
     guide.watch(student)
