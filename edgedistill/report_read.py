@@ -137,8 +137,12 @@ def read_gates(session: Session) -> list[tuple[str, dict[str, Any]]]:
 def _shape(session: Session) -> str:
     """Say what of its model the student keeps."""
     student, facts = student_facts(session.inputs), session.inputs.student.facts
-    layers = f", {student.layers} of {facts.layers} layers" if student.layers < facts.layers else ""
-    return layers + (f", FFN of {student.ffn} instead of {facts.ffn}" if student.ffn < facts.ffn else "")
+    pairs = (
+        (student.layers, facts.layers, "layers"),
+        (student.ffn, facts.ffn, "neurons of each FFN"),
+        (student.vocab, facts.vocab, "tokens"),
+    )
+    return "".join(f", {kept:,} of {whole:,} {what}" for kept, whole, what in pairs if kept < whole)
 
 
 def _models(reader: _Reader) -> list[Model]:
