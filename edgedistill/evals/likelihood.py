@@ -156,7 +156,8 @@ def divergences(
 
     All models read the same tokens; the candidate reads them once for all references. A candidate with a part of the
     reference's vocabulary (a trimmed one) is compared on the rows that both cut alike and over the tokens that both have,
-    the reference's probabilities normalised over them; a first choice that the candidate lacks is no agreement. Raises
+    the reference's probabilities normalised over them; a first choice that the candidate lacks is no agreement. A
+    reference that cuts every row otherwise is left out of the answer; all of them, and that is refused. Raises
     UsageError where the tokenizers cut a row otherwise and neither holds the other (then no token's distributions
     compare), StepFailed where a distribution is not finite.
     """
@@ -165,9 +166,12 @@ def divergences(
         raise UsageError("divergence: no rows", "Name a file with rows that have references.")
     others = {name: token_rows(reference, rows) for name, reference in references.items()}
     columns = {name: _columns(candidate, own, references[name], other) for name, other in others.items()}
-    alike = [
-        at for at in range(len(own)) if all(_alike(own[at], others[name][at], columns[name]) for name in references)
-    ]
+    shared = {
+        name: {at for at in range(len(own)) if _alike(own[at], other[at], columns[name])}
+        for name, other in others.items()
+    }
+    references = {name: reference for name, reference in references.items() if shared[name]}
+    alike = sorted(set.intersection(*(shared[name] for name in references))) if references else []
     if not alike:
         raise UsageError(
             "divergence: the two models cut every row into different tokens",

@@ -77,7 +77,9 @@ def load_targets(
     shards, origin = sorted(folder.glob("*.parquet")), read_origin(model)
     if origin is None:
         return examples, read_targets(shards, examples, tokenizer=tokenizer_hash(tokenizer))
-    found, _ = find_targets(shards, [origin.example(one) for one in examples], tokenizer=origin.tokenizer)
+    found, scored = find_targets(shards, [origin.example(one) for one in examples], tokenizer=origin.tokenizer)
+    if missing := [one.id for one in examples if one.id not in scored]:
+        raise UsageError(f"row {missing[0]!r} has no soft targets: it was not scored", "build the score step again")
     pairs = [(one, origin.targets(soft, one)) for one, soft in zip(examples, found, strict=True) if soft is not None]
     if not pairs:
         raise UsageError(

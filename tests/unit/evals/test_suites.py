@@ -277,6 +277,11 @@ def test_a_trimmed_vocabulary_is_compared_over_the_tokens_that_both_have(
         with GgufRunner(tmp_path / "small.gguf") as trimmed:
             assert trimmed.pieces() == [full.pieces()[at] for at in kept]
             found = likelihood.divergence(trimmed, full, rows)
+            odd = [row for row in rows if row not in taught and "percent" in row.messages[1]["content"]][:2]
+            both = likelihood.divergences(trimmed, {"itself": trimmed, "whole": full}, odd)
+            assert list(both) == ["itself"]  # no row that both cut alike
+            with pytest.raises(UsageError, match="every row into different tokens"):
+                likelihood.divergence(trimmed, full, odd)
             with pytest.raises(UsageError, match="different tokens"):  # the whole is no part of the trimmed one
                 likelihood.divergence(full, trimmed, rows)
         same = likelihood.token_rows(full, rows)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example
+from edgedistill.training.draws import stored_temperatures
 from edgedistill.training.hidden import HiddenStates
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.recipe import load_model
@@ -254,3 +256,40 @@ def test_llama_cpp_reads_it_as_transformers_does(tmp_path: Path) -> None:
     converted = convert(small, tmp_path / "small.gguf", dtype="f32")
     report = compare_logits(small, converted.path, [[{"role": "user", "content": text}] for text in TEXT], texts=TEXT)
     assert report.max_diff < 0.05  # llama.cpp keeps keys and values in f16
+
+
+def test_rows_in_other_pieces_have_no_soft_targets_and_unscored_ones_are_refused(tmp_path: Path) -> None:
+    from edgedistill.training.recipe import encode_rows, load_targets
+    from edgedistill.training.targets import TargetsHeader, TargetsWriter
+
+    folder, small = make_model(tmp_path / "whole"), tmp_path / "small"
+    whole = tokenizer_of(folder)
+    rows = [
+        Row(id=str(at), messages=({"role": "user", "content": text},), reference="ok") for at, text in enumerate(TEXT)
+    ]
+    examples = encode_rows(rows, folder)
+    used = {token for one in examples[:2] for token in (*one.prompt_ids, *one.completion_ids)}
+    kept = choose_tokens(folder, used, 340)
+    trim_vocabulary(load_model(folder), kept).save_pretrained(small)
+    write_trimmed_tokenizer(folder, small, kept)
+    header = TargetsHeader(
+        kind="sampled", n=12, temperature=1.0, temperatures=stored_temperatures(1.0), vocab_size=len(whole),
+        tokenizer=tokenizer_hash(whole), teacher="t", seed=0,
+    )  # fmt: skip
+    with TargetsWriter(tmp_path / "targets" / "0.parquet", header) as writer:
+        for one, soft in zip(examples[:4], score(load_model(folder).eval(), examples[:4]), strict=True):
+            writer.write(one, soft)
+    own = encode_rows(rows, small)
+    left, targets = load_targets(tmp_path / "targets", own[:4], tokenizer_of(small), small)
+    alike = [
+        one.id
+        for one, theirs in zip(own, examples, strict=True)
+        if kept[list(one.prompt_ids)].tolist() == [*theirs.prompt_ids]
+    ]
+    assert [one.id for one in left] == alike[: len(left)] and {"0", "1"} <= {one.id for one in left} < set("0123")
+    assert all(int(soft.ids.max()) < 340 for soft in targets)
+    with pytest.raises(UsageError, match="'4' has no soft targets: it was not scored"):
+        load_targets(tmp_path / "targets", own, tokenizer_of(small), small)
+    odd = [one for one in own[:4] if one.id not in {one.id for one in left}]
+    with pytest.raises(UsageError, match="cuts every scored row into other pieces"):
+        load_targets(tmp_path / "targets", odd, tokenizer_of(small), small)
