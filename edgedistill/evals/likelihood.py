@@ -264,17 +264,17 @@ def kl_divergence(p: np.ndarray, q: np.ndarray, *, columns: np.ndarray | None = 
     is cut to the shorter and normalised again. ``columns`` gives the column of ``p`` that belongs to each of ``q``, where
     q's vocabulary is a part of p's; both are normalised over the tokens that they share.
     """
+    same = None
     if columns is not None:
         shared = np.flatnonzero(columns >= 0)
         same = columns[q.argmax(axis=1)] == p.argmax(axis=1)
         p, q = _normalised(p[:, columns[shared]]), _normalised(q[:, shared])
-        return np.maximum(np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64), 0.0), same
-    if p.shape[1] != q.shape[1]:
+    elif p.shape[1] != q.shape[1]:
         size = min(p.shape[1], q.shape[1])
         p, q = _normalised(p[:, :size]), _normalised(q[:, :size])
     # Rounding can push a divergence of equal distributions a hair below zero.
     each = np.maximum(np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64), 0.0)
-    return each, p.argmax(axis=1) == q.argmax(axis=1)
+    return each, p.argmax(axis=1) == q.argmax(axis=1) if same is None else same
 
 
 def _normalised(logprobs: np.ndarray) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 In: base checkpoint, what to keep; rows of the task, which tell what width and vocabulary must hold. Out: ``model/``, a
 checkpoint that transformers and the converter load. Without layers it is useless until it is healed; with narrower FFNs
-it is a little worse; with a smaller vocabulary it is the same on the rows that chose it."""
+it is a little worse; with a smaller vocabulary the kept tokens have the logits that they had, on the rows that chose
+them."""
 
 from __future__ import annotations
 

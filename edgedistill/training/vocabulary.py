@@ -2,7 +2,7 @@
 
 In a small model the embedding is a fifth to a third of all weights, and most of its rows stand for words that the task
 never sees. Cut are the rows, and the merges that lead to them; text that needed them is spelt in smaller pieces, down to
-single bytes, so nothing becomes unreadable. The kept tokens hold every token of the given rows *and what it is merged
+single bytes, so all that could be written before still can. The kept tokens hold every token of the given rows *and what it is merged
 from*, so these rows are cut into the same pieces as before, one for one: the teacher's distributions and hidden states
 still belong to them, under other numbers (``Origin``). The rest is filled up by merge rank, most frequent first.
 
