@@ -32,7 +32,7 @@ from edgedistill.stages.package import Package
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.score import Score
 from edgedistill.stages.shape import Shape
-from edgedistill.target import Target, matches_host
+from edgedistill.target import Target, Types, matches_host
 
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
 
@@ -284,9 +284,7 @@ class _Expander:
                 student if onnx else student_gguf,
                 imatrix if target.quantize.imatrix and not onnx else None,
                 target.runtime.format,
-                target.quantize.type,
-                target.quantize.embedding_type,
-                target.quantize.output_type,
+                target.quantize,
                 self.s_params,
             )
             quantized.append((target, key, "onnx" if onnx else "model.gguf"))
@@ -312,9 +310,7 @@ class _Expander:
                 teacher_gguf,
                 teacher_imatrix,
                 "gguf",
-                baselines.quantized_teacher,
-                None,
-                None,
+                Types(type=baselines.quantized_teacher),
                 self.t_params,
             )
             self._evaluate("evaluate/quantized-teacher", small, "model.gguf", self.t_params)
@@ -346,22 +342,23 @@ class _Expander:
         model: Key,
         calibration: Key | None,
         format_: str,
-        type_: str,
-        embedding: str | None,
-        output: str | None,
+        types: Types,
         params: int,
     ) -> Key:
         stage = Quantize(
             model=model,
             calibration=calibration,
             format=format_,
-            type=type_,
-            embedding_type=embedding,
-            output_type=output,
+            type=types.type,
+            embedding_type=types.embedding_type,
+            output_type=types.output_type,
+            rounding=types.rounding,
             tool=self.onnx if format_ == "onnx" else self.llama,
             rows=self.checks,
         )
         kind, size = ("build-onnx", 4 * params) if format_ == "onnx" else ("quantize", 2 * params)
+        if types.rounding == "gptq":
+            kind = "quantize-gptq"
         return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=6 * params + 300 * MIB, disk=size)
 
     def _evaluate(

@@ -24,7 +24,7 @@ from edgedistill.stages.convert import Convert
 from edgedistill.stages.import_gguf import ImportGguf
 from edgedistill.stages.quantize import Quantize
 from edgedistill.store import Store
-from edgedistill.target import find_target
+from edgedistill.target import Types, find_target
 
 FULL_PRECISION = ("F32", "F16", "BF16")
 
@@ -71,15 +71,12 @@ def quantize_model(
     store, reporter = store or Store(), reporter or Reporter()
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
     resolved = resolve(source, store.root, note=reporter.note)
-    wanted: list[tuple[str, str, str, bool, str | None, str | None]] = []
+    wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     for name in targets:
         target = find_target(name, Path())
-        choice = target.quantize
-        wanted.append(
-            (name, target.runtime.format, choice.type, choice.imatrix, choice.embedding_type, choice.output_type)
-        )
+        wanted.append((name, target.runtime.format, target.quantize))
     for name in types:
-        wanted.append((name, "gguf", name, file_type(name).imatrix != "no", None, None))
+        wanted.append((name, "gguf", Types(type=name, imatrix=file_type(name).imatrix != "no")))
     is_gguf = resolved.path.is_file()
     if is_gguf and resolved.facts.quantized_from not in ("", *FULL_PRECISION) and resolved.kind != "pypi":
         raise UsageError(
@@ -87,15 +84,15 @@ def quantize_model(
             "quantizing it again only adds error",
             "give the f16, bf16 or f32 GGUF, or the HF folder it was made from",
         )
-    if is_gguf and resolved.kind != "pypi" and any(line[1] == "onnx" for line in wanted):
+    if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
-    for name, format_, type_, *_ in wanted:
-        if format_ == "gguf" and FILE_TYPES[type_].imatrix == "required" and calibration is None:
+    for name, format_, choice in wanted:
+        if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required" and calibration is None:
             raise UsageError(
-                f"{name}: {type_} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
+                f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
             )
     plan, keys = _plan(resolved, wanted, calibration, store)
-    if calibration is None and any(line[1] == "gguf" and line[3] for line in wanted):
+    if calibration is None and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted):
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
@@ -105,7 +102,9 @@ def quantize_model(
     return [_publish(store, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
 
 
-def _plan(resolved: Resolved, wanted: list[Any], calibration: Path | None, store: Store) -> tuple[Plan, list[Key]]:
+def _plan(
+    resolved: Resolved, wanted: list[tuple[str, str, Types]], calibration: Path | None, store: Store
+) -> tuple[Plan, list[Key]]:
     graph, params = Graph(), resolved.facts.params()
     llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
     gguf_tool = f"gguf {package_version('gguf')}"
@@ -117,7 +116,7 @@ def _plan(resolved: Resolved, wanted: list[Any], calibration: Path | None, store
         tool = gguf_tool if resolved.path.is_file() else ""
         stage = Base(source_digest=resolved.digest, dtype="float32", tool=tool, path=resolved.path.absolute())
         base = graph.add("base", stage, size, disk=4 * params)
-        if any(line[1] == "gguf" for line in wanted):
+        if any(format_ == "gguf" for _, format_, _ in wanted):
             rows = _sample_rows()
             title = Path(resolved.source.split(":", 1)[-1]).name
             convert = Convert(
@@ -130,17 +129,18 @@ def _plan(resolved: Resolved, wanted: list[Any], calibration: Path | None, store
         stage = CalibrateText(model=container, text=text, tool=llama)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
     keys = []
-    for name, format_, type_, use_imatrix, embedding, output in wanted:
+    for name, format_, choice in wanted:
         onnx = format_ == "onnx"
         model = base if onnx else container
         assert model is not None  # the checks above leave no other case
         stage = Quantize(
             model=model,
-            calibration=imatrix if use_imatrix and not onnx else None,
+            calibration=imatrix if choice.imatrix and not onnx else None,
             format=format_,
-            type=type_,
-            embedding_type=embedding,
-            output_type=output,
+            type=choice.type,
+            embedding_type=choice.embedding_type,
+            output_type=choice.output_type,
+            rounding=choice.rounding,
             tool=f"onnxruntime-genai {package_version('onnxruntime-genai')}" if onnx else llama,
             rows=_sample_rows(),
         )
@@ -176,8 +176,8 @@ def _sample_rows() -> tuple[Row, ...]:
     )
 
 
-def _publish(store: Store, key: Key, line: Any, out: Path, model: str) -> Quantized:
-    name, format_, type_, *_ = line
+def _publish(store: Store, key: Key, line: tuple[str, str, Types], out: Path, model: str) -> Quantized:
+    name, format_, choice = line
     entry = store.load(key)
     if entry is None:
         raise EdgeDistillError(f"quantize/{name}: its entry disappeared")
@@ -196,7 +196,7 @@ def _publish(store: Store, key: Key, line: Any, out: Path, model: str) -> Quanti
     return Quantized(
         name=name,
         format=format_,
-        type=type_,
+        type=choice.type,
         path=goal,
         size=int(entry.facts["size"]),
         bpw=float(report.get("bpw", 0.0)),

@@ -28,6 +28,7 @@ DEFAULTS = {
     "bytes": 300e6,
     "convert": 25e6,
     "quantize": 60e6,
+    "quantize-gptq": 6e6,
     "build-onnx": 20e6,
     "measure": 1e9,
 }

@@ -215,6 +215,7 @@ class QuantizeOverride(Section):
     imatrix: bool | None = None
     embedding_type: str | None = None
     output_type: str | None = None
+    rounding: Literal["nearest", "gptq"] | None = None
 
 
 class Recipe(Section):

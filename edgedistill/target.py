@@ -88,10 +88,13 @@ class Types(_Table):
         default=False, description="GGUF: weigh errors by an importance matrix of the calibration set"
     )
     embedding_type: str | None = Field(
-        None, description="GGUF: tensor type of the token embedding, if not the type's own"
+        default=None, description="GGUF: tensor type of the token embedding, if not the type's own"
     )
     output_type: str | None = Field(
         default=None, description="GGUF: tensor type of the output matrix, if not the type's own"
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="GGUF: gptq rounds each weight so that it makes good the errors of the others"
     )
 
 
@@ -173,12 +176,12 @@ class Target(_Table):
 def check_types(types: Types, format_: str, key: str = "quantize") -> None:
     """Raise a `key_error` below ``key`` unless all of ``types`` exists in ``format_`` ("gguf" or "onnx")."""
     if format_ == "onnx":
-        for name in ("imatrix", "embedding_type", "output_type"):
+        for name in ("imatrix", "embedding_type", "output_type", "rounding"):
             if name in types.model_fields_set:
                 raise key_error(f"{key}.{name}", 'unknown key: format = "onnx" has only type')
         _check_type(types.type, ONNX_TYPES, f"{key}.type", format_)
         return
-    from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES
+    from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES
 
     _check_type(types.type, FILE_TYPES, f"{key}.type", format_)
     for name in ("embedding_type", "output_type"):
@@ -186,6 +189,11 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
             _check_type(tensor_type, GGML_TYPES, f"{key}.{name}", format_)
     if FILE_TYPES[types.type].imatrix == "required" and not types.imatrix:
         raise key_error(f"{key}.type", f"{types.type} needs an importance matrix: add imatrix = true")
+    if types.rounding == "gptq":
+        if FILE_TYPES[types.type].base not in FINELY_ROUNDED:
+            raise key_error(f"{key}.rounding", f'"gptq" rounds {", ".join(FINELY_ROUNDED)}, not {types.type}')
+        if not types.imatrix:
+            raise key_error(f"{key}.rounding", '"gptq" needs the calibration set: add imatrix = true')
 
 
 def _check_type(given: str, known: Any, key: str, format_: str) -> None:
@@ -287,7 +295,7 @@ def to_toml(target: Target) -> str:
 
     data = target.model_dump(exclude_none=True)
     if target.runtime.format == "onnx":
-        data["quantize"].pop("imatrix")
+        data["quantize"] = {"type": data["quantize"]["type"]}
     lines = [f"{key} = {value(data.pop(key))}" for key in ("summary", "arch", "features")]
     for table, keys in data.items():
         if keys:

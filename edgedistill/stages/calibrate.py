@@ -1,6 +1,7 @@
 """calibrate: measure which inputs of each matrix matter on the task's own text (importance matrix).
 
-In: the converted full-precision GGUF, kept rows. Out: ``imatrix.gguf`` (llama.cpp's format). Shared by every target.
+In: the converted full-precision GGUF, kept rows. Out: ``imatrix.gguf`` (llama.cpp's format), ``tokens.json``, the text
+that was run. Shared by every target.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Calibrate(Stage):
     """Collect squared activations over the first ``rows`` kept conversations."""
 
     name: ClassVar[str] = "calibrate"
+    version: ClassVar[int] = 2  # 2: tokens.json
     model: Key
     kept: Key
     rows: int
@@ -41,6 +43,7 @@ class Calibrate(Stage):
                 ]
                 for line in lines
             ]
+        (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
         return {"imatrix": report.to_json()}
 
@@ -50,6 +53,7 @@ class CalibrateText(Stage):
     """Collect squared activations over plain text: ``quantize MODEL --calibration FILE``."""
 
     name: ClassVar[str] = "calibrate-text"
+    version: ClassVar[int] = 2  # 2: tokens.json
     model: Key
     text: tuple[str, ...]
     tool: str
@@ -62,5 +66,6 @@ class CalibrateText(Stage):
         gguf = ctx.path(self.model, "model.gguf")
         with GgufRunner(gguf, threads=ctx.threads) as runner:
             token_rows = [runner.encode_text(piece)[:512] for piece in self.text]
+        (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
         return {"imatrix": report.to_json()}

@@ -1,11 +1,12 @@
 """quantize: one converted (GGUF) or merged (ONNX) model to the types a target asks for.
 
-In: the f16 GGUF and the importance matrix, or the merged checkpoint for ONNX. Out: ``model.gguf``, or ``onnx/``. Gate
-on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves nothing, so its model is run
-beside transformers."""
+In: the f16 GGUF, the importance matrix and the text it was measured on; or the merged checkpoint for ONNX. Out:
+``model.gguf``, or ``onnx/``. Gate on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves
+nothing, so its model is run beside transformers."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Quantize(Stage):
     type: str
     embedding_type: str | None
     output_type: str | None
+    rounding: str
     tool: str
     rows: tuple[Row, ...] = unkeyed()
 
@@ -40,6 +42,9 @@ class Quantize(Stage):
         if self.type == "F16":  # what convert wrote already
             os.link(source, out)
             return {"size": out.stat().st_size, "type": "F16"}
+        feedback = None
+        if self.rounding == "gptq" and self.calibration:
+            feedback = json.loads(ctx.path(self.calibration, "tokens.json").read_text())
         report = quantize(
             source,
             out,
@@ -47,6 +52,7 @@ class Quantize(Stage):
             imatrix=ctx.path(self.calibration, "imatrix.gguf") if self.calibration else None,
             embedding_type=self.embedding_type,
             output_type=self.output_type,
+            feedback=feedback,
             threads=ctx.threads,
             progress=ctx.progress,
         )

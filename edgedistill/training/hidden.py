@@ -69,7 +69,7 @@ class HiddenStates:
             read = replace(batch, input_ids=self.tokens.to(batch.input_ids.device)[batch.input_ids])
         with torch.no_grad(), packed_mode(self.teacher):
             completion_states(self.teacher, read)
-        weights = _token_weights(batch)
+        weights = _token_weights(batch).to(self._students[0].device)
         total = torch.zeros((), device=weights.device)
         for at, matched in enumerate(self.matched):
             student, teacher = self._students[at].float(), self._teachers[matched].float()

@@ -2,9 +2,10 @@
 
 In a small model the embedding is a fifth to a third of all weights, and most of its rows stand for words that the task
 never sees. Cut are the rows, and the merges that lead to them; text that needed them is spelt in smaller pieces, down to
-single bytes, so all that could be written before still can. The kept tokens hold every token of the given rows *and what it is merged
-from*, so these rows are cut into the same pieces as before, one for one: the teacher's distributions and hidden states
-still belong to them, under other numbers (``Origin``). The rest is filled up by merge rank, most frequent first.
+single bytes, so all that could be written before still can. The kept tokens hold every token of the given rows *and what
+it is merged from*, so these rows are cut into the same pieces as before, one for one: the teacher's distributions and
+hidden states still belong to them, under other numbers (``Origin``). The rest is filled up by merge rank, most frequent
+first.
 
 What it costs is copying: a word that the rows never had, cut into pieces, is spelt wrong more often. On the quickstart's
 task a healed student (30 layers of 1,120 neurons) had 0.85 and 0.70 of further dev rows right (n = 600 and 360); the same

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class QuantizeReport:
     without_imatrix: tuple[str, ...]
     library: dict[str, Any]
     seconds: float
+    rounding: dict[str, Any] | None = None
 
     @property
     def fallbacks(self) -> tuple[TensorReport, ...]:
@@ -99,14 +100,17 @@ class QuantizeReport:
 
 def quantize(
     src: Path | str, out: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
-    embedding_type: str | None = None, pure: bool = False, threads: int | None = None, progress: Progress | None = None,
+    embedding_type: str | None = None, pure: bool = False, feedback: Sequence[Sequence[int]] | None = None,
+    threads: int | None = None, progress: Progress | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the f32/f16/bf16 file ``src`` to the llama.cpp type ``type`` and put it at ``out``, whole or not at all.
 
     ``imatrix`` is a file of ``imatrix.collect``; ``output_type`` and ``embedding_type`` are tensor types for these two
-    matrices; ``pure`` gives every matrix the base type. The work runs in a process of its own; the result is read back,
-    loaded and decoded once before it gets its name. The bytes do not depend on ``threads``. Raises UsageError (unknown
-    type, quantized or damaged source, missing or foreign imatrix, full disk), StepFailed when llama.cpp fails.
+    matrices; ``pure`` gives every matrix the base type. With ``feedback``, token rows of calibration text, weights are
+    rounded by what the matrices give on them rather than to the nearest value (``rounding``). The work runs in a process
+    of its own; the result is read back, loaded and decoded once before it gets its name. The bytes do not depend on
+    ``threads``. Raises UsageError (unknown type, quantized or damaged source, missing or foreign imatrix, full disk),
+    StepFailed when llama.cpp fails.
     """
     started = time.monotonic()
     out = Path(out)
@@ -129,6 +133,11 @@ def quantize(
             ) from None
         if len(result.tensors) != len(info.tensors):
             raise StepFailed(f"llama.cpp wrote {len(result.tensors)} of {len(info.tensors)} tensors", "check the disk")
+        rounded = None
+        if feedback is not None:
+            from edgedistill.formats.gguf.rounding import round_file
+
+            rounded = round_file(partial, info.path, feedback, threads=threads, progress=progress).to_json()
         types = {tensor.name: tensor.type for tensor in result.tensors}
         digest = file_digest(partial)
         partial.replace(out)
@@ -145,6 +154,7 @@ def quantize(
         missing=missing,
         entries=entries,
         started=started,
+        rounding=rounded,
     )
 
 
@@ -294,7 +304,7 @@ def _spell(name: str) -> str:
 
 def _report(
     out: Path | None, type: str, plans: list[TensorPlan], types: dict[str, str], info: GgufInfo, *, size: int | None,
-    sha256: str, missing: tuple[str, ...], entries: int, started: float,
+    sha256: str, missing: tuple[str, ...], entries: int, started: float, rounding: dict[str, Any] | None = None,
 ) -> QuantizeReport:  # fmt: skip
     from edgedistill.formats.gguf.model_io import library_build
 
@@ -317,5 +327,5 @@ def _report(
         bpw=8 * total / info.parameters, asked_bpw=8 * (total - extra) / info.parameters, sha256=sha256,
         tensors=tuple(tensors), imatrix_entries=entries, without_imatrix=missing,
         library={key: build[key] for key in ("llama_cpp_python", "llama_cpp", "library_sha256")},
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started, rounding=rounding,
     )  # fmt: skip

@@ -47,6 +47,7 @@ GGML_TYPES: dict[str, GgmlType] = {
     "BF16": _ggml(30, 1, 2), "TQ1_0": _ggml(34, 256, 54), "TQ2_0": _ggml(35, 256, 66), "MXFP4": _ggml(39, 32, 17),
     "NVFP4": _ggml(40, 64, 36), "Q1_0": _ggml(41, 128, 18), "Q2_0": _ggml(42, 64, 18),
 }  # fmt: skip
+FINELY_ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")  # types that ``rounding`` can choose the codes of
 GGML_TYPES_BY_ID: dict[int, str] = {kind.number: name for name, kind in GGML_TYPES.items()}
 
 

@@ -82,6 +82,17 @@ def test_a_student_that_is_the_teacher_is_no_distance_away() -> None:
         assert float(guide.error(batch)) < 1e-8
 
 
+def test_the_batch_may_lie_on_another_device_than_the_models() -> None:
+    """Batches are made on the CPU: on a GPU (here the meta device stands for it) the tokens' weights must follow."""
+    teacher, student = (one.to("meta") for one in pair())
+    guide = HiddenStates(teacher, KEPT)
+    guide.watch(student)
+    with packed_mode(student), torch.no_grad():
+        batch = make_batch(make_examples(3), packed=True)
+        completion_states(student, batch)
+        assert guide.error(batch).device.type == "meta"
+
+
 def test_it_trains_towards_the_teacher_and_micro_batches_change_nothing(tmp_path: Path) -> None:
     examples = make_examples(12)
     logs = []

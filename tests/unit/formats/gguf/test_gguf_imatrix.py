@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgedistill.errors import UsageError
-from edgedistill.formats.gguf import imatrix
+from edgedistill.formats.gguf import activations
 from edgedistill.formats.gguf.dequantize import hf_tensor_name
 from edgedistill.formats.gguf.imatrix import collect, load
 from edgedistill.formats.gguf.read import read_info, read_tensor
@@ -50,7 +50,7 @@ def reference(folder: Path, token_rows: list[list[int]]) -> dict[str, np.ndarray
 def test_it_is_what_transformers_sees(
     lengths: tuple[int, ...], tiny: Tiny, tiny_gguf: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imatrix, "_CHUNK", 64)  # several batches, rows longer than one, rows sharing one
+    monkeypatch.setattr(activations, "CHUNK", 64)  # several batches, rows longer than one, rows sharing one
     path = tiny_gguf(to="f32")
     token_rows = rows(read_info(path).vocab, lengths)
     seen: list[int] = []

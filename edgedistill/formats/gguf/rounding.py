@@ -1,0 +1,273 @@
+"""Choose the codes of a quantized GGUF anew, each column making good what rounding the ones before it spoilt.
+
+llama.cpp rounds every weight to the nearest value that its block offers. What counts is the product with the inputs: with
+second moments H = E[x x'], rounding w to q costs (w - q) H (w - q)', and since inputs are correlated, the error of one
+column can be taken out of those not yet rounded (GPTQ, Frantar et al. 2022, arXiv:2210.17323; OBQ, arXiv:2208.11580):
+
+    w_rest <- w_rest - (w_j - q_j) / U_jj U_j,rest    with U the upper Cholesky factor of H^-1,
+
+columns with large inputs first. The blocks' scales stay llama.cpp's, chosen with the importance matrix, so the file has
+the same type, size and speed: only codes change. A matrix where that does not lower the cost keeps its codes.
+
+Formats: those whose blocks of 32 weights have a scale, perhaps an offset, and 4 or 5 bits a weight.
+Measured on the quickstart's student in IQ4_NL (exact match on 840 dev rows, same model): 0.864 whole, 0.832 rounded to
+nearest, 0.855 so; another student 0.846, 0.790, 0.825.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.errors import StepFailed
+from edgedistill.formats.gguf.activations import Progress, watch_inputs
+from edgedistill.formats.gguf.read import GgufInfo, TensorInfo, read_info, read_tensor
+
+DAMPING = 0.01  # of the mean second moment, on the diagonal: GPTQ's own value
+PANEL = 64  # columns whose errors are carried over to the later columns at once
+MEMORY = 2**30  # bytes of second moments held at once; more matrices take another pass over the text
+_NIBBLES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFormat:
+    """A block of 32 weights, each ``scale * levels[code] + offset``; ``head`` are the float16 before the codes: a scale,
+    and an offset where there are two. ``high`` tells that a fifth bit of each code stands in a word of its own.
+    """
+
+    levels: np.ndarray
+    head: int
+    high: bool
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a block."""
+        return 2 * self.head + 4 * self.high + 16
+
+    def scales(self, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (scale, offset), float32, of blocks uint8 [..., blocks, bytes]: each [..., blocks]."""
+        head = np.ascontiguousarray(blocks[..., : 2 * self.head]).view(np.float16).astype(np.float32)
+        return head[..., 0], head[..., 1] if self.head > 1 else np.zeros_like(head[..., 0])
+
+    def codes(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the codes, uint8 [..., blocks, 32]."""
+        nibbles = blocks[..., -16:]
+        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        if self.high:
+            bits = np.unpackbits(blocks[..., -20:-16], axis=-1, bitorder="little")
+            codes = codes | bits << 4
+        return codes
+
+    def with_codes(self, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        """Return the blocks with other codes, uint8 [..., blocks, 32]; scales as they were."""
+        out = blocks.copy()
+        out[..., -16:] = (codes[..., :16] & 15) | (codes[..., 16:] & 15) << 4
+        if self.high:
+            out[..., -20:-16] = np.packbits(codes >> 4, axis=-1, bitorder="little")
+        return out
+
+    def nearest(self, values: np.ndarray) -> np.ndarray:
+        """Return the codes whose levels are nearest to ``values`` (weights less offset, over scale)."""
+        if len(self.levels) == _NIBBLES and self.levels[1] - self.levels[0] != 1:
+            return np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, values).astype(np.uint8)
+        codes = np.rint(values - self.levels[0])
+        return np.clip(codes, 0, len(self.levels) - 1, out=codes).astype(np.uint8)
+
+
+# ggml-common.h: block_q4_0 and so on, and kvalues_iq4nl.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+FORMATS: dict[str, BlockFormat] = {
+    "Q4_0": BlockFormat(np.arange(-8, 8, dtype=np.float32), 1, False),
+    "Q4_1": BlockFormat(np.arange(16, dtype=np.float32), 2, False),
+    "Q5_0": BlockFormat(np.arange(-16, 16, dtype=np.float32), 1, True),
+    "Q5_1": BlockFormat(np.arange(32, dtype=np.float32), 2, True),
+    "IQ4_NL": BlockFormat(np.array(_IQ4, dtype=np.float32), 1, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingReport:
+    """What was gained: ``tensors`` rounded so, ``kept`` left as they were; ``before`` and ``after`` are the squared error
+    of the matrices' products over the products' own squares, averaged over the matrices.
+    """
+
+    tensors: int
+    kept: int
+    before: float
+    after: float
+    rows: int
+    tokens: int
+    passes: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def inverse_factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the order of the columns, largest inputs first, and U of that order: float32 [C, C]. ``moments``: [C, C]."""
+    full = moments.astype(np.float64)
+    mean = float(full.diagonal().mean())
+    full.flat[:: len(full) + 1] += DAMPING * mean if mean > 0 else 1.0  # inputs of 0: any rounding will do
+    order = np.argsort(-full.diagonal(), kind="stable")
+    inverse = np.linalg.inv(full[np.ix_(order, order)])
+    return order, np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+
+
+def feed_back(
+    weights: np.ndarray, blocks: np.ndarray, form: BlockFormat, order: np.ndarray, factor: np.ndarray
+) -> np.ndarray:
+    """Return codes, uint8 [R, C / 32, 32], for ``weights`` [R, C] under the scales of ``blocks`` [R, C / 32, bytes].
+
+    ``order`` and ``factor`` are ``inverse_factor``'s of the second moments of the inputs.
+    """
+    rows, columns = weights.shape
+    scale, offset = form.scales(blocks)
+    # Columns first: what the loop touches lies together.
+    rest = np.ascontiguousarray(weights.T[order])
+    block = order // 32
+    scale, offset = np.ascontiguousarray(scale.T), np.ascontiguousarray(offset.T)
+    safe = np.where(scale == 0, np.float32(1), scale)
+    codes = np.empty((columns, rows), dtype=np.uint8)
+    for start in range(0, columns, PANEL):
+        end = min(start + PANEL, columns)
+        errors = np.empty((end - start, rows), dtype=np.float32)
+        for at in range(start, end):
+            d, m = scale[block[at]], offset[block[at]]
+            code = form.nearest((rest[at] - m) / safe[block[at]])
+            codes[at] = code
+            error = errors[at - start]
+            np.subtract(rest[at], form.levels[code] * d + m, out=error)
+            error /= factor[at, at]
+            if at + 1 < end:
+                rest[at + 1 : end] -= factor[at, at + 1 : end, None] * error
+        rest[end:] -= factor[start:end, end:].T @ errors
+    out = np.empty_like(codes)
+    out[order] = codes
+    return np.ascontiguousarray(out.T).reshape(rows, columns // 32, 32)
+
+
+def round_file(
+    path: Path,
+    source: Path,
+    token_rows: Sequence[Sequence[int]],
+    *,
+    threads: int | None = None,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> RoundingReport:
+    """Choose the codes of ``path`` anew, in place; ``source`` is the full-precision file that it was quantized from.
+
+    ``token_rows`` are run through ``source`` once for every ``memory`` bytes of second moments. Raises as
+    ``watch_inputs``, and StepFailed where inputs are not finite.
+    """
+    started = time.monotonic()
+    info, whole = read_info(path), read_info(source)
+    chosen = [tensor for tensor in info.tensors if tensor.type in FORMATS and tensor.name.startswith("blk.")]
+    chosen = [tensor for tensor in chosen if len(tensor.shape) == 2]
+    before: list[float] = []
+    after: list[float] = []
+    kept = passes = done = 0
+    seen = None
+    for group in _groups(chosen, memory):
+        passes += 1
+        moments, inputs = _Moments(), {tensor.name for tensor in group}
+        seen = watch_inputs(source, token_rows, moments.take, wanted=inputs.__contains__, threads=threads)
+        factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for tensor in group:
+            if progress:
+                progress(done, len(chosen), f"rounding {tensor.name}")
+            done += 1
+            found = moments.of(tensor.name)
+            if found is None:  # never multiplied: an expert that no token reached
+                kept += 1
+                continue
+            shared, second = found
+            if not np.isfinite(second).all():
+                raise StepFailed(f"the input of {tensor.name} is not finite: the model is broken")
+            if shared not in factors:
+                factors[shared] = inverse_factor(second)
+            old, new, changed = _round_tensor(info, whole, tensor, second, factors[shared])
+            before.append(old)
+            after.append(new)
+            kept += not changed
+    return RoundingReport(
+        tensors=len(chosen) - kept,
+        kept=kept,
+        before=float(np.mean(before)) if before else 0.0,
+        after=float(np.mean(after)) if after else 0.0,
+        rows=seen.rows if seen else 0,
+        tokens=seen.tokens if seen else 0,
+        passes=passes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _round_tensor(
+    info: GgufInfo, whole: GgufInfo, tensor: TensorInfo, second: np.ndarray, factor: tuple[np.ndarray, np.ndarray]
+) -> tuple[float, float, bool]:
+    """Round one matrix in the file; return its error before and after, and whether it changed."""
+    form, weights = FORMATS[tensor.type], read_tensor(whole, tensor.name)
+    rows, columns = tensor.shape
+    raw = np.fromfile(info.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
+    blocks = raw.reshape(rows, columns // 32, form.bytes)
+    scale, offset = form.scales(blocks)
+
+    def cost(codes: np.ndarray) -> float:
+        off = weights - (form.levels[codes] * scale[..., None] + offset[..., None]).reshape(rows, columns)
+        return float(np.vdot(off @ second, off))
+
+    size = float(np.vdot(weights @ second, weights)) or 1.0
+    codes = feed_back(weights, blocks, form, *factor)
+    old, new = cost(form.codes(blocks)), cost(codes)
+    if not new < old:
+        return old / size, old / size, False
+    with open(info.path, "r+b") as file:
+        file.seek(tensor.offset)
+        file.write(form.with_codes(blocks, codes).tobytes())
+    return old / size, new / size, True
+
+
+class _Moments:
+    """Sums of x x' of every input, each once, whatever number of matrices it is given to."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, np.ndarray] = {}
+        self._input: dict[str, str] = {}
+        self._owner: dict[str, str] = {}
+
+    def take(self, name: str, of: str, inputs: np.ndarray) -> None:
+        """Add an input's x x', where ``name`` is the first of the matrices that get it."""
+        self._input[name] = of
+        if self._owner.setdefault(of, name) != name:
+            return
+        x = np.ascontiguousarray(inputs)
+        if of in self.sums:
+            self.sums[of] += x.T @ x
+        else:
+            self.sums[of] = x.T @ x
+
+    def of(self, name: str) -> tuple[str, np.ndarray] | None:
+        """Return the name and the moments of a matrix's input; None where it was never multiplied."""
+        of = self._input.get(name)
+        return None if of is None else (of, self.sums[of])
+
+
+def _groups(tensors: Sequence[TensorInfo], memory: int) -> list[list[TensorInfo]]:
+    """Cut the matrices into groups whose second moments fit ``memory`` bytes, in file order; one at least in each."""
+    groups: list[list[TensorInfo]] = []
+    left = 0
+    for tensor in tensors:
+        need = 4 * tensor.shape[1] ** 2
+        if not groups or need > left:
+            groups.append([])
+            left = memory
+        groups[-1].append(tensor)
+        left -= need
+    return groups
