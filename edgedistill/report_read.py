@@ -361,7 +361,8 @@ def _fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]
                 if tensor["asked"] != tensor["got"]:
                     move = f"{tensor['asked']} to {tensor['got']}"
                     moved[move] = moved.get(move, 0) + 1
-            kept = {key: report.get(key) for key in ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries")}
+            fields = ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries", "rounding")
+            kept = {key: report.get(key) for key in fields}
             found[name] = {**kept, "moved": moved, "tensors": len(report.get("tensors", ()))}
     return found
 

@@ -365,7 +365,13 @@ def types_sheet(data: ReportData) -> Sheet:
     for step, found in data.fallbacks.items():
         moved = ", ".join(f"{count} x {move}" for move, count in found["moved"].items())
         bpw = [f"{found[key]:.2f}" if found[key] is not None else "" for key in ("bpw", "asked_bpw")]
-        rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, str(found["warning"] or "")])
+        notes = [str(found["warning"])] if found["warning"] else []
+        if rounding := found.get("rounding"):
+            notes.append(
+                f"gptq: {rounding['tensors']} matrices rounded by {rounding['tokens']:,} tokens of text; squared error of "
+                f"their products {rounding['after']:.2g}, to nearest {rounding['before']:.2g}"
+            )
+        rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, "; ".join(notes)])
     columns = ("step", "type", "bpw", "without fallbacks", "tensors", "fell back", "note")
     return filled(Sheet(title="quantization", columns=columns, rows=rows, right=frozenset({2, 3, 4})))
 

@@ -178,7 +178,7 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 def test_the_shape_of_the_student(folder: Path) -> None:
     facts = student_facts(make_inputs(folder))
-    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1120, 16384)
+    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1184, 12288)
     facts = student_facts(make_inputs(folder, student__layers=[0, 1, 29], student__ffn=704))
     assert (facts.layers, facts.ffn) == (3, 704)
 
@@ -202,8 +202,8 @@ def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(fol
 
 def test_a_trimmed_vocabulary_is_a_smaller_student_chosen_by_all_that_is_taught(folder: Path) -> None:
     whole, small = make_inputs(folder, student__vocabulary=None), make_inputs(folder)
-    assert student_facts(small).vocab == 16384
-    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 16384) * 576
+    assert student_facts(small).vocab == 12288
+    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 12288) * 576
     assert taught_rows(whole) == ()
     rows = taught_rows(small)
     assert len({row.id for row in rows}) == len(rows)
