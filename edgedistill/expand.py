@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
@@ -21,7 +22,7 @@ from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
 from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.convert import Convert
-from edgedistill.stages.distill import Distill
+from edgedistill.stages.distill import Distill, DistillDense
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.filter import Filter
 from edgedistill.stages.generate import Generate
@@ -32,6 +33,7 @@ from edgedistill.stages.package import Package
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.score import Score
 from edgedistill.stages.shape import Shape
+from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
 
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
@@ -94,7 +96,8 @@ class _Expander:
         )
         targets = self._score(teacher, kept)
         healed = self._heal(self._shape(base_student), kept, teacher)
-        student = self._distill("distill/1", "merge", healed, kept, targets)
+        beside = teacher if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
+        student = self._distill("distill/1", "merge", healed, kept, targets, teacher=beside)
         self._artifacts(teacher, base_teacher, student, healed, kept, scores)
         plan = Plan(
             identity=digest([str(self.inputs.path.absolute()), recipe.name]),
@@ -140,7 +143,7 @@ class _Expander:
 
     def _score(self, teacher: Key, kept: Key) -> Key | None:
         score = self.recipe.score
-        if score.kind == "none":
+        if score.kind in ("none", "dense"):
             return None
         stage = Score(
             teacher=teacher,
@@ -213,30 +216,43 @@ class _Expander:
         )
 
     def _distill(
-        self, name: str, merge_name: str, student: Key, kept: Key, targets: Key | None, *, gold: bool = False
+        self,
+        name: str,
+        merge_name: str,
+        student: Key,
+        kept: Key,
+        targets: Key | None,
+        *,
+        teacher: Key | None = None,
+        gold: bool = False,
     ) -> Key:
         """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``."""
         settings = self.recipe.distill
         loss = (
             {"kd": 0.0, "ce": 1.0, "divergence": "forward-kl", "temperature": 1.0}
             if gold
-            else settings.loss.model_dump()
+            else settings.loss.model_dump(exclude_none=True)
         )
         full = settings.method == "full"
-        stage = Distill(
-            student=student,
-            kept=kept,
-            text="reference" if gold else "text",
-            targets=None if gold else targets,
-            training=settings.model_dump(exclude={"loss"}),
-            loss=loss,
-            seed=self.recipe.seed,
-        )
+        fields: dict[str, Any] = {
+            "student": student,
+            "kept": kept,
+            "text": "reference" if gold else "text",
+            "targets": None if gold else targets,
+            "training": settings.model_dump(exclude={"loss"}),
+            "loss": loss,
+            "seed": self.recipe.seed,
+        }
+        stage = Distill(**fields) if teacher is None else DistillDense(**fields, teacher=teacher)
+        tokens = self.tokens * settings.epochs
+        work = train_work(self.s_params, tokens, full=full)
+        if teacher is not None:
+            work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
         trained = self.graph.add(
             name,
             stage,
-            train_work(self.s_params, self.tokens * settings.epochs, full=full),
-            memory=train_memory(self.s_params, full=full),
+            work,
+            memory=train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params,
             disk=(16 if full else 1) * self.s_params,
         )
         if full:
@@ -287,6 +303,8 @@ class _Expander:
                 target.quantize,
                 self.s_params,
             )
+            if self.recipe.tune and target.name in self.recipe.tune.targets:
+                key = self._tune(f"tune/{target.name}", key, student)
             quantized.append((target, key, "onnx" if onnx else "model.gguf"))
         student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
         evaluations = [
@@ -360,6 +378,27 @@ class _Expander:
         if types.rounding == "gptq":
             kind = "quantize-gptq"
         return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=6 * params + 300 * MIB, disk=size)
+
+    def _tune(self, name: str, quantized: Key, student: Key) -> Key:
+        tune, rows = self.recipe.tune, self.inputs.tuning
+        assert tune is not None
+        stage = Tune(
+            quantized=quantized,
+            student=student,
+            rows_digest=rows_digest(rows),
+            rows=rows,
+            training=tune.model_dump(exclude={"targets", "files", "rows", "skip"}),
+            seed=self.recipe.seed,
+        )
+        tokens = sum(map(row_tokens, rows)) * tune.epochs
+        work = train_work(self.s_params, tokens, full=False)
+        return self.graph.add(
+            name,
+            stage,
+            replace(work, amount=work.amount + 2 * self.s_params * tokens),
+            memory=12 * self.s_params + (RUNTIME_MIB + 600) * MIB,
+            disk=5 * self.s_params,
+        )
 
     def _evaluate(
         self,

@@ -32,6 +32,7 @@ class Inputs:
     prompts: tuple[Row, ...]
     gold: tuple[Row, ...]
     healing: tuple[Row, ...]
+    tuning: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     ship_anyway: bool = False
 
@@ -53,15 +54,31 @@ class _Files:
 
 
 def _read_rows(
-    source: _Files, files: Sequence[Path], limit: int | Sequence[int] | None, key: str, *, reference: bool
+    source: _Files,
+    files: Sequence[Path],
+    limit: int | Sequence[int] | None,
+    key: str,
+    *,
+    reference: bool,
+    skip: int | Sequence[int] = 0,
 ) -> tuple[Row, ...]:
-    """Read the rows of several JSONL files, the first ``limit`` of each (one count for all files, or one for each); the
-    key is named in errors.
+    """Read the rows of several JSONL files, the first ``limit`` of each after ``skip`` (one count for all files, or one for
+    each); the key is named in errors.
     """
     rows: list[Row] = []
     limits = limit if isinstance(limit, Sequence) else [limit] * len(files)
-    for file, most in zip(files, limits, strict=True):
-        rows += source.rows(file, key, reference=reference)[:most]
+    skips = skip if isinstance(skip, Sequence) else [skip] * len(files)
+    for file, most, first in zip(files, limits, skips, strict=True):
+        found = source.rows(file, key, reference=reference)
+        if first >= len(found):
+            name = f"{key.partition('.')[0]}.skip"
+            raise RecipeError(
+                f"{name} leaves out {first} rows, and {file} has {len(found)}",
+                "skip fewer",
+                file=source.recipe_path,
+                key=name,
+            )
+        rows += found[first:][:most]
     doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
     if doubled:
         raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=source.recipe_path, key=key)
@@ -92,6 +109,11 @@ def read_inputs(
         else (),
         healing=_read_rows(source, recipe.heal.files, recipe.heal.rows, "heal.files", reference=True)
         if recipe.heal
+        else (),
+        tuning=_read_rows(
+            source, recipe.tune.files, recipe.tune.rows, "tune.files", reference=True, skip=recipe.tune.skip
+        )
+        if recipe.tune
         else (),
         suites={
             name: _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True)
@@ -153,7 +175,7 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    taught = {id(row): row for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}  # files are shared, and so rows
+    taught = {id(row): row for row in (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning)}  # shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
@@ -163,7 +185,30 @@ def refuse(inputs: Inputs) -> list[str]:
         )
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
-    return warnings
+    return warnings + _refuse_tuning(inputs)
+
+
+def _refuse_tuning(inputs: Inputs) -> list[str]:
+    """Refuse to tune the norms of what cannot be dequantized; warn where the text was taught already."""
+    tune = inputs.recipe.tune
+    if tune is None:
+        return []
+    told: tuple[str, str] | None = None
+    for target in inputs.targets:
+        if target.name in tune.targets and target.runtime.format != "gguf":
+            told = (f"{target.name} is an ONNX target: norms are tuned in GGUF files", "take it out of tune.targets")
+    if inputs.student.facts.architecture != "llama":
+        family = inputs.student.facts.architecture
+        told = (f"norms are tuned in files of the llama family, and the student is {family}", "leave [tune] out")
+    if told is not None:
+        raise RecipeError(*told, key="tune.targets", file=inputs.path)
+    taught = {row.id for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}
+    seen = sum(row.id in taught for row in inputs.tuning)
+    if not seen:
+        return []
+    return [
+        f"{seen} of {len(inputs.tuning)} rows of [tune] are taught before: what rounding did shows little on them (tune.skip)"
+    ]
 
 
 def _refuse_width(inputs: Inputs, width: int) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgedistill.toml_source import load_toml
+from edgedistill.training.objectives import DivergenceName, problem
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -19,6 +20,12 @@ Count = Annotated[int, Field(ge=1)]
 Rows = Annotated[
     Count | tuple[Count, ...] | None,
     Field(description="use the first so many rows of each file: one count for all, or a list of one for each"),
+]
+
+
+Skip = Annotated[
+    Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="leave out the first so many rows of each file: one count for all, or a list of one for each"),
 ]
 
 
@@ -138,11 +145,11 @@ class Filter(Section):
 
 
 class Score(Section):
-    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, or
-    none.
+    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, all of it
+    (``dense``: nothing is stored, the teacher runs beside the student), or none.
     """
 
-    kind: Literal["sampled", "top-k", "none"] = "sampled"
+    kind: Literal["sampled", "top-k", "dense", "none"] = "sampled"
     n: Annotated[int, Field(ge=1, le=256)] = 12
     temperature: Positive | None = Field(
         default=None, description="temperature of the draws; loss.temperature when left out"
@@ -154,13 +161,19 @@ class Loss(Section):
 
     kd: Annotated[float, Field(ge=0)] = 0.7
     ce: Annotated[float, Field(ge=0)] = 0.3
-    divergence: Literal["forward-kl"] = "forward-kl"
+    divergence: DivergenceName = "forward-kl"
+    share: float | None = Field(
+        default=None,
+        description="of the distribution named first in the mixture of jsd (0.5) and the skewed ones (0.1)",
+    )
     temperature: Positive = 1.0
 
     @model_validator(mode="after")
     def _something(self) -> Loss:
         if self.kd + self.ce <= 0:
             raise ValueError("kd and ce are both 0: nothing would be learnt")
+        if found := problem(self.divergence, self.share, "", self.temperature):
+            raise ValueError(f"{found[0]}: {found[1]}")
         return self
 
 
@@ -176,6 +189,22 @@ class Calibrate(Section):
     """Rows of the training text that the importance matrix is measured on."""
 
     rows: Count = 200
+
+
+class Tune(Training):
+    """Train the norms of quantized files towards the student that they were made from, whole: what rounding shifted is
+    shifted back, and type, size and speed stay. ``skip`` leaves out the first so many rows of each file: text that the
+    student was taught shows little of what rounding did.
+    """
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1, description="whose files: GGUF targets of this recipe")]
+    files: Annotated[tuple[Path, ...], Field(min_length=1)]
+    rows: Rows = None
+    skip: Skip = 0
+    epochs: Positive = 1.0
+    batch_size: Count = 8
+    lr: Positive = 1e-3
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
 class Suite(Section):
@@ -236,13 +265,17 @@ class Recipe(Section):
     distill: Distill = Distill()
     calibrate: Calibrate = Calibrate()
     quantize: dict[str, QuantizeOverride] = {}
+    tune: Tune | None = None
     suites: dict[str, Suite] = {}
     gates: Gates = Gates()
     baselines: Baselines = Baselines()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for place, section in (("adapt", self.adapt), ("heal", self.heal), ("prompts", self.prompts)):
+        if self.tune and isinstance(self.tune.skip, tuple) and len(self.tune.skip) != len(self.tune.files):
+            raise ValueError(f"tune.skip has {len(self.tune.skip)} counts for {len(self.tune.files)} files")
+        sections = {"adapt": self.adapt, "heal": self.heal, "prompts": self.prompts, "tune": self.tune}
+        for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
                 raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")
         for place, names in (
@@ -266,10 +299,16 @@ class Recipe(Section):
             for name in names if isinstance(names, dict) else ():
                 if name not in self.targets:
                     raise ValueError(f"{place} names the target {name!r}; targets has {', '.join(self.targets)}")
+        for name in self.tune.targets if self.tune else ():
+            if name not in self.targets:
+                raise ValueError(f"tune.targets names the target {name!r}; targets has {', '.join(self.targets)}")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets names one target twice")
         if self.score.kind == "none" and self.distill.loss.kd > 0:
             raise ValueError('score.kind = "none" leaves no distributions: set distill.loss.kd = 0')
+        loss = self.distill.loss
+        if loss.kd > 0 and (found := problem(loss.divergence, loss.share, self.score.kind, loss.temperature)):
+            raise ValueError(f"distill.loss.divergence: {found[0]}: {found[1]}")
         if self.baselines.few_shot and not self.adapt:
             raise ValueError("baselines.few_shot takes its examples from adapt.files: add [adapt], or leave it out")
         return self

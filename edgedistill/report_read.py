@@ -364,6 +364,10 @@ def _fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]
             fields = ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries", "rounding")
             kept = {key: report.get(key) for key in fields}
             found[name] = {**kept, "moved": moved, "tensors": len(report.get("tensors", ()))}
+        elif entry and "tune" in entry.facts:
+            tune = entry.facts["tune"]
+            found[name] = {"type": "", "bpw": None, "asked_bpw": None, "warning": None, "moved": {}, "tune": tune}
+            found[name]["tensors"] = tune["norms"]
     return found
 
 

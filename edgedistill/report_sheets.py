@@ -360,7 +360,7 @@ def training_sheet(data: ReportData) -> Sheet:
 
 
 def types_sheet(data: ReportData) -> Sheet:
-    """Lay out what quantization made of each file, and what fell back to larger types."""
+    """Lay out what quantization made of each file, what fell back to larger types, and what rounding and tuning gained."""
     rows = []
     for step, found in data.fallbacks.items():
         moved = ", ".join(f"{count} x {move}" for move, count in found["moved"].items())
@@ -370,6 +370,12 @@ def types_sheet(data: ReportData) -> Sheet:
             notes.append(
                 f"gptq: {rounding['tensors']} matrices rounded by {rounding['tokens']:,} tokens of text; squared error of "
                 f"their products {rounding['after']:.2g}, to nearest {rounding['before']:.2g}"
+            )
+        if tune := found.get("tune"):
+            notes.append(
+                f"norms tuned: KLD to the student before rounding {tune['before']:.2g} to {tune['after']:.2g}, on "
+                f"{tune['tokens']:,} tokens of {tune['rows']} rows held out"
+                + ("" if tune["helped"] else "; that is no help, and the file is as it was")
             )
         rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, "; ".join(notes)])
     columns = ("step", "type", "bpw", "without fallbacks", "tensors", "fell back", "note")

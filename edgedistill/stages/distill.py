@@ -1,6 +1,6 @@
 """distill: train the student on the kept text and the teacher's distributions.
 
-In: the student checkpoint, kept rows, soft targets. Out: ``adapter/`` (LoRA) or ``model/`` (full),
+In: the student checkpoint, kept rows, soft targets or the teacher itself. Out: ``adapter/`` (LoRA) or ``model/`` (full),
 ``log/train.jsonl``. Before the first step the losses prove themselves: student = teacher gives 0, sparse agrees with
 dense, shift and mask are right."""
 
@@ -30,9 +30,11 @@ class Distill(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Check the losses, train, save."""
+        from edgedistill.training.dense import DenseTeacher
         from edgedistill.training.recipe import load_kept, load_model, load_targets, take_results, train_settings
         from edgedistill.training.selfcheck import selfcheck
         from edgedistill.training.trainer import train
+        from edgedistill.training.vocabulary import read_origin
 
         source = ctx.path(self.student, "model")
         examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source, text=self.text)
@@ -43,10 +45,23 @@ class Distill(Stage):
             left_out = kept - len(examples)
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
+        vocab_size = min(len(tokenizer), model.config.vocab_size)
+        teacher = None
+        if isinstance(self, DistillDense):
+            origin = read_origin(source)
+            whole = load_model(ctx.path(self.teacher, "model"))
+            teacher = DenseTeacher(whole, vocab_size, tokens=origin.kept.tolist() if origin else None)
         ctx.progress(0, 1, "checking the losses")
-        checks = selfcheck(
-            model, examples, targets, terms=settings.loss, vocab_size=min(len(tokenizer), model.config.vocab_size)
+        checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size)
+        result = train(
+            model, examples, targets, settings=settings, out=ctx.work, teacher=teacher, progress=ctx.progress
         )
-        result = train(model, examples, targets, settings=settings, out=ctx.work, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDense(Distill):
+    """Train one student on the whole distributions of ``teacher``, which runs beside it."""
+
+    teacher: Key

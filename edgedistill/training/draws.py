@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from edgedistill.training.data import counter_rng
-from edgedistill.training.targets import TEMPERATURES, Kind, SparseTargets
+from edgedistill.training.objectives import TEMPERATURES
+from edgedistill.training.targets import Kind, SparseTargets
 
 
 def uniforms(seed: int, row_id: str, positions: int, n: int) -> np.ndarray:

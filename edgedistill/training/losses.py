@@ -5,8 +5,9 @@ All losses are sums over completion tokens, to be divided by the number of compl
 (Hinton 2015), so that its gradient keeps its size when the temperature changes.
 
 ``HeadLoss`` computes the logits of a few positions at a time, and with them the gradient, which is known in closed
-form: cross-entropy p - y; forward KL at T: T (p_T - q); top-K with the tail as one bucket: p_j - q_j for kept ids and
-p_j (1 - q_tail / p_tail) elsewhere. Nothing but the gradient of the hidden states is kept for the way back.
+form: cross-entropy p - y; a divergence at T: T (pull_j - p_j sum of the pulls), see ``divergences.py``; with the tail as one
+bucket, the pull of a token in the tail is its share p_j / p_tail of the bucket's. Nothing but the gradient of the hidden
+states is kept for the way back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgedistill.training.dense import DenseTargets
+from edgedistill.training.divergences import FORWARD_KL, Divergence
 from edgedistill.training.targets import SparseTargets
 
 CHUNK = 128
@@ -29,27 +32,29 @@ TAIL_FLOOR = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class LossTerms:
-    """Weights of the terms and the temperature of the distillation term."""
+    """Weights of the terms; the divergence of the distillation term and its temperature."""
 
     kd: float = 0.0
     ce: float = 1.0
     temperature: float = 1.0
+    divergence: Divergence = FORWARD_KL
 
 
 @dataclass(eq=False)
 class BatchTargets:
     """Sparse targets of a batch in row-compressed form: position t has entries [offsets[t], offsets[t + 1]).
 
-    ``q`` are probabilities at the loss temperature. ``tail`` [positions] is the mass of the tail bucket (top-k), or
-    None. ``constant`` [positions] is the teacher's part of the divergence, sum of q log q, estimated where targets are
-    sampled.
+    ``weights`` are what each entry counts: the teacher's probability at the loss temperature (top-k), or the entry's share
+    of the draws (sampled). ``logq`` are the logs of the teacher's probabilities at that temperature; None where the draws'
+    normaliser is not known, which forward KL can do without. ``log_tail`` [positions] is the log of the tail bucket's mass
+    (top-k), or None.
     """
 
     offsets: torch.Tensor
     ids: torch.Tensor
-    q: torch.Tensor
-    tail: torch.Tensor | None
-    constant: torch.Tensor
+    weights: torch.Tensor
+    logq: torch.Tensor | None
+    log_tail: torch.Tensor | None
 
 
 def batch_targets(targets: Sequence[SparseTargets], temperature: float) -> BatchTargets:
@@ -58,27 +63,25 @@ def batch_targets(targets: Sequence[SparseTargets], temperature: float) -> Batch
     offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
     np.cumsum(sizes, out=offsets[1:])
     ids = np.concatenate([one.ids for one in targets]).astype(np.int64)
-    q = np.concatenate([one.probabilities(temperature) for one in targets]).astype(np.float64)
+    weights = np.concatenate([one.probabilities(temperature) for one in targets]).astype(np.float64)
     rows = np.repeat(np.arange(len(sizes)), sizes)
-    tail = None
+    log_tail = logq = None
     if targets[0].kind == "top-k":
-        tail = np.clip(1.0 - np.bincount(rows, q, len(sizes)), 0.0, 1.0)
-        constant = np.bincount(rows, q * np.log(np.maximum(q, 1e-30)), len(sizes))
-        constant += tail * np.log(np.maximum(tail, 1e-30))
+        tail = np.clip(1.0 - np.bincount(rows, weights, len(sizes)), 0.0, 1.0)
+        log_tail = torch.from_numpy(np.log(np.maximum(tail, 1e-30)).astype(np.float32))
+        logq = torch.from_numpy(np.log(np.maximum(weights, 1e-30)).astype(np.float32))
     else:
         known = [one.normaliser(temperature) for one in targets]
-        logp = np.concatenate([one.logp for one in targets]).astype(np.float64) / temperature
         if all(one is not None for one in known):
+            logp = np.concatenate([one.logp for one in targets]).astype(np.float64) / temperature
             shift = np.concatenate([one for one in known if one is not None]).astype(np.float64)
-            constant = np.bincount(rows, q * (logp - shift[rows]), len(sizes))
-        else:
-            constant = np.zeros(len(sizes))
+            logq = torch.from_numpy((logp - shift[rows]).astype(np.float32))
     return BatchTargets(
         offsets=torch.from_numpy(offsets),
         ids=torch.from_numpy(ids),
-        q=torch.from_numpy(q.astype(np.float32)),
-        tail=None if tail is None else torch.from_numpy(tail.astype(np.float32)),
-        constant=torch.from_numpy(constant.astype(np.float32)),
+        weights=torch.from_numpy(weights.astype(np.float32)),
+        logq=logq,
+        log_tail=log_tail,
     )
 
 
@@ -89,17 +92,46 @@ def dense_kl(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
-def sparse_kl(targets: BatchTargets, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Return the sparse form of the same divergence for each position, plainly and differentiably: [positions]."""
-    positions = student.shape[0]
+def dense_divergence(
+    teacher: torch.Tensor, student: torch.Tensor, divergence: Divergence, temperature: float = 1.0
+) -> torch.Tensor:
+    """Return a divergence of dense logits [positions, V] per position, without T^2, differentiable: [positions]."""
+    logq, logp = torch.log_softmax(teacher / temperature, -1), torch.log_softmax(student / temperature, -1)
+    return divergence.parts(logq, logp)[0].sum(-1)
+
+
+def sparse_divergence(
+    targets: BatchTargets, student: torch.Tensor, divergence: Divergence, temperature: float = 1.0
+) -> torch.Tensor:
+    """Return the sparse form of the same divergence for each position, plainly and differentiably: [positions].
+
+    Draws without a known normaliser (forward KL) leave out the teacher's own part, which no gradient depends on.
+    """
+    positions, kind = student.shape[0], student.dtype
     rows = torch.repeat_interleave(torch.arange(positions), targets.offsets.diff())
     logp = torch.log_softmax(student / temperature, -1)
     kept = logp[rows, targets.ids]
-    cross = torch.zeros(positions, dtype=student.dtype).index_add(0, rows, targets.q.to(student.dtype) * kept)
-    if targets.tail is not None:
-        mass = torch.zeros(positions, dtype=student.dtype).index_add(0, rows, kept.exp())
-        cross = cross + targets.tail.to(student.dtype) * torch.log((1.0 - mass).clamp_min(TAIL_FLOOR))
-    return targets.constant.to(student.dtype) - cross
+    values = _outcomes(targets.weights.to(kind), targets.logq, kept, divergence, drawn=targets.log_tail is None)[0]
+    total = torch.zeros(positions, dtype=kind).index_add(0, rows, values)
+    if targets.log_tail is not None:
+        mass = torch.zeros(positions, dtype=kind).index_add(0, rows, kept.exp())
+        rest = torch.log((1.0 - mass).clamp_min(TAIL_FLOOR))
+        total = total + divergence.parts(targets.log_tail.to(kind), rest)[0]
+    return total
+
+
+def _outcomes(
+    weights: torch.Tensor, logq: torch.Tensor | None, logp: torch.Tensor, divergence: Divergence, *, drawn: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (value, pull) of the kept outcomes, where draws count by their share over their probability."""
+    if drawn and divergence.name == "forward-kl":
+        return weights * (-logp if logq is None else logq.to(logp) - logp), -weights
+    assert logq is not None  # objectives.problem
+    value, pull = divergence.parts(logq.to(logp), logp)
+    if not drawn:
+        return value, pull
+    share = weights * (-logq.to(logp)).exp()
+    return value * share, pull * share
 
 
 class HeadLoss(torch.autograd.Function):
@@ -117,7 +149,7 @@ class HeadLoss(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         weights: torch.Tensor,
-        targets: BatchTargets | None,
+        targets: BatchTargets | DenseTargets | None,
         terms: LossTerms,
         vocab_size: int,
         separate: bool,
@@ -127,6 +159,7 @@ class HeadLoss(torch.autograd.Function):
         head = weight[:vocab_size]
         head_bias = None if bias is None else bias[:vocab_size]
         train_head = ctx.needs_input_grad[1]
+        sparse = None if isinstance(targets, DenseTargets) else targets
         grads = [torch.empty_like(hidden) for _ in range(2 if separate else 1)]
         head_grad = torch.zeros_like(weight, dtype=torch.float32) if train_head else None
         totals = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -137,11 +170,18 @@ class HeadLoss(torch.autograd.Function):
             # The gradient takes the place of the logits: one large buffer for a chunk, two where the terms are kept
             # apart.
             of_kd = torch.empty_like(logits) if separate else logits
+            whole = targets.logits(start, end) if isinstance(targets, DenseTargets) else None
             for low in range(start, end, ROWS):
                 high = min(low + ROWS, end)
                 place = slice(low - start, high - start)
                 kd, ce, kd_grad, ce_grad = _terms(
-                    logits[place], labels[low:high], weights[low:high], targets, low, high, terms
+                    logits[place],
+                    labels[low:high],
+                    weights[low:high],
+                    sparse if whole is None else whole[place],
+                    low,
+                    high,
+                    terms,
                 )
                 totals[0] += kd
                 totals[1] += ce
@@ -182,13 +222,13 @@ def _terms(
     logits: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
-    targets: BatchTargets | None,
+    targets: BatchTargets | torch.Tensor | None,
     low: int,
     high: int,
     terms: LossTerms,
 ) -> tuple[float | torch.Tensor, float | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return (kd sum, ce sum, gradient of kd, gradient of ce) of some positions; the gradients are weighted, [n, V]
-    float32.
+    float32. ``targets`` are the batch's, or the teacher's logits of these positions [n, V].
     """
     kd = ce = 0.0
     kd_grad = ce_grad = None
@@ -202,7 +242,11 @@ def _terms(
         else:
             scaled = z / terms.temperature
             kd_grad, scaled_lse = _softmax(scaled)
-        values = _kd_values(scaled, scaled_lse, kd_grad, targets, low, high)
+        if isinstance(targets, torch.Tensor):
+            logq = torch.log_softmax(targets / terms.temperature, -1)
+            values = _dense_values(scaled - scaled_lse[:, None], kd_grad, logq, terms.divergence)
+        else:
+            values = _kd_values(scaled, scaled_lse, kd_grad, targets, terms.divergence, low, high)
         kd = (values * weights).sum().double() * terms.temperature**2
         kd_grad.mul_((terms.kd * terms.temperature * weights)[:, None])
     if terms.ce != 0.0:
@@ -220,26 +264,48 @@ def _softmax(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return p, z.amax(-1) - p.amax(-1).log()
 
 
+def _dense_values(logp: torch.Tensor, p: torch.Tensor, logq: torch.Tensor, divergence: Divergence) -> torch.Tensor:
+    """Return the divergence of each position [n], without T^2, and turn ``p`` into its gradient times T, in place."""
+    values, pulls = divergence.parts(logq, logp)
+    p.mul_(-pulls.sum(-1, keepdim=True)).add_(pulls)
+    return values.sum(-1)
+
+
 def _kd_values(
-    z: torch.Tensor, lse: torch.Tensor, p: torch.Tensor, targets: BatchTargets, start: int, end: int
+    z: torch.Tensor,
+    lse: torch.Tensor,
+    p: torch.Tensor,
+    targets: BatchTargets,
+    divergence: Divergence,
+    start: int,
+    end: int,
 ) -> torch.Tensor:
     """Return the divergence of each position [n], without T^2, and turn ``p`` into its gradient times T, in place."""
     offsets = targets.offsets[start : end + 1]
     first, last = int(offsets[0]), int(offsets[-1])
     device = z.device
     rows = torch.repeat_interleave(torch.arange(end - start), offsets.diff()).to(device)
-    ids, q = targets.ids[first:last].to(device), targets.q[first:last].to(device)
+    ids, weights = targets.ids[first:last].to(device), targets.weights[first:last].to(device)
+    logq = None if targets.logq is None else targets.logq[first:last].to(device)
     logp = z[rows, ids] - lse[rows]
-    cross = torch.zeros(end - start, device=device).index_add_(0, rows, q * logp)
+    values, pulls = _outcomes(weights, logq, logp, divergence, drawn=targets.log_tail is None)
+    value = torch.zeros(end - start, device=device).index_add_(0, rows, values)
+    pull = torch.zeros(end - start, device=device).index_add_(0, rows, pulls)
+    elsewhere: torch.Tensor | float = 0.0  # pull over probability of a token that was not kept
     kept = logp.exp()
-    if targets.tail is not None:
-        tail = targets.tail[start:end].to(device)
+    if targets.log_tail is None and divergence.name == "forward-kl":
+        p[rows, ids] = kept - weights  # the shares of the draws add up to 1: one pass over the vocabulary less
+        return value
+    if targets.log_tail is not None:
         mass = torch.zeros(end - start, dtype=torch.float64, device=device).index_add_(0, rows, kept.double())
         rest = (1.0 - mass).float().clamp_(min=TAIL_FLOOR)
-        cross += tail * rest.log()
-        p.mul_((1.0 - tail / rest)[:, None])
-    p[rows, ids] = kept - q
-    return targets.constant[start:end].to(device) - cross
+        of_tail, tail_pull = divergence.parts(targets.log_tail[start:end].to(device), rest.log())
+        value += of_tail
+        pull += tail_pull
+        elsewhere = tail_pull / rest
+    p.mul_((elsewhere - pull)[:, None])
+    p[rows, ids] = pulls - kept * pull[rows]
+    return value
 
 
 def completion_loss(
@@ -247,7 +313,7 @@ def completion_loss(
     states: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
-    targets: BatchTargets | None,
+    targets: BatchTargets | DenseTargets | None,
     terms: LossTerms,
     *,
     vocab_size: int,

@@ -12,6 +12,7 @@ from typing import Any
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example, encode_example
+from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.targets import SparseTargets, find_targets, read_targets, tokenizer_hash
@@ -25,7 +26,10 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
     ``EDGEDISTILL_CHECKPOINT_SECONDS`` (60) is how much training a killed build may lose; it changes no byte.
     """
     lora = table.get("lora") or {}
-    terms = {key: loss[key] for key in ("kd", "ce", "temperature")} if loss else {"kd": 0.0, "ce": 1.0}
+    terms: dict[str, Any] = {"kd": 0.0, "ce": 1.0}
+    if loss:
+        terms = {key: loss[key] for key in ("kd", "ce", "temperature")}
+        terms["divergence"] = Divergence(loss["divergence"], loss.get("share"))
     targets = lora.get("targets", "all-linear")
     return TrainSettings(
         method=table.get("method", "full"),

@@ -248,9 +248,9 @@ def _targets(check: _Check, few: Sequence[Example], targets: Sequence[SparseTarg
     beyond = sum(int((soft.ids >= vocab_size).sum()) for soft in targets)
     check.within("vocabulary", float(beyond), 0.0, "soft targets name tokens beyond the student's vocabulary")
     soft = batch_targets(targets, targets[0].temperature)
-    mass = np.bincount(np.repeat(np.arange(len(soft.offsets) - 1), soft.offsets.diff()), soft.q.numpy())
-    if soft.tail is not None:
-        mass = mass + soft.tail.numpy()
+    mass = np.bincount(np.repeat(np.arange(len(soft.offsets) - 1), soft.offsets.diff()), soft.weights.numpy())
+    if soft.log_tail is not None:
+        mass = mass + soft.log_tail.exp().numpy()
     check.within("mass", float(np.abs(mass - 1).max()), 1e-2, "the probabilities of a position do not add up to 1")
 
 

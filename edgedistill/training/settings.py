@@ -15,6 +15,7 @@ from edgedistill.training.checkpoint import State
 from edgedistill.training.data import Example, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
+from edgedistill.training.objectives import problem
 from edgedistill.training.targets import SparseTargets
 
 WINDOW = 20
@@ -33,7 +34,7 @@ class TrainSettings:
     of the kd and ce gradients are taken apart (0: never).
     """
 
-    method: Literal["lora", "qlora", "full"] = "lora"
+    method: Literal["lora", "qlora", "full", "norms"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     lr: float = 2e-4
     epochs: float = 1.0
@@ -107,7 +108,12 @@ def plan_steps(examples: Sequence[Example], settings: TrainSettings) -> list[lis
 
 
 def check_settings(
-    settings: TrainSettings, examples: Sequence[Example], targets: Sequence[SparseTargets] | None, device: str
+    settings: TrainSettings,
+    examples: Sequence[Example],
+    targets: Sequence[SparseTargets] | None,
+    device: str,
+    *,
+    dense: bool = False,
 ) -> None:
     if not examples:
         raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
@@ -119,13 +125,17 @@ def check_settings(
             + (" and the package bitsandbytes, which is not part of this version" if device == "cuda" else ""),
             hint="use method = 'lora'",
         )
-    if settings.method not in ("lora", "full"):
-        raise UsageError(f"method = {settings.method!r}: use 'lora' or 'full'")
-    if settings.loss.kd and targets is None:
+    if settings.method not in ("lora", "full", "norms"):
+        raise UsageError(f"method = {settings.method!r}: use 'lora', 'full' or 'norms'")
+    if settings.loss.kd and targets is None and not dense:
         raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
     if not settings.loss.kd and not settings.loss.ce and not settings.hidden:
         raise UsageError("loss.kd, loss.ce and hidden are all 0: there is nothing to learn from")
     if targets is not None:
+        one = settings.loss.divergence
+        found = problem(one.name, one.share, targets[0].kind if targets else "", settings.loss.temperature)
+        if settings.loss.kd and found is not None:
+            raise UsageError(found[0], hint=found[1])
         if len(targets) != len(examples):
             raise UsageError(f"{len(targets)} soft targets for {len(examples)} examples")
         for example, one in zip(examples, targets, strict=True):

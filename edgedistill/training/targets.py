@@ -24,8 +24,6 @@ from edgedistill.errors import UsageError
 from edgedistill.training.data import Example
 
 FORMAT = 1
-TEMPERATURES = (0.5, 2 / 3, 4 / 3, 2.0, 4.0)
-"""Stored for every position. Powers of sqrt(p): one square root each instead of a power over the whole vocabulary."""
 REACH = 0.5
 """How far in temperature a sampled target can be re-weighted (measured; beyond it the variance grows several times)."""
 

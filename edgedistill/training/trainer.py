@@ -22,10 +22,12 @@ import torch
 from edgedistill.errors import UsageError
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
 from edgedistill.training.data import Example
+from edgedistill.training.dense import DenseTeacher
 from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.hidden import HiddenStates, tokens_of
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import batch_targets, completion_loss
+from edgedistill.training.norms import is_norm, save_norms
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.precision import pick_device, torch_dtype
 from edgedistill.training.quiet import quiet
@@ -54,17 +56,20 @@ def train(
     out: Path,
     vocab_size: int | None = None,
     guide: HiddenStates | None = None,
+    teacher: DenseTeacher | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
 
-    Writes ``out/adapter`` (lora) or ``out/model`` (full), safetensors in float32, and ``out/log.jsonl``; checkpoints
-    live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on from the last checkpoint and
-    ends with the same weights (same machine and thread count). ``model`` is used up. ``vocab_size`` is the tokenizer's.
-    ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set.
+    Writes ``out/adapter`` (lora), ``out/model`` (full) or ``out/norms`` (the norms alone), safetensors in float32, and
+    ``out/log.jsonl``; checkpoints live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on
+    from the last checkpoint and ends with the same weights (same machine and thread count). ``model`` is used up.
+    ``vocab_size`` is the tokenizer's.
+    ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set; ``teacher`` the one whose
+    whole distributions stand in for ``targets``.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
-    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, progress)
+    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, progress)
     return run.finished() or run.go()
 
 
@@ -78,13 +83,15 @@ class _Run:
         out: Path,
         vocab_size: int | None,
         guide: HiddenStates | None,
+        teacher: DenseTeacher | None,
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
-        check_settings(settings, examples, targets, self.device)
+        check_settings(settings, examples, targets, self.device, dense=teacher is not None)
         if settings.hidden and guide is None:
             raise UsageError("hidden is set, but there is no teacher whose states could be matched")
         self.guide = guide if settings.hidden else None
+        self.teacher = teacher if settings.loss.kd else None
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
         self.rank, self.world = _processes()
@@ -93,7 +100,7 @@ class _Run:
         self.vocab_size = vocab_size or head.weight.shape[0]
         self.digest = run_digest(model, examples, targets, settings, self.vocab_size)
         self.dtype = torch_dtype(settings.dtype, self.device)
-        self.final = out / ("model" if settings.method == "full" else "adapter")
+        self.final = out / {"full": "model", "norms": "norms"}.get(settings.method, "adapter")
 
     def finished(self) -> TrainResult | None:
         """Return the result of a run that came to its end, or None."""
@@ -182,7 +189,10 @@ class _Run:
         settings = self.settings
         self.out.mkdir(parents=True, exist_ok=True)
         self.model.config.use_cache = False
-        if settings.method == "full":
+        if settings.method == "norms":
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(is_norm(name, parameter))
+        elif settings.method == "full":
             for parameter in self.model.parameters():
                 parameter.requires_grad_(True)
             if settings.freeze_embeddings:
@@ -195,6 +205,8 @@ class _Run:
         if self.guide is not None:
             self.guide.to(self.device, self.dtype)
             self.guide.watch(self.model)
+        if self.teacher is not None:
+            self.teacher.to(self.device, self.dtype)
         self.trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
         self.frozen: dict[str, torch.Tensor] = {}
@@ -209,7 +221,9 @@ class _Run:
                 self.frozen[name] = exact
         decay = [master for master in self.masters.values() if master.ndim > 1]
         rest = [master for master in self.masters.values() if master.ndim <= 1]
-        groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": settings.weight_decay}]
+        groups: list[dict[str, Any]] = []
+        if decay:
+            groups.append({"params": decay, "weight_decay": settings.weight_decay})
         if rest:
             groups.append({"params": rest, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
@@ -318,7 +332,9 @@ class _Run:
         terms = self.settings.loss
         batch = make_batch([self.examples[row] for row in rows], packed=self.packed)
         soft = None
-        if self.targets is not None and terms.kd:
+        if self.teacher is not None:
+            soft = self.teacher.targets(batch)
+        elif self.targets is not None and terms.kd:
             soft = batch_targets([self.targets[row] for row in rows], terms.temperature)
         states = completion_states(self.model, batch)
         nothing = states.new_zeros((), dtype=torch.float32)
@@ -360,8 +376,11 @@ class _Run:
         shutil.rmtree(partial, ignore_errors=True)
         restore(self.model)
         self.model.config.use_cache = True
-        with quiet():
-            self.model.save_pretrained(partial)
+        if self.settings.method == "norms":
+            save_norms(self.masters, partial)
+        else:
+            with quiet():
+                self.model.save_pretrained(partial)
         if self.final.exists():
             shutil.rmtree(self.final)
         os.rename(partial, self.final)

@@ -22,6 +22,8 @@ REDUCED = {
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,
+    "tune.skip": 0,
+    "tune.rows": 12,
     "generate.batch_size": 8,
     "gates.min_retention": {},
     "gates.max_drop": {},

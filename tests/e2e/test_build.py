@@ -83,7 +83,7 @@ def test_the_hops_agree(built: Any) -> None:
 
 
 def test_the_loss_falls_and_every_step_is_logged_once(built: Any) -> None:
-    for step in ("adapt", "heal", "distill/1"):
+    for step in ("adapt", "heal", "distill/1", f"tune/{TARGET}"):
         log = read_jsonl(built.store.load(built.plan.match(step)[0].key).path / "log" / "train.jsonl")
         assert [line["step"] for line in log] == list(range(1, len(log) + 1))
         if step == "adapt":  # the student starts where the teacher ended: there a batch's loss says what rows it holds
@@ -106,7 +106,7 @@ def test_a_changed_limit_repackages_only(built: Any, session_of: Callable[..., A
         own.unlink()
 
 
-def test_another_type_reruns_four_steps(built: Any, session_of: Callable[..., Any]) -> None:
+def test_another_type_reruns_its_own_five_steps(built: Any, session_of: Callable[..., Any]) -> None:
     session = session_of(
         targets=[TARGET],
         **{
@@ -117,7 +117,29 @@ def test_another_type_reruns_four_steps(built: Any, session_of: Callable[..., An
         },
     )
     outcome = rebuild(session)
-    assert outcome.ran == [f"{stage}/{TARGET}" for stage in ("quantize", "evaluate", "measure", "package")]
+    assert outcome.ran == [f"{stage}/{TARGET}" for stage in ("quantize", "tune", "evaluate", "measure", "package")]
+
+
+def test_the_phones_file_is_rounded_and_tuned_and_is_llama_cpps(built: Any) -> None:
+    """Codes and norms differ from what llama.cpp wrote; types, sizes and places do not."""
+    from edgedistill.formats.gguf.quantize import quantize
+    from edgedistill.formats.gguf.read import read_info, read_tensor
+
+    entry = {name: built.store.load(built.plan.match(name)[0].key) for name in ("convert/student", "calibrate")}
+    rounded, tuned = (built.store.load(built.plan.match(f"{step}/{TARGET}")[0].key) for step in ("quantize", "tune"))
+    plain = built.store.root / "plain.gguf"
+    source, imatrix = entry["convert/student"].path / "model.gguf", entry["calibrate"].path / "imatrix.gguf"
+    quantize(source, plain, "IQ4_NL", imatrix=imatrix, embedding_type="IQ4_NL")
+    infos = [read_info(path) for path in (plain, rounded.path / "model.gguf", tuned.path / "model.gguf")]
+    assert infos[0].tensors == infos[1].tensors == infos[2].tensors
+    said = rounded.facts["quantize"]["rounding"]
+    assert (said["tensors"], said["kept"]) == (210, 0) and said["after"] < 0.5 * said["before"]
+    name = "blk.3.ffn_down.weight"
+    assert (read_tensor(infos[0], name) != read_tensor(infos[1], name)).any()
+    found = tuned.facts["tune"]
+    assert found["norms"] == 61 and found["rows"] == 4 and found["helped"] == (found["after"] < found["before"])
+    moved = (read_tensor(infos[1], "output_norm.weight") != read_tensor(infos[2], "output_norm.weight")).any()
+    assert moved == found["helped"]
 
 
 @pytest.mark.onnx

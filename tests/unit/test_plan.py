@@ -102,6 +102,16 @@ def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
     assert "score" not in fixed and "distill/1" in fixed
 
 
+def test_a_dense_teacher_runs_beside_the_student_and_nothing_is_scored(folder: Path) -> None:
+    plan = make(folder, score__kind="dense", distill__loss__divergence="reverse-kl")
+    assert not plan.match("score")
+    (adapt,), (distill,), (gold,) = (plan.match(name) for name in ("adapt", "distill/1", "distill/gold-sft"))
+    assert adapt.key in distill.stage.inputs() and adapt.key not in gold.stage.inputs()
+    sampled = make(folder).match("distill/1")[0]
+    assert adapt.key not in sampled.stage.inputs()
+    assert distill.memory > sampled.memory and distill.work.amount > sampled.work.amount
+
+
 def test_healing_on_references_waits_for_no_answer_and_its_weight_changes_nothing_before_it(folder: Path) -> None:
     plan = make(folder)
     (heal,) = plan.match("heal")
@@ -232,6 +242,11 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"student__layers": 31}, {}, "has 30 layers"),
         ({"student__ffn": 1568}, {}, "has 1536 neurons"),
         ({"student__ffn": 700}, {}, "700 is no multiple of 32"),
+        ({"distill__loss__divergence": "reverse-kl"}, {}, "cannot be estimated from draws"),
+        ({"distill__loss__divergence": "jsd", "distill__loss__temperature": 1.3}, {}, "at temperature 1.3"),
+        ({"distill__loss__share": 0.2}, {}, "no mixture"),
+        ({"quantize__laptop-x86__rounding": "gptq"}, {}, "not Q8_0"),
+        ({"quantize__phone-midrange__imatrix": False}, {}, "needs the calibration set"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),

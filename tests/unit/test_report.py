@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgedistill.report import collect, gate_lines, write_html
+from edgedistill.report_sheets import types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
 
@@ -118,11 +119,18 @@ def test_retention_and_differences_are_paired(session: Session) -> None:
 
 def test_training_yields_fallbacks_and_times_are_read(session: Session) -> None:
     data = collect(session)
-    assert set(data.curves) == {"adapt", "heal", "distill/1", "distill/gold-sft"}
+    assert set(data.curves) == {"adapt", "heal", "distill/1", "distill/gold-sft", "tune/phone-midrange"}
     assert data.curves["heal"][-1]["step"] == 300
     assert data.training["heal"]["tokens_per_s"] == 560.0
     assert data.yields["teacher"] == 1540
     assert data.fallbacks["quantize/laptop-x86"]["moved"] == {"Q6_K to Q8_0": 5}
+    notes = {row[0]: row[-1] for row in types_sheet(data).rows}
+    assert "210 matrices rounded by 6,828 tokens" in notes["quantize/phone-midrange"]
+    assert (
+        "KLD to the student before rounding 0.0041 to 0.0028, on 1,400 tokens of 55 rows"
+        in notes["tune/phone-midrange"]
+    )
+    assert notes["quantize/teacher"] == ""
     assert data.hops["convert/student"]["max_diff"] == 0.0312
     assert len(data.times) == len(session.plan.steps) and all(line["seconds"] for line in data.times)
     assert data.sources[0]["quantized_from"] == "Q4_1" and data.versions["torch"] == "2.13.0"

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgedistill.training.divergences import FORWARD_KL
 from edgedistill.training.draws import sparse_from_logits
 from edgedistill.training.losses import (
     HeadLoss,
@@ -16,7 +17,7 @@ from edgedistill.training.losses import (
     batch_targets,
     completion_loss,
     dense_kl,
-    sparse_kl,
+    sparse_divergence,
 )
 from tests.unit.training.tiny import VOCAB, zipf_logits
 
@@ -51,7 +52,7 @@ def test_the_fused_loss_equals_the_plain_one_in_float64(
     weights = torch.rand(30)
     exact_hidden, exact_head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     logits = (exact_hidden @ exact_head.T)[:, :VOCAB]
-    plain_kd = kd * temperature**2 * (sparse_kl(targets, logits, temperature) * weights).sum()
+    plain_kd = kd * temperature**2 * (sparse_divergence(targets, logits, FORWARD_KL, temperature) * weights).sum()
     plain_ce = ce * (torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
     (plain_kd + plain_ce).backward()
 
@@ -119,7 +120,7 @@ def test_sampled_loss_agrees_with_the_dense_one(temperature: float) -> None:
     student = teacher + torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(3))
     uniform = torch.rand(200, 400, generator=torch.Generator().manual_seed(2))
     soft = sparse_from_logits(teacher, kind="sampled", n=400, temperature=temperature, uniform=uniform)
-    sparse = sparse_kl(batch_targets([soft], temperature), student, temperature)
+    sparse = sparse_divergence(batch_targets([soft], temperature), student, FORWARD_KL, temperature)
     dense = dense_kl(teacher, student, temperature)
     difference = (sparse - dense).double()
     standard = float(difference.std()) / len(difference) ** 0.5
@@ -131,7 +132,7 @@ def test_a_model_has_no_divergence_from_itself() -> None:
     logits = zipf_logits(20)
     assert float(dense_kl(logits, logits, 2.0).abs().max()) < 1e-6
     top = batch_targets([sparse_from_logits(logits, kind="top-k", n=16, temperature=2.0)], 2.0)
-    assert float(sparse_kl(top, logits, 2.0).abs().max()) < 1e-5
+    assert float(sparse_divergence(top, logits, FORWARD_KL, 2.0).abs().max()) < 1e-5
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1, 4, 16]))
@@ -139,15 +140,20 @@ def test_the_tail_bucket_never_makes_the_divergence_negative_or_larger(seed: int
     """Merging outcomes can only lose divergence (data processing inequality)."""
     rng = np.random.default_rng(seed)
     teacher, student = (torch.from_numpy(rng.normal(0, 2, (4, VOCAB))) for _ in range(2))
-    bucket = sparse_kl(batch_targets([sparse_from_logits(teacher, kind="top-k", n=k, temperature=1.0)], 1.0), student)
+    soft = batch_targets([sparse_from_logits(teacher, kind="top-k", n=k, temperature=1.0)], 1.0)
+    bucket = sparse_divergence(soft, student, FORWARD_KL)
     assert (bucket > -1e-4).all()
     assert (bucket <= dense_kl(teacher, student) + 1e-3).all()
 
 
 def test_the_teachers_entropy_is_left_out_where_it_is_not_known() -> None:
     soft = sparse_from_logits(zipf_logits(4), kind="sampled", n=12, temperature=1.0, uniform=torch.rand(4, 12))
-    assert (batch_targets([soft], 1.31).constant == 0).all()
-    assert (batch_targets([soft], 1.0).constant < 0).all()
+    assert batch_targets([soft], 1.31).logq is None
+    known = batch_targets([soft], 1.0)
+    assert known.logq is not None
+    student = zipf_logits(4) + 0.1
+    part = sparse_divergence(batch_targets([soft], 1.31), student, FORWARD_KL, 1.31)
+    assert (part > sparse_divergence(known, student, FORWARD_KL)).all()
 
 
 def test_vocabulary_padding_stays_out_of_the_softmax() -> None:
