@@ -104,7 +104,7 @@ def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
 
 def test_a_dense_teacher_runs_beside_the_student_and_nothing_is_scored(folder: Path) -> None:
     plan = make(folder, score__kind="dense", distill__loss__divergence="reverse-kl")
-    assert not plan.match("score")
+    assert "score" not in {name for step in plan.steps for name in step.ids}
     (adapt,), (distill,), (gold,) = (plan.match(name) for name in ("adapt", "distill/1", "distill/gold-sft"))
     assert adapt.key in distill.stage.inputs() and adapt.key not in gold.stage.inputs()
     sampled = make(folder).match("distill/1")[0]
@@ -175,10 +175,13 @@ def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
             "quantize__laptop-x86__type": "IQ4_NL",
             "quantize__laptop-x86__imatrix": True,
             "quantize__laptop-x86__embedding_type": "IQ4_NL",
+            "quantize__laptop-x86__rounding": "gptq",
+            "tune__targets": ["laptop-x86", "phone-midrange"],
         },
     )
     shared = plan.match("quantize/laptop-x86")[0]
     assert shared.ids == ("quantize/phone-midrange", "quantize/laptop-x86")
+    assert plan.match("tune/laptop-x86") == plan.match("tune/phone-midrange")
     assert plan.match("evaluate/laptop-x86") == plan.match("evaluate/phone-midrange")
 
 
@@ -245,8 +248,11 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"distill__loss__divergence": "reverse-kl"}, {}, "cannot be estimated from draws"),
         ({"distill__loss__divergence": "jsd", "distill__loss__temperature": 1.3}, {}, "at temperature 1.3"),
         ({"distill__loss__share": 0.2}, {}, "no mixture"),
-        ({"quantize__laptop-x86__rounding": "gptq"}, {}, "not Q8_0"),
-        ({"quantize__phone-midrange__imatrix": False}, {}, "needs the calibration set"),
+        ({"tune__targets": ["laptop-x86-onnx"]}, {}, "is an ONNX target"),
+        ({"tune__targets": ["nowhere"]}, {}, "names the target 'nowhere'"),
+        ({"tune__skip": [1200]}, {}, "has 1 counts for 2 files"),
+        ({"tune__skip": 99999}, {}, "leaves out 99999 rows"),
+        ({}, {"architecture": "qwen2"}, "the llama family"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),

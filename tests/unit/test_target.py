@@ -153,6 +153,18 @@ def test_recipe_may_replace_types_and_only_what_the_format_has() -> None:
         target.with_types({"tpe": "Q8_0"})
     with pytest.raises(UsageError, match="imatrix: unknown key"):
         find_target("laptop-x86-onnx").with_types({"imatrix": True})
+    with pytest.raises(UsageError, match="rounding: unknown key"):
+        find_target("laptop-x86-onnx").with_types({"rounding": "gptq"})
+
+
+def test_rounding_with_feedback_needs_a_type_and_text_for_it() -> None:
+    target = find_target("phone-midrange")
+    assert target.quantize.rounding == "nearest"
+    assert target.with_types({"rounding": "gptq"}).quantize.rounding == "gptq"
+    with pytest.raises(UsageError, match=r'rounding: "gptq" rounds Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, not Q8_0'):
+        target.with_types({"type": "Q8_0", "rounding": "gptq"})
+    with pytest.raises(UsageError, match="needs the calibration set: add imatrix = true"):
+        target.with_types({"imatrix": False, "rounding": "gptq"})
 
 
 @pytest.mark.parametrize(

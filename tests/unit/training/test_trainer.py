@@ -239,7 +239,7 @@ def test_the_first_window_is_what_later_ones_are_compared_with() -> None:
     ("changes", "said"),
     [
         ({"method": "qlora"}, "needs an NVIDIA GPU"),
-        ({"method": "prefix"}, "use 'lora' or 'full'"),
+        ({"method": "prefix"}, "use 'lora', 'full' or 'norms'"),
         ({"loss": LossTerms(kd=1.0)}, "no soft targets"),
         ({"loss": LossTerms(ce=0.0)}, "nothing to learn from"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -50,7 +50,7 @@ def test_the_file_computes_with_them_and_nothing_else_moved(tiny_gguf: Tiny, tmp
     with torch.inference_mode():
         want = model(torch.tensor([IDS])).logits[0].numpy()
     got = all_logits(open_model(path, n_ctx=64), IDS)
-    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()  # llama.cpp rounds the inputs of 4-bit products
+    assert np.abs(got - want).mean() < 0.02 * np.abs(want).max()  # llama.cpp rounds the inputs of 4-bit products
 
 
 @pytest.mark.parametrize("wrong", ["model.layers.9.input_layernorm.weight", "model.embed_tokens.weight"])
