@@ -94,11 +94,12 @@ def watch_inputs(
     take: Take,
     *,
     wanted: Callable[[str], bool] = lambda name: True,
+    after: Callable[[], None] = lambda: None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Seen:
     """Run ``token_rows`` (each a text of its own, in token ids) through the model; ``take`` sees the inputs of the
-    ``wanted`` matrices.
+    ``wanted`` matrices, and ``after`` is called behind every batch, where llama.cpp's threads rest.
 
     ``gguf`` should be the f16, bf16 or f32 file. Logits are asked of every token, since llama.cpp computes the last layer
     only for tokens whose logits are wanted. Raises UsageError for empty rows or ids outside the vocabulary, StepFailed
@@ -149,6 +150,7 @@ def watch_inputs(
             code = llama_cpp.llama_decode(context, batch)
             if watcher.error or code != 0:
                 raise StepFailed(f"calibration stopped: {watcher.error or f'llama_decode gave {code}: {last_log(3)}'}")
+            after()
             done += len(items)
             if progress:
                 progress(done, total, f"{done} of {total} tokens")

@@ -186,7 +186,9 @@ def round_file(
     for group in _groups(chosen, memory):
         passes += 1
         moments, inputs = _Moments(), {tensor.name for tensor in group}
-        seen = watch_inputs(source, token_rows, moments.take, wanted=inputs.__contains__, threads=threads)
+        seen = watch_inputs(
+            source, token_rows, moments.take, wanted=inputs.__contains__, after=moments.add, threads=threads
+        )
         together: dict[tuple[str, str], list[TensorInfo]] = {}
         for tensor in group:
             of = moments.input_of(tensor.name)
@@ -258,17 +260,27 @@ class _Moments:
         self.sums: dict[str, np.ndarray] = {}
         self._input: dict[str, str] = {}
         self._owner: dict[str, str] = {}
+        self._waiting: list[tuple[str, np.ndarray]] = []
 
     def take(self, name: str, of: str, inputs: np.ndarray) -> None:
-        """Add an input's x x', where ``name`` is the first of the matrices that get it."""
+        """Keep an input, where ``name`` is the first of the matrices that get it, until ``add``.
+
+        Multiplied here, between two of llama.cpp's products, it would take several times as long: the threads of each
+        library wait busily for more work while those of the other compute.
+        """
         self._input[name] = of
         if self._owner.setdefault(of, name) != name:
             return
-        x = np.ascontiguousarray(inputs)
-        if of in self.sums:
-            self.sums[of] += x.T @ x
-        else:
-            self.sums[of] = x.T @ x
+        self._waiting.append((of, np.array(inputs)))
+
+    def add(self) -> None:
+        """Add the x x' of what was kept."""
+        for of, x in self._waiting:
+            if of in self.sums:
+                self.sums[of] += x.T @ x
+            else:
+                self.sums[of] = x.T @ x
+        self._waiting.clear()
 
     def input_of(self, name: str) -> str | None:
         """Return the name of a matrix's input; None where it was never multiplied."""

@@ -162,7 +162,7 @@ def test_the_bytes_depend_on_neither_threads_nor_memory(
 
 def test_moments_are_the_imatrix_on_their_diagonal(tiny_gguf: Tiny, imatrix: Path) -> None:
     moments = rounding._Moments()
-    seen = rounding.watch_inputs(tiny_gguf(), TEXT, moments.take)
+    seen = rounding.watch_inputs(tiny_gguf(), TEXT, moments.take, after=moments.add)
     means = load(imatrix)
     assert len(moments.sums) < len(means) == 14  # query, key and value share their input, so do gate and up
     for name, mean in means.items():
