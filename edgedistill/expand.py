@@ -375,9 +375,10 @@ class _Expander:
             rows=self.checks,
         )
         kind, size = ("build-onnx", 4 * params) if format_ == "onnx" else ("quantize", 2 * params)
-        if types.rounding == "gptq":
-            kind = "quantize-gptq"
-        return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=6 * params + 300 * MIB, disk=size)
+        memory = 6 * params + 300 * MIB
+        if types.rounding == "gptq":  # second moments of a gibibyte at most, the inputs of a batch, and torch
+            kind, memory = "quantize-gptq", memory + (1500 + RUNTIME_MIB) * MIB
+        return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=memory, disk=size)
 
     def _tune(self, name: str, quantized: Key, student: Key) -> Key:
         tune, rows = self.recipe.tune, self.inputs.tuning

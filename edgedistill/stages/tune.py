@@ -40,15 +40,11 @@ class Tune(Stage):
         student, dequantized = ctx.path(self.student, "model"), ctx.work / "dequantized"
         if not dequantized.exists():
             gguf_to_hf(source, dequantized)
-        table = {**self.training, "method": "norms"}
-        settings = train_settings(
-            table, seed=self.seed, loss={"kd": 1.0, "ce": 0.0, "temperature": 1.0, "divergence": "forward-kl"}
-        )
         tuned = tune_norms(
             dequantized,
             student,
             encode_rows(self.rows, student),
-            settings=settings,
+            settings=train_settings(self.training, seed=self.seed),
             work=ctx.work / "training",
             progress=ctx.progress,
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def tune_norms(
     from edgedistill.training.recipe import load_model
     from edgedistill.training.trainer import train
 
+    settings = replace(settings, method="norms", loss=TERMS)
     if len(examples) < 2 * CHECKED:
         raise UsageError(
             f"{len(examples)} rows are too few to tune norms on", f"give tune.files at least {2 * CHECKED}"

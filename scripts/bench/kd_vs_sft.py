@@ -153,6 +153,7 @@ def arm(job: dict[str, Any]) -> None:
     from edgedistill.teachers.protocol import Sampling
     from edgedistill.teachers.transformers import TransformersTeacher
     from edgedistill.training.data import encode_example
+    from edgedistill.training.vocabulary import read_origin
 
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
@@ -169,13 +170,18 @@ def arm(job: dict[str, Any]) -> None:
         for answer in student.generate([list(row.messages) for row in rows], sampling=Sampling(max_new_tokens=64)):
             right[name][answer.index] = json_exact(answer.text, rows[answer.index].reference or "").value
     teacher = TransformersTeacher(Path(job["teacher"]))
+    # Where the student's vocabulary was trimmed: over the tokens that it kept, by the teacher's numbers of them.
+    origin = read_origin(Path(job["student"]))
+    kept = None if origin is None else torch.from_numpy(origin.kept)
     divergences = []
     with torch.inference_mode():
         for row in suites["holdout"][: job["kl_rows"]]:
             example = encode_example(student.tokenizer, list(row.messages), row.reference or "", id=row.id)
             ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
             at = slice(len(example.prompt_ids) - 1, -1)
-            p, q = (m.model(input_ids=ids).logits[0, at].float().log_softmax(-1) for m in (teacher, student))
+            p = teacher.model(input_ids=ids if kept is None else kept[ids]).logits[0, at]
+            p = (p if kept is None else p[:, kept]).float().log_softmax(-1)
+            q = student.model(input_ids=ids).logits[0, at].float().log_softmax(-1)
             divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))
     print(json.dumps({"right": right, "kl": divergences, "seconds": seconds, "memory": memory}))
 

@@ -210,3 +210,17 @@ def test_a_depth_pruned_student_heals_and_merges(built: Any, session_of: Callabl
     config = json.loads((shape.path / "model" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"], config["vocab_size"]) == (10, 1536, 49152)
     assert Runner(plan, session.store).build().ran == []
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [("dense", "reverse-kl"), ("top-k", "jsd")])
+def test_other_targets_and_divergences_teach_too(
+    kind: str, divergence: str, built: Any, session_of: Callable[..., Any]
+) -> None:
+    settings = {"score.kind": kind, "distill.loss.divergence": divergence, "baselines": {}}
+    session = session_of(targets=[TARGET], **settings)
+    plan = session.plan.only(session.plan.match("merge"))
+    outcome = Runner(plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    assert outcome.ran == [*(["score"] if kind == "top-k" else []), "distill/1", "merge"]
+    log = read_jsonl(session.store.load(session.plan.match("distill/1")[0].key).path / "log" / "train.jsonl")
+    assert all(line["kd"] > 0 and line["gradient_kd"] > 0 for line in log[:1])

@@ -10,14 +10,11 @@ import pytest
 import torch
 
 from edgedistill.errors import UsageError
-from edgedistill.training.losses import LossTerms
 from edgedistill.training.norms import CHECKED, is_norm, read_norms, save_norms, tune_norms
 from edgedistill.training.settings import TrainSettings
 from tests.unit.training.tiny import make_examples, make_llama
 
-SETTINGS = TrainSettings(
-    method="norms", lr=1e-2, batch_size=4, dtype="float32", warmup=0.1, loss=LossTerms(kd=1.0, ce=0.0), steps=24
-)
+SETTINGS = TrainSettings(lr=1e-2, batch_size=4, dtype="float32", warmup=0.1, steps=24)
 
 
 def folders(tmp_path: Path, *, noise: float) -> tuple[Path, Path]:
