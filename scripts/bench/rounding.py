@@ -74,7 +74,7 @@ def main() -> None:
     session, source = build(given.quick)
     data = session.path.parent / "data"
     calibrated = load_rows(data / "train.jsonl")[: 16 if given.quick else 128]
-    rows = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else None] for name, file in SETS.items()}
+    rows = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 96] for name, file in SETS.items()}
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     lines, counts = [], {}
     with tempfile.TemporaryDirectory() as folder:
