@@ -56,6 +56,14 @@ def logits(positions: int, seed: int) -> torch.Tensor:
     return zipf_logits(positions).double() + torch.randn(positions, VOCAB, generator=rng, dtype=torch.float64)
 
 
+def assert_same(kd: torch.Tensor, want: torch.Tensor, states: torch.Tensor, exact: torch.Tensor) -> None:
+    """Compare the fused value with the plain one, and the gradients that both left behind."""
+    assert float(kd.detach()) == pytest.approx(float(want.detach()), rel=1e-5, abs=1e-5)
+    assert states.grad is not None and exact.grad is not None
+    scale = float(exact.grad.abs().max())
+    torch.testing.assert_close(states.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
 def label(one: Divergence) -> str:
     return one.name + ("" if one.share is None else f"-{one.share:g}")
 
@@ -107,10 +115,7 @@ def test_the_fused_loss_is_the_plain_one(one: Divergence, kind: Any, temperature
     terms = LossTerms(kd=0.7, ce=0.3, temperature=temperature, divergence=one)
     kd, ce = HeadLoss.apply(states, head.float(), None, labels, weights, targets, terms, VOCAB, separate, 7)
     (kd + ce).backward()
-    assert float(kd.detach()) == pytest.approx(float(want_kd.detach()), rel=1e-5, abs=1e-5)
-    assert states.grad is not None and exact.grad is not None
-    scale = float(exact.grad.abs().max())
-    torch.testing.assert_close(states.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * scale)
+    assert_same(kd, want_kd, states, exact)
 
 
 @pytest.mark.parametrize("one", EVERY, ids=label)
