@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from edgedistill.training.data import Example, PaddedBatch, collate
+from edgedistill.training.fused_layer import fused
 from edgedistill.training.short_attention import ShortAttention, fits
 
 ATTENTION = "edgedistill_packed"
@@ -219,37 +220,26 @@ def packed_attention(
     """
     if hasattr(layout, "attend"):
         return layout.attend(module, query, key, value, scaling, sliding_window), None
-    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
-    groups = heads // kv_heads
-    prefix, rows, widest = layout.prefix, len(layout.counts), layout.widest
-    own: torch.Tensor
-    parts: list[torch.Tensor] = []
-    short = fits(rows, heads, widest, prefix, query.device) and not dropout
-    scale = scaling if scaling is not None else dim**-0.5
-    if prefix and short:
-        first = layout.prefix_alone
-        head = slice(0, prefix)
-        parts.append(
-            ShortAttention.apply(query[:, :, head], key[:, :, head], value[:, :, head], first, scale, sliding_window)
-        )  # pyright: ignore[reportArgumentType]
-    elif prefix:
-        mask = layout.prefix_mask(sliding_window)
-        alone = nn.functional.scaled_dot_product_attention(
-            query[:, :, :prefix],
-            key[:, :, :prefix].repeat_interleave(groups, 1),
-            value[:, :, :prefix].repeat_interleave(groups, 1),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            dropout_p=dropout,
-        )
-        parts.append(alone[0].transpose(0, 1))
-    if short:
-        own = ShortAttention.apply(query, key, value, layout, scale, sliding_window)  # pyright: ignore[reportAssignmentType]
-    else:
-        own = _long_attention(query, key, value, layout, scaling, sliding_window, dropout)
-    parts.append(own)
-    return torch.cat(parts, 0)[None] if prefix else own[None], None
+    heads, dim, groups = query.shape[1], query.shape[3], query.shape[1] // key.shape[1]
+    prefix = layout.prefix
+    if fits(len(layout.counts), heads, layout.widest, prefix, query.device) and not dropout:
+        scale = scaling if scaling is not None else dim**-0.5
+        out: torch.Tensor = ShortAttention.apply(query, key, value, layout, scale, sliding_window)  # pyright: ignore
+        return out[None], None
+    own = _long_attention(query, key, value, layout, scaling, sliding_window, dropout)
+    if not prefix:
+        return own[None], None
+    mask = layout.prefix_mask(sliding_window)
+    alone = nn.functional.scaled_dot_product_attention(
+        query[:, :, :prefix],
+        key[:, :, :prefix].repeat_interleave(groups, 1),
+        value[:, :, :prefix].repeat_interleave(groups, 1),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    return torch.cat([alone[0].transpose(0, 1), own], 0)[None], None
 
 
 def _long_attention(
@@ -311,7 +301,8 @@ def packed_mode(model: Any) -> Iterator[bool]:
     before = causal.config._attn_implementation
     causal.set_attn_implementation(ATTENTION)
     try:
-        yield True
+        with fused(getattr(body(model), "layers", ())):
+            yield True
     finally:
         causal.set_attn_implementation(before)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgedistill.training import packing
+from edgedistill.training import fused_layer, packing
 from edgedistill.training.data import Example
 from edgedistill.training.packing import common_prefix, completion_states, make_batch, pack, packable, packed_mode
 from tests.unit.training.tiny import make_examples, make_llama
@@ -52,7 +52,8 @@ def _models() -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(_models()))
 def test_flat_batches_equal_padded_ones(name: str, prefix: int, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """States and every gradient, for each family: rows see themselves and the prefix, and nothing else."""
-    monkeypatch.setattr(packing, "fits", lambda *_: short)
+    for module in (packing, fused_layer):
+        monkeypatch.setattr(module, "fits", lambda *_: short)
     torch.manual_seed(0)
     model = _models()[name]().eval()
     examples = make_examples(6, prefix=prefix)
