@@ -165,6 +165,41 @@ def _unproved(session: Any) -> bool:
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument = Path(),
+    over: Annotated[
+        list[str] | None,
+        typer.Option(help="a key and its values: distill.lora.rank=8,16,32 (repeatable); [sweep] when left out"),
+    ] = None,
+    target: TargetOption = None,
+    set_: SetOption = None,
+    threads: Annotated[int, typer.Option(min=0, help="threads; 0: all cores")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a recipe with several values of some keys, and say which are worth it."""
+    from edgedistill.recipe import load_recipe
+    from edgedistill.session import recipe_path
+    from edgedistill.sweep import build as build_points
+    from edgedistill.sweep import parse_over, plan_points, read, sheet
+    from edgedistill.tables import print_table
+    from edgedistill.toml_source import parse_override
+    from edgedistill.ui import TerminalReporter
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    values = dict(parse_over(text) for text in over or []) or load_recipe(recipe_path(recipe), overrides).sweep
+    points = plan_points(recipe, values, targets=target or (), overrides=overrides, note=_note)
+    for warning in dict.fromkeys(text for point in points for text in point.session.plan.warnings):
+        _note(f"warning: {warning}")
+    outcomes = build_points(points, reporter=TerminalReporter, say=_note, threads=threads)
+    lines = read(points)
+    if as_json:
+        _print_json([line.to_json() for line in lines])
+    elif lines:
+        print_table(sheet(lines))
+    raise typer.Exit(max(outcome.exit_code for outcome in outcomes))
+
+
+@app.command()
 def explain(
     step: Annotated[str, typer.Argument(help="step, stage or glob: distill/1, quantize/phone-midrange, convert/*")],
     recipe: RecipeArgument = Path(),

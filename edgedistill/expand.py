@@ -10,10 +10,21 @@ from dataclasses import replace
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
+from edgedistill.data.thinking import BLOCKS
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.errors import RecipeError
+from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, few_shots, refuse, student_facts, taught_rows
+from edgedistill.inputs import (
+    Inputs,
+    along_chain,
+    chosen_layers,
+    cut_rows,
+    few_shots,
+    refuse,
+    student_facts,
+    taught_rows,
+)
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, Plan, check_machine, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
@@ -24,7 +35,7 @@ from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.convert import Convert
 from edgedistill.stages.distill import Distill, DistillDense
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
-from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter import Filter, ThinkingFilter
 from edgedistill.stages.generate import Generate
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.measure import Measure
@@ -32,7 +43,7 @@ from edgedistill.stages.merge import Merge
 from edgedistill.stages.package import Package
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.score import Score
-from edgedistill.stages.shape import Shape
+from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
 
@@ -83,21 +94,34 @@ class _Expander:
             memory=2 * self.t_params + RUNTIME_MIB * MIB,
             disk=len(self.inputs.prompts) * recipe.generate.samples * 600,
         )
+        style = recipe.generate.style
+        filtered: dict[str, Any] = {
+            "answers": answers,
+            "rows_digest": rows,
+            "rows": self.inputs.prompts,
+            "filters": tuple(one.keyed() for one in recipe.filter),
+        }
         kept = self.graph.add(
             "filter",
-            Filter(
-                answers=answers,
-                rows_digest=rows,
-                rows=self.inputs.prompts,
-                filters=tuple(f.model_dump() for f in recipe.filter),
-            ),
+            ThinkingFilter(**filtered, style=style) if style in BLOCKS else Filter(**filtered),
             Work(kind="bytes", amount=len(self.inputs.prompts) * 1000.0),
             disk=len(self.inputs.prompts) * 800,
         )
-        targets = self._score(teacher, kept)
-        healed = self._heal(self._shape(base_student), kept, teacher)
-        beside = teacher if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
-        student = self._distill("distill/1", "merge", healed, kept, targets, teacher=beside)
+        healed = student = base_student
+        before, links = teacher, along_chain(self.inputs)
+        whole = self.inputs, self.recipe, self.t_params
+        for number, link in enumerate(links, 1):
+            # A link is a student to the model before it, and a teacher to the one after it.
+            self.inputs, self.recipe = link, link.recipe
+            self.t_params, self.s_params = link.teacher.facts.params(), student_facts(link).params()
+            suffix = "" if number == len(links) else f"/{number}"
+            targets = self._score(f"score{suffix}", before, kept)
+            shaped = self._shape(f"shape{suffix}", base_student if number == 1 else before)
+            healed = self._heal(f"heal{suffix}", shaped, kept, before)
+            beside = before if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
+            student = self._distill(f"distill/{number}", f"merge{suffix}", healed, kept, targets, teacher=beside)
+            before = student
+        self.inputs, self.recipe, self.t_params = whole
         self._artifacts(teacher, base_teacher, student, healed, kept, scores)
         plan = Plan(
             identity=digest([str(self.inputs.path.absolute()), recipe.name]),
@@ -128,7 +152,7 @@ class _Expander:
             model=base,
             rows_digest=rows_digest(gold),
             rows=gold,
-            training=self.recipe.adapt.model_dump(exclude={"files", "rows"}),
+            training=self.recipe.adapt.keyed("files", "rows"),
             seed=self.recipe.seed,
         )
         tokens = sum(map(row_tokens, gold)) * self.recipe.adapt.epochs
@@ -141,7 +165,7 @@ class _Expander:
             disk=4 * self.t_params + 200 * MIB,
         )
 
-    def _score(self, teacher: Key, kept: Key) -> Key | None:
+    def _score(self, name: str, teacher: Key, kept: Key) -> Key | None:
         score = self.recipe.score
         if score.kind in ("none", "dense"):
             return None
@@ -154,44 +178,46 @@ class _Expander:
             seed=self.recipe.seed,
         )
         return self.graph.add(
-            "score",
+            name,
             stage,
             Work(kind="forward", amount=2 * self.t_params * self.tokens),
             memory=2 * self.t_params + RUNTIME_MIB * MIB,
             disk=self.tokens * 48,
         )
 
-    def _shape(self, base: Key) -> Key:
+    def _shape(self, name: str, base: Key) -> Key:
         width, vocabulary = self.recipe.student.ffn, self.recipe.student.vocabulary
         if self.recipe.student.layers == "all" and width is None and vocabulary is None:
             return base
         rows, taught, whole = cut_rows(self.inputs), taught_rows(self.inputs), self.inputs.student.facts
-        stage = Shape(
-            model=base,
-            layers=chosen_layers(self.inputs),
-            ffn=width,
-            rows_digest=rows_digest(rows),
-            rows=rows,
-            vocabulary=vocabulary,
-            taught_digest=rows_digest(taught),
-            taught=taught,
-        )
+        student, measured = self.recipe.student, self.recipe.student.layers_by == "importance"
+        fields: dict[str, Any] = {
+            "model": base,
+            "layers": () if measured else chosen_layers(self.inputs),
+            "ffn": width,
+            "rows_digest": rows_digest(rows),
+            "rows": rows,
+            "vocabulary": vocabulary,
+            "taught_digest": rows_digest(taught),
+            "taught": taught,
+        }
+        stage = MeasuredShape(**fields, keep=student.layers) if measured else Shape(**fields)
         narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
         return self.graph.add(
-            "shape",
+            name,
             stage,
             narrow if width else Work(kind="bytes", amount=4 * self.s_params),
             memory=8 * whole.params() + ((RUNTIME_MIB + 1500) * MIB if width else 0),
             disk=4 * self.s_params,
         )
 
-    def _heal(self, student: Key, kept: Key, teacher: Key) -> Key:
+    def _heal(self, name: str, student: Key, kept: Key, teacher: Key) -> Key:
         """Add the healing of a pruned student, with the teacher's hidden states where the recipe asks for them."""
         heal = self.recipe.heal
         if heal is None:
             return student
         rows = self.inputs.healing
-        training = heal.model_dump(exclude={"files", "rows"})
+        training = heal.keyed("files", "rows")
         guided = heal.hidden > 0
         stage = Heal(
             student=student,
@@ -199,7 +225,7 @@ class _Expander:
             rows_digest=rows_digest(rows),
             rows=rows,
             teacher=teacher if guided else None,
-            layers=chosen_layers(self.inputs),
+            layers=() if self.recipe.student.layers_by == "importance" else chosen_layers(self.inputs),
             training=training,
             seed=self.recipe.seed,
         )
@@ -208,7 +234,7 @@ class _Expander:
         if guided:
             work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
         return self.graph.add(
-            "heal",
+            name,
             stage,
             work,
             memory=train_memory(self.s_params, full=True) + guided * 2 * self.t_params,
@@ -239,9 +265,9 @@ class _Expander:
             "kept": kept,
             "text": "reference" if gold else "text",
             "targets": None if gold else targets,
-            "training": settings.model_dump(exclude={"loss"}),
+            "training": settings.keyed("loss", "seed"),
             "loss": loss,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.seed if settings.seed is None else settings.seed,
         }
         stage = Distill(**fields) if teacher is None else DistillDense(**fields, teacher=teacher)
         tokens = self.tokens * settings.epochs
@@ -388,7 +414,7 @@ class _Expander:
             student=student,
             rows_digest=rows_digest(rows),
             rows=rows,
-            training=tune.model_dump(exclude={"targets", "files", "rows", "skip"}),
+            training=tune.keyed("targets", "files", "rows", "skip"),
             seed=self.recipe.seed,
         )
         tokens = sum(map(row_tokens, rows)) * tune.epochs
@@ -413,11 +439,12 @@ class _Expander:
         grammar: bool = False,
         shots: int = 0,
     ) -> Key:
+        thinks = self.recipe.generate.style in BLOCKS
         specs = tuple(
             SuiteSpec(
                 name=suite,
                 digest=rows_digest(rows),
-                metric=spec.metric,
+                metric=AFTER_THINKING + spec.metric if thinks and spec.metric != "perplexity" else spec.metric,
                 max_new_tokens=spec.max_new_tokens,
                 grammar=self._grammar(spec) if grammar else None,
             )

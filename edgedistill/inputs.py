@@ -6,17 +6,21 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgedistill.data.prompts import Row, leaks, load_rows
+from edgedistill.data.thinking import BLOCKS, split, with_block
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import package_version
-from edgedistill.recipe import Recipe
+from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Tune
 from edgedistill.target import Target, format_size
 from edgedistill.training.shaping import choose_layers
 
 NARROWABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
 """Architectures whose FFN ``student.ffn`` makes narrower, as GGUF and as config.json name them."""
+GAP = 4.0  # times fewer parameters than the teacher that one step of distillation mostly recovers
+TOKENS_A_WORD = 1.4  # English prose, in the tokenizers of small models
 BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
 
 
@@ -95,28 +99,29 @@ def read_inputs(
     ship_anyway: bool = False,
 ) -> Inputs:
     """Read the data files of a recipe."""
-    source = _Files(path)
+    source, style = _Files(path), recipe.generate.style
     need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
+
+    def read(
+        section: Prompts | Adapt | Heal | Tune | None, name: str, *, reference: bool = True, skip: Any = 0
+    ) -> tuple[Row, ...]:
+        if section is None:
+            return ()
+        rows = _read_rows(source, section.files, section.rows, f"{name}.files", reference=reference, skip=skip)
+        return with_block(rows, style)
+
     return Inputs(
         recipe=recipe,
         path=path,
         teacher=teacher,
         student=student,
         targets=tuple(targets),
-        prompts=_read_rows(source, recipe.prompts.files, recipe.prompts.rows, "prompts.files", reference=need),
-        gold=_read_rows(source, recipe.adapt.files, recipe.adapt.rows, "adapt.files", reference=True)
-        if recipe.adapt
-        else (),
-        healing=_read_rows(source, recipe.heal.files, recipe.heal.rows, "heal.files", reference=True)
-        if recipe.heal
-        else (),
-        tuning=_read_rows(
-            source, recipe.tune.files, recipe.tune.rows, "tune.files", reference=True, skip=recipe.tune.skip
-        )
-        if recipe.tune
-        else (),
+        prompts=read(recipe.prompts, "prompts", reference=need),
+        gold=read(recipe.adapt, "adapt"),
+        healing=read(recipe.heal, "heal"),
+        tuning=read(recipe.tune, "tune", skip=recipe.tune.skip if recipe.tune else 0),
         suites={
-            name: _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True)
+            name: with_block(_read_rows(source, suite.files, None, f"suites.{name}.files", reference=True), style)
             for name, suite in recipe.suites.items()
         },
         ship_anyway=ship_anyway,
@@ -143,16 +148,10 @@ def refuse(inputs: Inputs) -> list[str]:
             "quantized model "
             "(dequantized to full precision)"
         )
-    layers = recipe.student.layers
-    if (isinstance(layers, int) and layers > student.layers) or (
-        isinstance(layers, tuple) and max(layers) >= student.layers
-    ):
-        raise RecipeError(f"{recipe.student.model} has {student.layers} layers", key="student.layers", file=inputs.path)
-    if recipe.student.ffn is not None:
-        _refuse_width(inputs, recipe.student.ffn)
-    if recipe.student.vocabulary is not None:
-        _refuse_vocabulary(inputs, recipe.student.vocabulary)
-    if layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
+    for number, link in enumerate(links := along_chain(inputs), 1):
+        _refuse_shape(link, "student" if number == len(links) else f"chain.{number - 1}")
+    warnings += _gaps(links)
+    if recipe.student.layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
     if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):
         raise RecipeError(
@@ -185,7 +184,38 @@ def refuse(inputs: Inputs) -> list[str]:
         )
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
-    return warnings + _refuse_tuning(inputs)
+    return warnings + _refuse_tuning(inputs) + _thinking(inputs)
+
+
+def _thinking(inputs: Inputs) -> list[str]:
+    """Warn where a style that thinks finds no thoughts to learn from, or a device too slow for them."""
+    recipe, found = inputs.recipe, []
+    style = recipe.generate.style
+    if style not in BLOCKS:
+        return []
+    if recipe.adapt and not any(split(row.reference or "").thinking for row in inputs.gold):
+        found.append(
+            f'generate.style = "{style}", and no row of adapt.files has a "rationale": the teacher learns to answer at once'
+        )
+    for name, suite in recipe.suites.items():
+        if suite.grammar is not None and style != "rationale":
+            found.append(f"suites.{name}.grammar must allow the block {BLOCKS[style][0]}…{BLOCKS[style][1]}")
+    budget = next((one.max_words for one in recipe.filter if one.kind == "thinking" and one.max_words), None)
+    for target in inputs.targets:
+        if style == "rationale" or target.limits.tg128 is None:
+            continue
+        if budget is None:
+            found.append(
+                f"{target.name} may write as slowly as {target.limits.tg128:g} tokens/s, and nothing bounds the thinking "
+                "before an answer: add [[filter]] kind = 'thinking' with max_words"
+            )
+        else:
+            seconds = budget * TOKENS_A_WORD / target.limits.tg128
+            found.append(
+                f"{target.name}: {budget} words of thinking take {seconds:.0f} s before the answer at its "
+                f"{target.limits.tg128:g} tokens/s (filter.max_words)"
+            )
+    return found
 
 
 def _refuse_tuning(inputs: Inputs) -> list[str]:
@@ -211,14 +241,52 @@ def _refuse_tuning(inputs: Inputs) -> list[str]:
     ]
 
 
-def _refuse_width(inputs: Inputs, width: int) -> None:
+def _refuse_shape(inputs: Inputs, section: str) -> None:
+    """Refuse layers, neurons and tokens that the model which is cut does not have; ``section`` is named in errors."""
+    student, facts = inputs.recipe.student, inputs.student.facts
+    layers = student.layers
+    if (isinstance(layers, int) and layers > facts.layers) or (
+        isinstance(layers, tuple) and max(layers) >= facts.layers
+    ):
+        whole = student.model if section == "student" else "the model before this link"
+        raise RecipeError(f"{whole} has {facts.layers} layers", key=f"{section}.layers", file=inputs.path)
+    if student.layers_by == "importance" and not (inputs.healing or inputs.gold):
+        raise RecipeError(
+            "no rows tell which layers the task needs",
+            "give heal.files or adapt.files",
+            key=f"{section}.layers_by",
+            file=inputs.path,
+        )
+    if student.ffn is not None:
+        _refuse_width(inputs, student.ffn, f"{section}.ffn")
+    if student.vocabulary is not None:
+        _refuse_vocabulary(inputs, student.vocabulary, f"{section}.vocabulary")
+
+
+def _gaps(links: Sequence[Inputs]) -> list[str]:
+    """Warn of a gap in size that is too wide to be taught in one step (METHODS: 3 to 4 times is recovered, 10 times is not)."""
+    found = []
+    for number, link in enumerate(links, 1):
+        before, after = link.student.facts.params(), student_facts(link).params()
+        gap = before / after
+        if link.recipe.student.model == "teacher" and gap > GAP:
+            middle = round((before * after) ** 0.5 / 1e6)
+            what = "the student" if number == len(links) else f"link {number} of the chain"
+            found.append(
+                f"{what} has 1/{gap:.1f} of the parameters of what teaches it: beyond 1/{GAP:g} much is lost; a [[chain]] link of "
+                f"about {middle} million parameters would halve the gap"
+            )
+    return found
+
+
+def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
     """Refuse a width of the FFN that the model does not have, that no block type divides, or that no row can tell."""
     model, facts = inputs.recipe.student.model, inputs.student.facts
     told: tuple[str, str] | None = None
     if facts.architecture not in NARROWABLE:
         told = (f"the FFN of {model} ({facts.architecture}) cannot be made narrower", "set student.layers instead")
     elif width > facts.ffn:
-        told = (f"the FFN of {model} has {facts.ffn} neurons", "take fewer of them, or leave student.ffn out")
+        told = (f"the FFN of {model} has {facts.ffn} neurons", f"take fewer of them, or leave {key} out")
     elif width % BLOCK:
         lower = max(BLOCK, width // BLOCK * BLOCK)
         told = (
@@ -228,18 +296,18 @@ def _refuse_width(inputs: Inputs, width: int) -> None:
     elif not (inputs.healing or inputs.gold):
         told = ("no rows tell which neurons the task needs", "give heal.files or adapt.files")
     if told:
-        raise RecipeError(*told, key="student.ffn", file=inputs.path)
+        raise RecipeError(*told, key=key, file=inputs.path)
 
 
-def _refuse_vocabulary(inputs: Inputs, size: int) -> None:
+def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
     """Refuse a vocabulary larger than the model's, or of a tokenizer that cannot spell what was cut away."""
     from edgedistill.training.vocabulary import check_trimmable
 
-    model, facts, key = inputs.recipe.student.model, inputs.student.facts, "student.vocabulary"
+    model, facts = inputs.recipe.student.model, inputs.student.facts
     if size > facts.vocab:
         raise RecipeError(
             f"the vocabulary of {model} has {facts.vocab} tokens",
-            "take fewer of them, or leave student.vocabulary out",
+            f"take fewer of them, or leave {key} out",
             key=key,
             file=inputs.path,
         )
@@ -292,8 +360,30 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
     return warnings
 
 
+def along_chain(inputs: Inputs) -> tuple[Inputs, ...]:
+    """Return the inputs of every link of the chain and of the last student, each as if the model before it were its teacher, and
+    what it is cut out of. Without a chain: the inputs themselves.
+    """
+    if not inputs.recipe.chain:
+        return (inputs,)
+    found: list[Inputs] = []
+    facts = inputs.student.facts
+    shapes = [Student(model="teacher", **link.model_dump()) for link in inputs.recipe.chain]
+    for student in (*shapes, inputs.recipe.student):
+        one = replace(
+            inputs,
+            recipe=inputs.recipe.model_copy(update={"student": student, "chain": ()}),
+            teacher=replace(inputs.teacher, facts=facts),
+            student=replace(inputs.student, facts=facts),
+        )
+        found.append(one)
+        facts = student_facts(one)
+    return tuple(found)
+
+
 def student_facts(inputs: Inputs) -> ModelFacts:
     """Return the facts of the student after shaping."""
+    inputs = along_chain(inputs)[-1]
     student, facts = inputs.recipe.student, inputs.student.facts
     return replace(
         facts,
@@ -311,10 +401,11 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
 
 
 def cut_rows(inputs: Inputs) -> tuple[Row, ...]:
-    """Return the rows that tell which neurons the student needs: evenly spaced ones of those that heal it, else of those
-    that the teacher is adapted on.
+    """Return the rows that tell which neurons, and which layers, the student needs: evenly spaced ones of those that heal it,
+    else of those that the teacher is adapted on.
     """
-    if inputs.recipe.student.ffn is None:
+    student = inputs.recipe.student
+    if student.ffn is None and student.layers_by != "importance":
         return ()
     rows = inputs.healing or inputs.gold
     count = min(inputs.recipe.student.ffn_rows, len(rows))

@@ -7,10 +7,11 @@ Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.toml_source import load_toml
 from edgedistill.training.objectives import DivergenceName, problem
 
@@ -34,18 +35,46 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the first release. At their default they are no part of a key: what was built before is
+    still what would be built."""
+
+    def keyed(self, *exclude: str) -> dict[str, Any]:
+        """Return the fields as plain values for a step's key, without those that stand for nothing new."""
+        fields = type(self).model_fields
+        found = self.model_dump(exclude=set(exclude))
+        for name in self.LATER:
+            if getattr(self, name) == fields[name].default:
+                found.pop(name, None)
+        for name in found:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                found[name] = value.keyed()
+        return found
+
 
 class Lora(Section):
     """A low-rank adapter (arXiv:2106.09685) on every linear layer of the blocks; never on tied embeddings."""
+
+    LATER = ("dora", "rslora")
 
     rank: Count = 16
     alpha: Positive = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    dora: bool = Field(
+        default=False, description="learn each weight's length apart from its direction (arXiv:2402.09353)"
+    )
+    rslora: bool = Field(
+        default=False,
+        description="scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732): for large ranks",
+    )
 
 
 class Training(Section):
-    """What every training step shares."""
+    """What every training step shares. Optimizers have transformers' names."""
+
+    LATER = ("optimizer", "gradient_checkpointing")
 
     epochs: Positive = 2.0
     batch_size: Count = 16
@@ -56,6 +85,11 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Positive = 1.0
     accumulate: Count = 1
+    optimizer: Literal["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch"
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="keep each layer's input only and compute the rest again: less memory, a third slower",
+    )
 
 
 class Teacher(Section):
@@ -75,22 +109,49 @@ class Adapt(Training):
     lora: Lora = Lora()
 
 
-class Student(Section):
-    """The model that ships. ``model`` "teacher" starts from the adapted teacher's weights. ``layers``: "all", a count
-    (evenly spaced, first and last kept) or a list of layer numbers. ``ffn`` makes every layer's FFN narrower: the
-    neurons that the task's rows need stay, and their weights are fitted to do the others' work (``training/ffn.py``).
-    ``vocabulary`` keeps so many tokens, those of the taught rows among them (``training/vocabulary.py``).
+class Shaped(Section):
+    """What of a model is kept. ``layers``: "all", a count (evenly spaced, first and last kept; or, by ``layers_by``, those that
+    change the states of the task's rows most) or a list of layer numbers.
+    ``ffn`` makes every layer's FFN narrower: the neurons that the task's rows need stay, and their weights are fitted to do
+    the others' work (``training/ffn.py``). ``vocabulary`` keeps so many tokens, those of the taught rows among them
+    (``training/vocabulary.py``).
     """
 
-    model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
     layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
+    layers_by: Literal["spacing", "importance"] = Field(
+        default="spacing",
+        description="which layers a count keeps: evenly spaced ones, or those that the rows need most",
+    )
     ffn: Count | None = Field(
         default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
     )
-    ffn_rows: Count = Field(default=600, description="rows of heal.files, else adapt.files, that choose the neurons")
+    ffn_rows: Count = Field(
+        default=600,
+        description="rows of heal.files, else adapt.files, that choose the neurons, and layers by importance",
+    )
     vocabulary: Count | None = Field(
         default=None, description="tokens to keep, rarer words are spelt in pieces; none: all of them"
     )
+
+    @model_validator(mode="after")
+    def _counted(self) -> Shaped:
+        if self.layers_by == "importance" and not isinstance(self.layers, int):
+            raise ValueError('layers_by = "importance" chooses so many layers: set layers to a count')
+        return self
+
+
+class Student(Shaped):
+    """The model that ships. ``model`` "teacher" starts from the weights of the adapted teacher, or of the last link of the
+    chain.
+    """
+
+    model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
+
+
+class Link(Shaped):
+    """An intermediate student: cut out of what the link before it became (the first: out of the teacher), healed and distilled as
+    the last one is, by it. Each gap is smaller than that from the teacher to the student.
+    """
 
 
 class Heal(Training):
@@ -118,9 +179,11 @@ class Prompts(Section):
 
 
 class Generate(Section):
-    """How the teacher answers. Temperature 0 is greedy."""
+    """How the teacher answers. Temperature 0 is greedy. ``style``: ``answer``; ``think`` and ``plan`` write a block before
+    it; of ``rationale`` the student learns the answer alone, and to say why when asked (``data/thinking.py``).
+    """
 
-    style: Literal["answer"] = "answer"
+    style: Literal["answer", "think", "plan", "rationale"] = "answer"
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -135,25 +198,46 @@ class Generate(Section):
 
 
 class Filter(Section):
-    """Keep answers that pass. ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is
-    lost.
+    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words before the answer.
+    ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is lost.
     """
 
-    kind: Literal["reference"]
+    LATER = ("min_words", "max_words")
+
+    kind: Literal["reference", "thinking"]
     metric: Literal["json-exact", "exact", "contains"] = "json-exact"
     otherwise: Literal["drop", "gold"] = "drop"
+    min_words: Annotated[int, Field(ge=0)] = Field(
+        default=LEAST_WORDS, description="thinking: fewer words are no thought"
+    )
+    max_words: Count | None = Field(default=None, description="thinking: a budget for devices that write slowly")
+
+    @model_validator(mode="after")
+    def _words(self) -> Filter:
+        if self.kind != "thinking" and (self.min_words, self.max_words) != (LEAST_WORDS, None):
+            raise ValueError('min_words and max_words are for kind = "thinking"')
+        if self.max_words is not None and self.max_words < self.min_words:
+            raise ValueError(f"max_words = {self.max_words} is under min_words = {self.min_words}: nothing would pass")
+        return self
 
 
 class Score(Section):
-    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, all of it
-    (``dense``: nothing is stored, the teacher runs beside the student), or none.
+    """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, two thirds
+    of n best and a third drawn from the rest (``top-sampled``), all of it (``dense``: nothing is stored, the teacher runs
+    beside the student), or none.
     """
 
-    kind: Literal["sampled", "top-k", "dense", "none"] = "sampled"
-    n: Annotated[int, Field(ge=1, le=256)] = 12
+    kind: Literal["sampled", "top-k", "top-sampled", "dense", "none"] = "sampled"
+    n: Annotated[int, Field(ge=1, le=255)] = 12
     temperature: Positive | None = Field(
         default=None, description="temperature of the draws; loss.temperature when left out"
     )
+
+    @model_validator(mode="after")
+    def _best_and_drawn(self) -> Score:
+        if self.kind == "top-sampled" and self.n < 3:
+            raise ValueError(f"top-sampled needs an n of 3 or more (two best ids and a draw), not {self.n}")
+        return self
 
 
 class Loss(Section):
@@ -178,11 +262,24 @@ class Loss(Section):
 
 
 class Distill(Training):
-    """Train the student on the kept rows and their distributions."""
+    """Train the student on the kept rows and their distributions. Another ``seed`` trains anew on the same targets."""
+
+    LATER = (*Training.LATER, "think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature")
 
     method: Literal["lora", "qlora", "full"] = "lora"
     lora: Lora = Lora()
     loss: Loss = Loss()
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="of the adapter and the order of rows; none: the recipe's"
+    )
+    on_policy: Share = Field(
+        default=0.0, description="share of the rows that the student writes itself, for the teacher beside it to judge"
+    )
+    on_policy_tokens: Count = Field(default=64, description="the longest answer that it writes")
+    on_policy_temperature: Positive = Field(default=1.0, description="of its draws")
+    think_weight: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="what a token of thinking counts in the loss, against 1 of the answer; 0: not at all"
+    )
 
 
 class Calibrate(Section):
@@ -256,6 +353,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     teacher: Teacher
     adapt: Adapt | None = None
+    chain: tuple[Link, ...] = ()
     student: Student
     prompts: Prompts
     generate: Generate = Generate()
@@ -269,6 +367,9 @@ class Recipe(Section):
     suites: dict[str, Suite] = {}
     gates: Gates = Gates()
     baselines: Baselines = Baselines()
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        default={}, description='for `edgedistill sweep`: dotted keys and their values, "distill.lora.rank" = [8, 16]'
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -304,6 +405,19 @@ class Recipe(Section):
                 raise ValueError(f"tune.targets names the target {name!r}; targets has {', '.join(self.targets)}")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets names one target twice")
+        if self.chain and self.student.model != "teacher":
+            raise ValueError(
+                '[[chain]] ends in a student that is cut out of its last link: set student.model = "teacher"'
+            )
+        if self.generate.style == "answer":
+            if any(one.kind == "thinking" for one in self.filter):
+                raise ValueError('a filter on thinking needs generate.style = "think", "plan" or "rationale"')
+            if self.distill.think_weight != 1.0:
+                raise ValueError('distill.think_weight needs generate.style = "think", "plan" or "rationale"')
+        if self.distill.on_policy and not (self.score.kind == "dense" and self.distill.loss.kd > 0):
+            raise ValueError(
+                'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'
+            )
         if self.score.kind == "none" and self.distill.loss.kd > 0:
             raise ValueError('score.kind = "none" leaves no distributions: set distill.loss.kd = 0')
         loss = self.distill.loss

@@ -64,6 +64,7 @@ class SuiteLine:
     errors: int | None = None
     shared: int | None = None
     engine: str = ""
+    thinking: dict[str, float] | None = None  # n, share with a block, share of empty ones, median words (evals.suites)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ that nothing was seen, not that nothing is wrong.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ def diagnose(data: ReportData) -> list[Finding]:
         _grammar,
         _weak_functions,
         _cut,
+        _thinking,
         _gradients,
     )
     return [finding for check in checks for finding in check(data)]
@@ -88,7 +90,8 @@ def _capacity(data: ReportData) -> Iterator[Finding]:
 
 
 def _not_trained_out(data: ReportData) -> Iterator[Finding]:
-    for step, key in (("heal", "heal.epochs"), ("distill/1", "distill.epochs")):
+    last = max((step for step in data.curves if re.fullmatch(r"distill/\d+", step)), default="distill/1")
+    for step, key in (("heal", "heal.epochs"), (last, "distill.epochs")):
         losses = [line["loss"] for line in data.curves.get(step, ())]
         tenth = len(losses) // 10
         if tenth < 3:
@@ -286,6 +289,26 @@ def _cut(data: ReportData) -> Iterator[Finding]:
                     remedy="allow more tokens; if the model rambles, train it longer",
                     key=f"suites.{suite}.max_new_tokens",
                 )
+
+
+def _thinking(data: ReportData) -> Iterator[Finding]:
+    teacher = data.model("teacher")
+    for model in data.models:
+        for suite, line in model.suites.items():
+            found = line.thinking
+            if not found or not found["blocks"] or found["empty"] <= 0.2:
+                continue
+            other = (
+                teacher.suites[suite].thinking if teacher and model is not teacher and suite in teacher.suites else None
+            )
+            beside = f", the teacher's: {other['empty']:.0%}" if other else ""
+            yield Finding(
+                symptom=f"{model.label} thinks less than it writes on {suite}",
+                figure=f"{found['empty']:.0%} of its blocks are empty (n = {found['n']:.0f}){beside}",
+                likely="thinking collapses: an empty block costs little, and the answer is guessed",
+                remedy="weigh thinking up, and leave short traces out",
+                key="distill.think_weight, [[filter]] kind = 'thinking'",
+            )
 
 
 def _gradients(data: ReportData) -> Iterator[Finding]:

@@ -229,6 +229,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         cut=int(facts.get("cut", 0)),
         errors=len(errors) if mine else None,
         shared=shared if mine and teacher and name != "teacher" else None,
+        thinking=facts.get("thinking"),
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
 

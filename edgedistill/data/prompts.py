@@ -24,7 +24,7 @@ from typing import Any
 from edgedistill.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("id", "messages", "prompt", "reference", "tags", "tools", "split", "seed_id")
+FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id")
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Message = dict[str, Any]
@@ -32,7 +32,9 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word."""
+    """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word, and
+    ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``).
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -41,11 +43,12 @@ class Row:
     tools: tuple[Message, ...] = ()
     split: str | None = None
     seed_id: str | None = None
+    rationale: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "split", "seed_id"):
+        for name in ("reference", "rationale", "split", "seed_id"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -164,7 +167,7 @@ def parse_row(record: Any, where: str) -> Row:
     tags = record.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UsageError(f"{where}: tags must be a list of strings", 'Write "tags": ["alarm"].')
-    for name in ("split", "seed_id"):
+    for name in ("rationale", "split", "seed_id"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise UsageError(f"{where}: {name} must be a string, not {_kind(record[name])}", f'Write "{name}": "...".')
     return Row(
@@ -175,6 +178,7 @@ def parse_row(record: Any, where: str) -> Row:
         tools=tuple(tools),
         split=record.get("split"),
         seed_id=record.get("seed_id"),
+        rationale=record.get("rationale"),
     )
 
 

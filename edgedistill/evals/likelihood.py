@@ -165,7 +165,7 @@ def divergences(
     if not own:
         raise UsageError("divergence: no rows", "Name a file with rows that have references.")
     others = {name: token_rows(reference, rows) for name, reference in references.items()}
-    columns = {name: _columns(candidate, own, references[name], other) for name, other in others.items()}
+    columns = {name: shared_columns(candidate, own, references[name], other) for name, other in others.items()}
     shared = {
         name: {at for at in range(len(own)) if _alike(own[at], other[at], columns[name])}
         for name, other in others.items()
@@ -199,7 +199,7 @@ def divergences(
     return {name: _summed(klds[name], agree[name]) for name in references}
 
 
-def _columns(
+def shared_columns(
     candidate: Runner, own: Sequence[TokenRow], reference: Runner, other: Sequence[TokenRow]
 ) -> np.ndarray | None:
     """Return the reference's number of each of the candidate's tokens (-1: padding); None where the numbers are the same.

@@ -7,12 +7,14 @@ looks names up.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
 
 
@@ -127,10 +129,29 @@ METRICS: dict[str, Metric] = {
 }
 
 
+AFTER_THINKING = "think:"
+"""Before a metric's name: the answer is what stands after the block of thinking, in answer and reference."""
+
+
+def _after_thinking(metric: Metric) -> Metric:
+    def score(answer: str, reference: str) -> Score:
+        thought = split(answer)
+        found = metric(thought.answer, split(reference).answer)
+        words = None if thought.thinking is None else thought.words
+        return Score(value=found.value, details={**found.details, "thinking_words": words})
+
+    return dataclasses.replace(metric, name=AFTER_THINKING + metric.name, function=score)
+
+
 def find_metric(name: str) -> Metric:
-    """Return the metric of that name. Raises UsageError with did-you-mean."""
+    """Return the metric of that name, ``think:NAME`` for the text metric NAME after thinking. Raises UsageError with
+    did-you-mean.
+    """
     if name in METRICS:
         return METRICS[name]
+    inner = METRICS.get(name.removeprefix(AFTER_THINKING))
+    if inner is not None and inner.kind == "text":
+        return _after_thinking(inner)
     close = difflib.get_close_matches(name, METRICS, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     raise UsageError(f"unknown metric {name!r}", f"{hint}Metrics: {', '.join(METRICS)}.")

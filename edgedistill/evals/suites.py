@@ -8,9 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from edgedistill.data.prompts import Row, rows_digest
+from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.errors import UsageError
 from edgedistill.evals import likelihood, statistics
 from edgedistill.evals.metrics import Metric, find_metric
@@ -62,6 +64,7 @@ class SuiteResult:
     runner: dict[str, Any]
     suite: str  # digest of the rows
     rows: tuple[RowResult, ...]
+    thinking: dict[str, Any] | None = None  # of answers that may think first: see _thinking
 
     @property
     def n(self) -> int:
@@ -209,7 +212,22 @@ def evaluate(
         cut=sum(r.finish != "stop" for r in results),
         grammar=hashlib.sha256(grammar.encode()).hexdigest() if grammar is not None else None,
         rows=tuple(results),
+        thinking=_thinking(results),
     )
+
+
+def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:
+    """Return how much was thought: rows, the share with a block, the share of empty ones among these, median words."""
+    words = [result.details["thinking_words"] for result in results if "thinking_words" in result.details]
+    if not words:
+        return None
+    blocks = [one for one in words if one is not None]
+    return {
+        "n": len(words),
+        "blocks": len(blocks) / len(words),
+        "empty": sum(one < LEAST_WORDS for one in blocks) / len(blocks) if blocks else 0.0,
+        "median_words": median(blocks) if blocks else 0,
+    }
 
 
 def _reference(row: Row, metric: Metric) -> str:

@@ -30,14 +30,18 @@ class Distill(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Check the losses, train, save."""
+        from edgedistill.teachers.writer import student_writer
         from edgedistill.training.dense import DenseTeacher
         from edgedistill.training.recipe import load_kept, load_model, load_targets, take_results, train_settings
         from edgedistill.training.selfcheck import selfcheck
+        from edgedistill.training.thinking import watch_thinking
         from edgedistill.training.trainer import train
         from edgedistill.training.vocabulary import read_origin
 
-        source = ctx.path(self.student, "model")
-        examples, tokenizer = load_kept(ctx.path(self.kept, "kept.jsonl"), source, text=self.text)
+        source, kept_rows = ctx.path(self.student, "model"), ctx.path(self.kept, "kept.jsonl")
+        examples, tokenizer = load_kept(
+            kept_rows, source, text=self.text, think_weight=self.training.get("think_weight", 1.0)
+        )
         targets, left_out = None, 0
         if self.targets is not None:
             kept = len(examples)
@@ -46,18 +50,28 @@ class Distill(Stage):
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         vocab_size = min(len(tokenizer), model.config.vocab_size)
-        teacher = None
+        teacher = writer = None
         if isinstance(self, DistillDense):
             origin = read_origin(source)
             whole = load_model(ctx.path(self.teacher, "model"))
             teacher = DenseTeacher(whole, vocab_size, tokens=origin.kept.tolist() if origin else None)
+            if settings.on_policy:
+                writer = student_writer(model, tokenizer, vocab_size)
         ctx.progress(0, 1, "checking the losses")
         checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size)
         result = train(
-            model, examples, targets, settings=settings, out=ctx.work, teacher=teacher, progress=ctx.progress
+            model,
+            examples,
+            targets,
+            settings=settings,
+            out=ctx.work,
+            teacher=teacher,
+            writer=writer,
+            progress=ctx.progress,
         )
+        watched = watch_thinking(kept_rows, source, result, text=self.text, progress=ctx.progress)
         take_results(result, ctx.work, ctx.out, source=source)
-        return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out}
+        return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out, **watched}
 
 
 @dataclass(frozen=True, kw_only=True)

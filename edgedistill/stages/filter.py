@@ -1,19 +1,21 @@
 """filter: keep the answers worth learning from, and say what happened to the rest.
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
-the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay."""
+the reason, ``pairs.jsonl`` (a kept answer beside a rejected one of the same prompt, as TRL's preference trainers take them),
+``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed
-from edgedistill.evals.metrics import find_metric
+from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
 
@@ -43,16 +45,17 @@ class Filter(Stage):
             rejected += [{**a, "why": "did not end"} for a in found if a["finish"] != "stop"]
         kept = sum(map(len, alive.values()))
         yields.append({"filter": "ended", "in": len(lines), "out": kept})
+        watched = self.watch([a["text"] for found in alive.values() for a in found])
         for spec in self.filters:
-            metric = find_metric(spec["metric"])
             before = sum(map(len, alive.values()))
             for row_id, found in alive.items():
-                reference = rows[row_id].reference or ""
-                good = [a for a in found if metric(a["text"], reference).value == 1.0]
-                rejected += [{**a, "why": f"reference ({spec['metric']})"} for a in found if a not in good]
+                good = [a for a in found if self.passes(spec, a["text"], rows[row_id].reference or "")]
+                why = f"reference ({spec['metric']})" if spec["kind"] == "reference" else spec["kind"]
+                rejected += [{**a, "why": why} for a in found if a not in good]
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
         from_teacher = from_gold = 0
+        chosen: dict[str, str] = {}
         with (ctx.out / "kept.jsonl").open("w") as file:
             for row in self.rows:
                 texts = [(a["text"], "teacher", a["row"]) for a in alive[row.id]]
@@ -60,6 +63,7 @@ class Filter(Stage):
                     texts = [(row.reference, "gold", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_teacher, from_gold = from_teacher + (source == "teacher"), from_gold + (source == "gold")
+                    chosen.setdefault(row.id, text)
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -68,11 +72,91 @@ class Filter(Stage):
                         "source": source,
                         "row": key,
                     }
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    for one in self.lessons(line):
+                        file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
+        pairs = [
+            _pair(rows[one["id"]], chosen[one["id"]], one["text"])
+            for one in rejected
+            if one["finish"] == "stop" and one["id"] in chosen and one["text"] != chosen[one["id"]]
+        ]
+        (ctx.out / "pairs.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in pairs))
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
         if not from_teacher and not from_gold:
             raise StepFailed(
                 f"no answer of {len(lines)} passed the filters", 'look at a weaker filter, or set otherwise = "gold"'
             )
-        return {"yields": yields, "kept": from_teacher + from_gold, "teacher": from_teacher, "gold": from_gold}
+        kept_rows = {"kept": from_teacher + from_gold, "teacher": from_teacher, "gold": from_gold}
+        return {"yields": yields, **kept_rows, "pairs": len(pairs), **watched}
+
+    def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
+        """Tell whether one answer passes one filter."""
+        return find_metric(spec["metric"])(text, reference).value == 1.0
+
+    def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what the student learns from one kept answer."""
+        return [line]
+
+    def watch(self, texts: list[str]) -> dict[str, Any]:
+        """Look at all answers that ended; raises StepFailed where going on would teach nothing."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingFilter(Filter):
+    """Filter answers that think first: by what stands after the block, and by the block."""
+
+    style: str
+
+    def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
+        """Tell whether one answer passes one filter."""
+        if spec["kind"] == "thinking":
+            most = spec.get("max_words")
+            return split(text).words >= spec.get("min_words", LEAST_WORDS) and (
+                most is None or split(text).words <= most
+            )
+        return find_metric(AFTER_THINKING + spec["metric"])(text, reference).value == 1.0
+
+    def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the text whole, or in the style ``rationale`` the answer, and the rationale as a task of its own."""
+        if self.style != "rationale":
+            return [line]
+        own, gold = split(line["text"]), split(line["reference"] or "")
+        answer = {**line, "text": own.answer, "reference": gold.answer or None}
+        if own.empty:
+            return [answer]
+        why = {
+            **line,
+            "id": f"{line['id']}+why",
+            "messages": asking_why(line["messages"]),
+            "text": own.thinking,
+            "reference": None if gold.empty else gold.thinking,
+            "task": "rationale",
+        }
+        return [answer, why]
+
+    def watch(self, texts: list[str]) -> dict[str, Any]:
+        """Measure how much is thought. Thinking that has collapsed in the teacher's answers cannot be taught."""
+        empty = share_of_empty(texts)
+        if empty > COLLAPSED:
+            raise StepFailed(
+                f"thinking has collapsed: {empty:.0%} of the teacher's {len(texts)} answers have an empty block, or none",
+                'give adapt.files rows with a "rationale", allow more generate.max_new_tokens, or set generate.style = "answer"',
+            )
+        return {
+            "thinking": {
+                "n": len(texts),
+                "empty": empty,
+                "median_words": median([split(t).words for t in texts] or [0]),
+            }
+        }
+
+
+def _pair(row: Row, chosen: str, rejected: str) -> dict[str, Any]:
+    """Return a preference in TRL's conversational form."""
+    return {
+        "id": row.id,
+        "prompt": list(row.messages),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }

@@ -49,7 +49,8 @@ class Heal(Stage):
         if self.teacher is not None:
             origin = read_origin(source)
             teacher = load_model(ctx.path(self.teacher, "model"))
-            guide = HiddenStates(teacher, self.layers, tokens=origin.kept.tolist() if origin else None)
+            layers = self.layers or ctx.facts(self.student)["layers"]  # measured by the shape step
+            guide = HiddenStates(teacher, layers, tokens=origin.kept.tolist() if origin else None)
         settings = train_settings(self.training, seed=self.seed)
         result = train(
             load_model(source), examples, None, settings=settings, out=ctx.work, guide=guide, progress=ctx.progress

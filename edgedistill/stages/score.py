@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage
@@ -26,7 +26,7 @@ class Score(Stage):
     deterministic: ClassVar[bool] = False
     teacher: Key
     kept: Key
-    kind: str
+    kind: Literal["sampled", "top-k", "top-sampled"]
     n: int
     temperature: float
     seed: int
@@ -42,7 +42,7 @@ class Score(Stage):
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
         teacher = TransformersTeacher(model)
         header = TargetsHeader(
-            kind="top-k" if self.kind == "top-k" else "sampled",
+            kind=self.kind,
             n=self.n,
             temperature=self.temperature,
             temperatures=stored_temperatures(self.temperature),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
@@ -42,6 +43,8 @@ class Shape(Stage):
         ctx.progress(0, 1, "pruning")
         model = load_model(source)
         facts: dict[str, Any] = {"params_before": sum(p.numel() for p in model.parameters())}
+        layers, found = self.choose(model, source)
+        facts |= found
         if self.ffn is not None:
             from edgedistill.training.ffn import prune_ffn
             from edgedistill.training.precision import pick_device, torch_dtype
@@ -49,9 +52,9 @@ class Shape(Stage):
             device = pick_device()
             run = load_model(source).to(device, torch_dtype("auto", device))
             facts["ffn_error"] = prune_ffn(
-                model, encode_rows(self.rows, source), self.ffn, layers=self.layers, run=run, progress=ctx.progress
+                model, encode_rows(self.rows, source), self.ffn, layers=layers, run=run, progress=ctx.progress
             )
-        pruned = prune_depth(model, self.layers)
+        pruned = prune_depth(model, layers)
         if self.vocabulary is not None:
             from edgedistill.training.vocabulary import choose_tokens, trim_vocabulary, write_trimmed_tokenizer
 
@@ -66,3 +69,23 @@ class Shape(Stage):
         else:
             write_trimmed_tokenizer(source, ctx.out / "model", tokens)
         return {**facts, "params": sum(p.numel() for p in pruned.parameters())}
+
+    def choose(self, model: Any, source: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Return the layers to keep, and what was found on the way."""
+        return self.layers, {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredShape(Shape):
+    """Keep the ``keep`` layers that turn the states of ``rows`` most; ``layers`` is empty until they are measured."""
+
+    keep: int
+
+    def choose(self, model: Any, source: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Measure every layer's influence."""
+        from edgedistill.training.recipe import encode_rows
+        from edgedistill.training.shaping import block_influence, most_important
+
+        influence = block_influence(model, encode_rows(self.rows, source))
+        layers = tuple(most_important(influence, self.keep))
+        return layers, {"layers": list(layers), "influence": [round(one, 5) for one in influence]}

@@ -210,7 +210,7 @@ class TransformersTeacher:
             with packed_mode(self.model) as packed:
                 states = completion_states(self.model, make_batch(part, packed=packed))
             uniform = None
-            if kind == "sampled":
+            if kind != "top-k":
                 uniform = torch.from_numpy(
                     np.concatenate([uniforms(seed, one.id, len(one.completion_ids), n) for one in part])
                 )

@@ -25,12 +25,32 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One prompt with its completion, as token ids; the completion ends with the token that ends a turn."""
+    """One prompt with its completion, as token ids; the completion ends with the token that ends a turn.
+
+    ``weight`` is the row's in the loss, ``weights`` those of its completion tokens (empty: 1 each); a token counts by their
+    product.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     weight: float = 1.0
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.completion_ids):
+            raise UsageError(
+                f"row {self.id!r}: {len(self.weights)} weights for {len(self.completion_ids)} completion tokens"
+            )
+        if self.weight < 0 or any(one < 0 for one in self.weights):
+            raise UsageError(f"row {self.id!r}: a weight is negative: the loss would be driven up")
+
+    @property
+    def token_weights(self) -> list[float]:
+        """Return what each completion token counts in the loss."""
+        if not self.weights:
+            return [self.weight] * len(self.completion_ids)
+        return [self.weight * one for one in self.weights]
 
     @property
     def length(self) -> int:
@@ -192,7 +212,7 @@ def collate(examples: Sequence[Example], *, pad_id: int = 0, pad_to: int = 1) ->
         rows += [row] * count
         columns += range(start - 1, end - 1)
         targets += example.completion_ids
-        weights += [example.weight] * count
+        weights += example.token_weights
     positions = np.broadcast_to(np.arange(width), ids.shape)
     return PaddedBatch(
         input_ids=torch.from_numpy(ids),

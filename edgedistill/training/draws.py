@@ -82,7 +82,9 @@ def sparse_from_logits(
     temperature: float,
     uniform: torch.Tensor | None = None,
 ) -> SparseTargets:
-    """Keep n draws (decided by ``uniform`` [positions, n]) or the top n of each row of ``logits`` [positions, V]."""
+    """Keep n draws (decided by ``uniform`` [positions, n]) of each row of ``logits`` [positions, V], its top n, or both: the
+    best two thirds of n, and a third in draws from the rest.
+    """
     z = logits.float()
     p = torch.softmax(z, -1)
     lse = (z.amax(-1) - p.amax(-1).log())[:, None]
@@ -106,7 +108,10 @@ def sparse_from_logits(
     assert uniform is not None
     if abs(temperature - 1.0) > 1e-9:
         p = torch.softmax(z / temperature, -1)
-    drawn = invert(p, uniform.to(p.device))
+    uniform = uniform.to(p.device)
+    if kind == "top-sampled":
+        return _top_and_draws(p, z - lse, normalisers, n, temperature, uniform)
+    drawn = invert(p, uniform)
     drawn = drawn.sort(-1).values
     first = torch.ones_like(drawn, dtype=torch.bool)
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
@@ -123,6 +128,47 @@ def sparse_from_logits(
         ids=drawn[first].to(torch.int32).cpu().numpy(),
         counts=counts,
         logp=(z.gather(1, drawn) - lse)[first].cpu().numpy(),
+        normalisers=normalisers,
+    )
+
+
+def exact_ids(n: int) -> int:
+    """Return how many of n ids of ``top-sampled`` are the best ones."""
+    return n * 2 // 3
+
+
+def _top_and_draws(
+    p: torch.Tensor,
+    logp: torch.Tensor,
+    normalisers: np.ndarray,
+    n: int,
+    temperature: float,
+    uniform: torch.Tensor,
+) -> SparseTargets:
+    """Keep the best ids of ``p`` [positions, V] and draws from the rest; ``logp`` are the logs at T = 1."""
+    positions, exact = p.shape[0], exact_ids(n)
+    best = p.topk(exact, -1).indices
+    rest = p.scatter(1, best, 0.0)
+    drawn = invert(rest, uniform[:, exact:n]).sort(-1).values
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    # Where the best ids hold all that float32 can tell, there is nothing to draw from.
+    first &= (rest.sum(-1, keepdim=True) > 1e-7) & (rest.gather(1, drawn) > 0)
+    times = (drawn[:, :, None] == drawn[:, None, :]).sum(-1)
+    ids = torch.cat([best, drawn], 1)
+    kept = torch.cat([torch.ones_like(best, dtype=torch.bool), first], 1)
+    counts = torch.cat([torch.zeros_like(best), times], 1)
+    offsets = np.zeros(positions + 1, dtype=np.int64)
+    np.cumsum(kept.sum(-1).cpu().numpy(), out=offsets[1:])
+    return SparseTargets(
+        kind="top-sampled",
+        n=n,
+        temperature=temperature,
+        temperatures=stored_temperatures(temperature),
+        offsets=offsets,
+        ids=ids[kept].to(torch.int32).cpu().numpy(),
+        counts=counts[kept].float().cpu().numpy(),
+        logp=logp.gather(1, ids)[kept].cpu().numpy(),
         normalisers=normalisers,
     )
 

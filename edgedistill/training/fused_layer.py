@@ -326,8 +326,7 @@ def _forward(
     layout: Any = None,
     **others: Any,
 ) -> torch.Tensor:
-    attention = layer.self_attn
-    heads = attention.config.num_attention_heads
+    heads = layer.self_attn.config.num_attention_heads
     small = (
         layout is not None
         and hasattr(layout, "counts")  # else the decoder's key/value cache
@@ -338,9 +337,16 @@ def _forward(
         if layout is not None:
             others["layout"] = layout
         return whole(hidden_states, *positional, position_embeddings=position_embeddings, **others)
-    cos, sin = (one[0][:, None] for one in position_embeddings)
+    halves = functools.partial(_halves, layer, layout, *(one[0][:, None] for one in position_embeddings))
+    if layer.gradient_checkpointing and layer.training:  # transformers looks at this in the forward that we stand for
+        return layer._gradient_checkpointing_func(halves, hidden_states)
+    return halves(hidden_states)
+
+
+def _halves(layer: Any, layout: Any, cos: torch.Tensor, sin: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Run both halves over a flat batch: [1, tokens, H] -> [1, tokens, H]."""
+    attention, norm = layer.self_attn, layer.input_layernorm
     every, tensors = _read_all(attention, ATTENTION)
-    norm = layer.input_layernorm
     plan = AttentionPlan(
         layout,
         cos,

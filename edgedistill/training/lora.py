@@ -22,12 +22,16 @@ EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Shape of an adapter. ``targets``: "all-linear" (all but head and embeddings), or module names."""
+    """Shape of an adapter. ``targets``: "all-linear" (all but head and embeddings), or module names. ``dora`` and ``rslora``
+    are PEFT's ``use_dora`` and ``use_rslora``.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ALL_LINEAR
+    dora: bool = False
+    rslora: bool = False
 
 
 def check_targets(config: Any, targets: str | Sequence[str]) -> None:
@@ -71,6 +75,8 @@ def attach(model: Any, settings: LoraSettings, *, seed: int = 0) -> Any:
         lora_alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=settings.dropout,
         target_modules=targets,
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
         bias="none",
     )

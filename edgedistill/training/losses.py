@@ -1,8 +1,8 @@
 """Distillation losses over sparse targets, computed without a full [tokens, vocabulary] tensor.
 
-All losses are sums over completion tokens, to be divided by the number of completion tokens of the whole optimiser step
-(all micro-batches, all processes): means of means weigh short micro-batches wrongly. The distillation term carries T^2
-(Hinton 2015), so that its gradient keeps its size when the temperature changes.
+All losses are weighted sums over completion tokens, to be divided by the sum of the weights (the number of tokens, where all
+are 1) of the whole optimiser step (all micro-batches, all processes): means of means weigh short micro-batches wrongly. The
+distillation term carries T^2 (Hinton 2015), so that its gradient keeps its size when the temperature changes.
 
 ``HeadLoss`` computes the logits of a few positions at a time, and with them the gradient, which is known in closed
 form: cross-entropy p - y; a divergence at T: T (pull_j - p_j sum of the pulls), see ``divergences.py``; with the tail as one

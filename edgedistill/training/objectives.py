@@ -12,6 +12,8 @@ SHARES: dict[str, float] = {"jsd": 0.5, "skew-kl": 0.1, "skew-reverse-kl": 0.1}
 """The divergences against a mixture, with the usual share in it of the distribution that is named first."""
 UNSEEN = ("reverse-kl", "tv")
 """Those that draws of the teacher's distribution cannot tell."""
+DRAWN = ("sampled", "top-sampled")
+"""Kinds of targets whose tail is known by draws alone."""
 TEMPERATURES = (0.5, 2 / 3, 4 / 3, 2.0, 4.0)
 """Whose normalisers are stored with every position, beside that of 1. Powers of sqrt(p): one square root each instead of a
 power over the whole vocabulary."""
@@ -31,13 +33,13 @@ def problem(divergence: str, share: float | None, kind: str, temperature: float)
             f"a share of {share:g} is not between 0 and 1",
             f"the usual one of {divergence} is {SHARES[divergence]:g}",
         )
-    if kind == "sampled" and divergence in UNSEEN:
+    if kind in DRAWN and divergence in UNSEEN:
         return (
             f"{divergence!r} cannot be estimated from draws of the teacher's distribution: they tell nothing of what the "
             "teacher never says, where it has its weight",
             "set score.kind = 'top-k', or divergence = 'forward-kl'",
         )
-    if divergence != "forward-kl" and kind == "sampled" and not temperature_known(temperature):
+    if divergence != "forward-kl" and kind in DRAWN and not temperature_known(temperature):
         known = ", ".join(f"{one:.4g}" for one in sorted((1.0, *TEMPERATURES)))
         return (
             f"{divergence!r} needs the teacher's probabilities at temperature {temperature:g}; draws keep those at {known}",

@@ -189,7 +189,7 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> PackedBat
         end = start + count
         index += range(end - len(example.completion_ids) - 1, end - 1)
         targets += example.completion_ids
-        weights += [example.weight] * len(example.completion_ids)
+        weights += example.token_weights
         start = end
     return PackedBatch(
         input_ids=torch.tensor([ids]),

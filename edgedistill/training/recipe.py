@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example, encode_example
 from edgedistill.training.divergences import Divergence
@@ -43,6 +45,11 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         warmup=table["warmup"],
         weight_decay=table["weight_decay"],
         clip=table["max_grad_norm"],
+        on_policy=table.get("on_policy", 0.0),
+        on_policy_tokens=table.get("on_policy_tokens", 64),
+        on_policy_temperature=table.get("on_policy_temperature", 1.0),
+        optimizer=table.get("optimizer", "adamw_torch"),
+        gradient_checkpointing=table.get("gradient_checkpointing", False),
         loss=LossTerms(**terms),
         hidden=table.get("hidden", 0.0),
         freeze_embeddings=table.get("freeze_embeddings", True),
@@ -51,11 +58,14 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
     )
 
 
-def load_kept(kept: Path, model: Path, *, text: str = "text", limit: int | None = None) -> tuple[list[Example], Any]:
+def load_kept(
+    kept: Path, model: Path, *, text: str = "text", limit: int | None = None, think_weight: float = 1.0
+) -> tuple[list[Example], Any]:
     """Encode the rows that the filters kept with the model's tokenizer: (examples, tokenizer).
 
-    ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). Raises UsageError for
-    a row that is longer than the model's context."""
+    ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). A token of thinking, or of
+    a rationale that is a task of its own, counts ``think_weight`` in the loss. Raises UsageError for a row that is longer
+    than the model's context."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -66,8 +76,27 @@ def load_kept(kept: Path, model: Path, *, text: str = "text", limit: int | None 
             break
         row = json.loads(line)
         if row[text]:
-            examples.append(encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context))
+            one = encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context)
+            if think_weight != 1.0:
+                rationale = row.get("task") == "rationale"
+                one = weigh_thinking(tokenizer, one, row[text], think_weight, whole=rationale)
+            examples.append(one)
     return examples, tokenizer
+
+
+def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:
+    """Return the example with the weight of thinking on the tokens of its block, or on all of them (``whole``).
+
+    A token that reaches over the end of the block belongs to the block.
+    """
+    if whole:
+        return replace(example, weights=(weight,) * len(example.completion_ids))
+    end = split(text).end
+    starts = [
+        start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    ]
+    weights = [weight if start < end else 1.0 for start in starts]
+    return replace(example, weights=(*weights, 1.0))  # the token that ends the turn
 
 
 def load_targets(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training.checkpoint import State
@@ -18,8 +18,13 @@ from edgedistill.training.losses import LossTerms
 from edgedistill.training.objectives import problem
 from edgedistill.training.targets import SparseTargets
 
+if TYPE_CHECKING:
+    import torch
+
 WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
+OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
+"""By transformers' names; all of torch's own, whose state is tensors and nothing else."""
 FIRST = 5
 """Steps at the start whose largest loss is what the first average is held against."""
 
@@ -30,7 +35,8 @@ class TrainSettings:
 
     ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
     computation; weights in training are kept in float32 beside it. ``hidden`` is the weight of the hidden states' mean
-    relative error (``hidden.py``). ``gradient_norms`` is every how many steps the norms
+    relative error (``hidden.py``). ``on_policy`` is the share of rows that the student writes itself (``on_policy.py``), up to
+    ``on_policy_tokens`` tokens drawn at ``on_policy_temperature``. ``gradient_norms`` is every how many steps the norms
     of the kd and ce gradients are taken apart (0: never).
     """
 
@@ -47,6 +53,11 @@ class TrainSettings:
     weight_decay: float = 0.0
     beta2: float = 0.999
     clip: float = 1.0
+    on_policy: float = 0.0
+    on_policy_tokens: int = 64
+    on_policy_temperature: float = 1.0
+    optimizer: str = "adamw_torch"
+    gradient_checkpointing: bool = False
     loss: LossTerms = field(default_factory=LossTerms)
     hidden: float = 0.0
     freeze_embeddings: bool = True
@@ -78,6 +89,22 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {**asdict(self), "path": self.path.name}
+
+
+def make_optimizer(settings: TrainSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Make the optimizer that ``settings.optimizer`` names, over groups of float32 tensors with their weight decay."""
+    import torch
+
+    lr = settings.lr
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr)
+    if settings.optimizer == "adagrad":
+        return torch.optim.Adagrad(groups, lr=lr)
+    if settings.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, settings.beta2), fused=True)
 
 
 def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
@@ -119,6 +146,8 @@ def check_settings(
         raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
     if settings.batch_size < 1:
         raise UsageError(f"batch_size is {settings.batch_size}: it must be at least 1")
+    if settings.optimizer not in OPTIMIZERS:
+        raise UsageError(f"optimizer = {settings.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
     if settings.method == "qlora":
         raise UsageError(
             "method = 'qlora' needs an NVIDIA GPU (its 4-bit kernels are CUDA code)"
@@ -127,6 +156,11 @@ def check_settings(
         )
     if settings.method not in ("lora", "full", "norms"):
         raise UsageError(f"method = {settings.method!r}: use 'lora', 'full' or 'norms'")
+    if settings.on_policy and not (dense and settings.loss.kd):
+        raise UsageError(
+            "on_policy needs the teacher in memory: what the student writes was never scored",
+            hint="set score.kind = 'dense' and loss.kd above 0",
+        )
     if settings.loss.kd and targets is None and not dense:
         raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
     if not settings.loss.kd and not settings.loss.ce and not settings.hidden:
@@ -185,7 +219,7 @@ def run_digest(
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
     for example in examples:
-        digest.update(example.token_hash + repr(example.weight).encode())
+        digest.update(example.token_hash + repr((example.weight, *example.weights)).encode())
     for one in targets or ():
         digest.update(one.ids.tobytes())
         digest.update(one.counts.tobytes())

@@ -4,8 +4,10 @@
 completion position, kept as unique ids with counts. The counts over n are an unbiased estimate of the distribution,
 where a cut-off top-K is not. Each drawn id keeps its log-probability at T = 1, so that a near temperature re-weights.
 ``top-k``: the K best ids with their log-probability; the loss treats the rest as one bucket.
+``top-sampled``: two thirds of n are the best ids, exact, and one third are draws from the rest, each of which stands for its
+share of the rest's probability: as unbiased as draws, with less noise where the best ids hold most of the probability.
 
-Both keep, per position, the log-normalisers A(t) = logsumexp(log p / t) for a few temperatures t, with log p at T = 1:
+All keep, per position, the log-normalisers A(t) = logsumexp(log p / t) for a few temperatures t, with log p at T = 1:
 log p_t(id) = log p(id) / t - A(t). A(1) is 0 and is not stored.
 """
 
@@ -27,7 +29,7 @@ FORMAT = 1
 REACH = 0.5
 """How far in temperature a sampled target can be re-weighted (measured; beyond it the variance grows several times)."""
 
-Kind = Literal["sampled", "top-k"]
+Kind = Literal["sampled", "top-k", "top-sampled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class TargetsHeader:
 class SparseTargets:
     """Targets of one example: position t has the ids[offsets[t]:offsets[t + 1]] (int32) and their values.
 
-    ``counts`` (sampled: how often each id was drawn, float32, may be re-weighted; top-k: empty), ``logp`` float32 at
-    T = 1, ``normalisers`` float32 [positions, len(temperatures)].
+    ``counts`` (sampled: how often each id was drawn, float32, may be re-weighted; top-sampled: 0 for the best ids, which are
+    exact; top-k: empty), ``logp`` float32 at T = 1, ``normalisers`` float32 [positions, len(temperatures)].
     """
 
     kind: Kind
@@ -82,7 +84,7 @@ class SparseTargets:
         return np.repeat(np.arange(self.positions), np.diff(self.offsets))
 
     def normaliser(self, temperature: float) -> np.ndarray | None:
-        """Return A(t) per position where it is known (stored, or t = 1), else None."""
+        """Return A(t) per position where it is known (stored, or t = 1), else None: float32 [positions]."""
         if abs(temperature - 1.0) < 1e-6:
             return np.zeros(self.positions, dtype=np.float32)
         for at, known in enumerate(self.temperatures):
@@ -93,9 +95,12 @@ class SparseTargets:
     def probabilities(self, temperature: float) -> np.ndarray:
         """Return the weight of each kept id at this temperature, float32 [len(ids)].
 
-        Sampled: counts over n (they add up to 1 at each position), re-weighted if the draw was at another temperature.
-        Top-k: exact probabilities; what is missing to 1 is the tail. Raises UsageError for a temperature out of reach.
+        Sampled: counts over n (they add up to 1 at each position), re-weighted if the draw was at another temperature;
+        top-sampled: so too, the exact ids by their probability. Top-k: exact probabilities; what is missing to 1 is the tail.
+        Raises UsageError for a temperature out of reach.
         """
+        if self.kind == "top-sampled":
+            return self.as_draws().probabilities(temperature)
         if self.kind == "sampled":
             if abs(temperature - self.temperature) > 1e-6:
                 return reweight(self, self.temperature, temperature)[0].probabilities(temperature)
@@ -109,6 +114,23 @@ class SparseTargets:
                 hint="score again with that temperature, or use one of those",
             )
         return np.exp(self.logp / temperature - np.repeat(known, np.diff(self.offsets))).astype(np.float32)
+
+    def as_draws(self) -> SparseTargets:
+        """Turn top-sampled targets into weighted draws at their temperature; draws stay what they are.
+
+        The best ids count n times their probability, the draws share what is left to 1: their counts add up to n.
+        """
+        if self.kind != "top-sampled":
+            return self
+        known = self.normaliser(self.temperature)
+        assert known is not None  # stored_temperatures
+        sizes, drawn = np.diff(self.offsets), self.counts.astype(np.float64)
+        p = np.exp(self.logp.astype(np.float64) / self.temperature - np.repeat(known, sizes))
+        p[drawn > 0] = 0.0
+        rest = np.clip(1.0 - np.bincount(self.rows, p, self.positions), 0.0, 1.0)
+        total = np.maximum(np.bincount(self.rows, drawn, self.positions), 1.0)
+        weights = p + drawn * np.repeat(rest / total, sizes)
+        return replace(self, kind="sampled", counts=(self.n * weights).astype(np.float32))
 
 
 def reweight(targets: SparseTargets, from_T: float, to_T: float) -> tuple[SparseTargets, float]:
@@ -148,7 +170,7 @@ class TargetsWriter:
     """Write a Parquet file of targets, one row an example; the file appears under its name when ``close`` has run.
 
     Columns: example (string), tokens (16 bytes, hash of the token ids), sizes (ids per position), ids (flat), counts
-    (flat, sampled only), logp (flat, float16), normalisers (flat, float16). Flat lists, narrow types and zstd keep
+    (flat, where there are draws), logp (flat, float16), normalisers (flat, float16). Flat lists, narrow types and zstd keep
     n = 12 under 48 bytes a token.
     """
 
@@ -167,7 +189,7 @@ class TargetsWriter:
             ("logp", pa.list_(pa.float16())),
             ("normalisers", pa.list_(pa.float16())),
         ]
-        if header.kind == "sampled":
+        if header.kind != "top-k":
             fields.append(("counts", pa.list_(pa.uint8())))
         meta = {b"edgedistill": json.dumps({"format": FORMAT, **header.to_json()}, sort_keys=True).encode()}
         self._schema = pa.schema(fields, metadata=meta)
@@ -202,7 +224,7 @@ class TargetsWriter:
             "logp": np.maximum(targets.logp, -60000.0).astype(np.float16),
             "normalisers": targets.normalisers.astype(np.float16).ravel(),
         }
-        if self.header.kind == "sampled":
+        if self.header.kind != "top-k":
             row["counts"] = np.rint(targets.counts).astype(np.uint8)
         self._pending.append(row)
         if len(self._pending) >= 2048:
@@ -281,7 +303,7 @@ def iter_targets(path: Path) -> Iterator[tuple[str, bytes, SparseTargets]]:
             sizes = part("sizes", row)
             offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
             np.cumsum(sizes, out=offsets[1:])
-            sampled = header.kind == "sampled"
+            drawn = header.kind != "top-k"
             yield (
                 name,
                 tokens,
@@ -292,7 +314,7 @@ def iter_targets(path: Path) -> Iterator[tuple[str, bytes, SparseTargets]]:
                     temperatures=header.temperatures,
                     offsets=offsets,
                     ids=part("ids", row).astype(np.int32),
-                    counts=part("counts", row).astype(np.float32) if sampled else np.zeros(0, np.float32),
+                    counts=part("counts", row).astype(np.float32) if drawn else np.zeros(0, np.float32),
                     logp=part("logp", row).astype(np.float32),
                     normalisers=part("normalisers", row).astype(np.float32).reshape(len(sizes), -1),
                 ),

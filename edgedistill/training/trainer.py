@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from edgedistill.training.dense import DenseTeacher
 from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.hidden import HiddenStates, tokens_of
 from edgedistill.training.lora import attach
-from edgedistill.training.losses import batch_targets, completion_loss
+from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
 from edgedistill.training.norms import is_norm, save_norms
-from edgedistill.training.packing import completion_states, make_batch, packed_mode
+from edgedistill.training.on_policy import OnPolicy, chosen
+from edgedistill.training.packing import causal_lm, completion_states, make_batch, packed_mode
 from edgedistill.training.precision import pick_device, torch_dtype
 from edgedistill.training.quiet import quiet
 from edgedistill.training.settings import (
@@ -37,6 +39,7 @@ from edgedistill.training.settings import (
     check_loss,
     check_settings,
     learning_rate,
+    make_optimizer,
     plan_steps,
     run_digest,
 )
@@ -57,6 +60,7 @@ def train(
     vocab_size: int | None = None,
     guide: HiddenStates | None = None,
     teacher: DenseTeacher | None = None,
+    writer: OnPolicy | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
@@ -66,10 +70,10 @@ def train(
     from the last checkpoint and ends with the same weights (same machine and thread count). ``model`` is used up.
     ``vocab_size`` is the tokenizer's.
     ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set; ``teacher`` the one whose
-    whole distributions stand in for ``targets``.
+    whole distributions stand in for ``targets``; ``writer`` how the student writes where ``settings.on_policy`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
-    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, progress)
+    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, writer, progress)
     return run.finished() or run.go()
 
 
@@ -84,6 +88,7 @@ class _Run:
         vocab_size: int | None,
         guide: HiddenStates | None,
         teacher: DenseTeacher | None,
+        writer: OnPolicy | None,
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
@@ -92,6 +97,17 @@ class _Run:
             raise UsageError("hidden is set, but there is no teacher whose states could be matched")
         self.guide = guide if settings.hidden else None
         self.teacher = teacher if settings.loss.kd else None
+        if settings.on_policy and writer is None:
+            raise UsageError("on_policy is set, but nothing says how the student writes")
+        self.writer = writer if settings.on_policy else None
+        longest = max((len(one.prompt_ids) for one in examples), default=0) + settings.on_policy_tokens
+        context = getattr(model.config, "max_position_embeddings", None) or longest
+        if self.writer is not None and longest > context:
+            raise UsageError(
+                f"the longest prompt and on_policy_tokens = {settings.on_policy_tokens} make {longest} tokens, and the "
+                f"student's context has {context}",
+                hint="lower distill.on_policy_tokens",
+            )
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
         self.rank, self.world = _processes()
@@ -226,7 +242,9 @@ class _Run:
             groups.append({"params": decay, "weight_decay": settings.weight_decay})
         if rest:
             groups.append({"params": rest, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+        self.optimizer = make_optimizer(settings, groups)
+        if settings.gradient_checkpointing:
+            causal_lm(self.model).gradient_checkpointing_enable({"use_reentrant": False})
 
     def _publish(self) -> None:
         """Copy the masters into the model's weights."""
@@ -257,10 +275,14 @@ class _Run:
     def _step(self, step: int, total: int) -> dict[str, Any]:
         """Run one optimiser step and return its line of the log (without times)."""
         settings, rows = self.settings, self.plan[step]
-        completion = sum(len(self.examples[row].completion_ids) for row in rows)
-        tokens = sum(self.examples[row].length for row in rows)
+        examples, own = self._examples(step)
+        completion = sum(len(one.completion_ids) for one in examples.values())
+        mass = sum(sum(one.token_weights) for one in examples.values()) or 1.0
+        tokens = sum(one.length for one in examples.values())
         size = settings.micro_batch or math.ceil(len(rows) / self.world)
-        micro = [rows[at : at + size] for at in range(0, len(rows), size)]
+        # What the student wrote has no reference: such rows are batches of their own, without cross-entropy.
+        groups = [[row for row in rows if row not in own], [row for row in rows if row in own]]
+        micro = [rows[at : at + size] for rows in groups for at in range(0, len(rows), size)]
         terms = settings.loss
         apart = bool(
             settings.gradient_norms
@@ -268,9 +290,10 @@ class _Run:
             and terms.kd
             and terms.ce
             and self.guide is None
+            and self.writer is None
             and self.world == 1
         )
-        compared = tokens_of([self.examples[row] for row in rows])
+        compared = tokens_of(list(examples.values()))
         kd = ce = hidden = 0.0
         norms: dict[str, float] = {}
         pending: list[torch.Tensor] = []
@@ -279,21 +302,22 @@ class _Run:
                 continue
             if settings.lora.dropout and settings.method != "full":
                 torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + at)
-            one_kd, one_ce, one_hidden = self._forward(part, apart)
+            judged = replace(terms, ce=0.0) if part[0] in own else terms
+            one_kd, one_ce, one_hidden = self._forward(part, [examples[row] for row in part], judged, apart)
             kd, ce = kd + float(one_kd.detach()), ce + float(one_ce.detach())
             hidden += float(one_hidden.detach())
             if apart:
-                (one_kd / completion).backward(retain_graph=True)
+                (one_kd / mass).backward(retain_graph=True)
                 self._collect()
                 pending.append(one_ce)
             else:
-                ((one_kd + one_ce) / completion + settings.hidden * one_hidden / compared).backward()
+                ((one_kd + one_ce) / mass + settings.hidden * one_hidden / compared).backward()
                 self._collect()
         if apart:
             norms["gradient_kd"] = float(self._norm())
             of_kd = [None if one.grad is None else one.grad.clone() for one in self.masters.values()]
             for one_ce in pending:
-                (one_ce / completion).backward()
+                (one_ce / mass).backward()
                 self._collect()
             squares = 0.0
             for master, before in zip(self.masters.values(), of_kd, strict=True):
@@ -307,7 +331,7 @@ class _Run:
         if settings.clip and math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
-        loss = (kd + ce) / completion + settings.hidden * hidden / compared
+        loss = (kd + ce) / mass + settings.hidden * hidden / compared
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -317,20 +341,42 @@ class _Run:
         return {
             "step": step + 1,
             "loss": loss,
-            "kd": kd / completion / terms.kd if terms.kd else 0.0,
-            "ce": ce / completion / terms.ce if terms.ce else 0.0,
+            "kd": kd / mass / terms.kd if terms.kd else 0.0,
+            "ce": ce / mass / terms.ce if terms.ce else 0.0,
             **({"hidden": hidden / compared} if self.guide is not None else {}),
             "gradient": norm,
             **norms,
             "lr": rate,
             "tokens": tokens,
             "completion_tokens": completion,
+            **({"written_rows": len(own)} if self.writer is not None else {}),
         }
 
-    def _forward(self, rows: Sequence[int], separate: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _examples(self, step: int) -> tuple[dict[int, Example], set[int]]:
+        """Return the rows of a step with their examples, and which of them the student has just written."""
+        settings, rows = self.settings, self.plan[step]
+        examples = {row: self.examples[row] for row in rows}
+        if self.writer is None:
+            return examples, set()
+        picked = chosen(settings.on_policy, settings.seed, step, list(examples.values()))
+        own = [row for row, written in zip(examples, picked, strict=True) if written]
+        if own:
+            written = self.writer.write(
+                self.model,
+                [examples[row] for row in own],
+                seed=settings.seed,
+                step=step,
+                most=settings.on_policy_tokens,
+                temperature=settings.on_policy_temperature,
+            )
+            examples.update(zip(own, written, strict=True))
+        return examples, set(own)
+
+    def _forward(
+        self, rows: Sequence[int], examples: Sequence[Example], terms: LossTerms, separate: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the sums of kd and ce over completion tokens, and that of the hidden states' errors over tokens."""
-        terms = self.settings.loss
-        batch = make_batch([self.examples[row] for row in rows], packed=self.packed)
+        batch = make_batch(examples, packed=self.packed)
         soft = None
         if self.teacher is not None:
             soft = self.teacher.targets(batch)
@@ -354,7 +400,7 @@ class _Run:
         return kd, ce, hidden
 
     def _sum_over_processes(self, *sums: float) -> tuple[float, ...]:
-        """Add gradients and losses of all processes: each has divided by the token count of the whole step."""
+        """Add gradients and losses of all processes: each has divided by the tokens' weights of the whole step."""
         import torch.distributed as dist
 
         for master in self.masters.values():
@@ -375,6 +421,8 @@ class _Run:
         partial = self.out / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
         restore(self.model)
+        if self.settings.gradient_checkpointing:
+            causal_lm(self.model).gradient_checkpointing_disable()
         self.model.config.use_cache = True
         if self.settings.method == "norms":
             save_norms(self.masters, partial)

@@ -57,17 +57,21 @@ class Origin:
             tuple(self.kept[list(example.prompt_ids)].tolist()),
             tuple(self.kept[list(example.completion_ids)].tolist()),
             example.weight,
+            example.weights,
         )
 
     def targets(self, targets: SparseTargets, example: Example) -> SparseTargets:
         """Return soft targets in the trimmed tokenizer's numbers, without the tokens that were cut away.
 
-        Top-k: their probability joins the tail. Sampled: a position's draws are the kept ones (their weights add up to 1
-        again when the loss asks); where none is left, the token of the text itself is its only draw.
+        Top-k: their probability joins the tail. Else a position's draws are the kept ones (their weights add up to 1 again
+        when the loss asks); where none is left, the token of the text itself is its only draw.
         """
+        targets = targets.as_draws()
         inside = targets.ids < len(self.numbers)
         found = np.where(inside, self.numbers[np.where(inside, targets.ids, 0)], -1)
         stays = found >= 0
+        if targets.kind == "sampled":
+            stays &= targets.counts > 0  # a best id without any probability is no draw
         left = np.bincount(targets.rows[stays], minlength=targets.positions)
         ids, logp = found[stays], targets.logp[stays]
         counts = targets.counts[stays] if targets.kind == "sampled" else targets.counts

@@ -172,8 +172,6 @@ def split_of_time(turns: Turns) -> Iterator[None]:
 
 def train_ours(job: dict[str, Any]) -> None:
     """Train by our own loop until the rows end."""
-    import torch
-
     from edgedistill.teachers.transformers import TransformersTeacher
     from edgedistill.training.dense import DenseTeacher
     from edgedistill.training.draws import stored_temperatures
@@ -231,7 +229,6 @@ def train_ours(job: dict[str, Any]) -> None:
             teacher=teacher,
             progress=lambda done, total, note: turns.step(counts[done - 1]),
         )
-    assert torch.is_grad_enabled()
 
 
 def train_peer(job: dict[str, Any]) -> None:

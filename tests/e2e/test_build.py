@@ -200,8 +200,9 @@ def test_the_student_is_the_teacher_with_fewer_neurons_and_tokens(built: Any) ->
 
 
 def test_a_depth_pruned_student_heals_and_merges(built: Any, session_of: Callable[..., Any]) -> None:
+    """By importance: which layers stay is found by the shape step, and the healing is shown their states."""
     settings = {"student.layers": 10, "student.ffn": None, "student.vocabulary": None, "baselines": {}}
-    session = session_of(targets=[TARGET], **settings)
+    session = session_of(targets=[TARGET], **settings, **{"student.layers_by": "importance", "student.ffn_rows": 12})
     plan = session.plan.only(session.plan.match("merge"))
     outcome = Runner(plan, session.store).build()
     assert not outcome.failed, outcome.failed
@@ -209,18 +210,54 @@ def test_a_depth_pruned_student_heals_and_merges(built: Any, session_of: Callabl
     shape = session.store.load(session.plan.match("shape")[0].key)
     config = json.loads((shape.path / "model" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"], config["vocab_size"]) == (10, 1536, 49152)
+    influence, kept = shape.facts["influence"], shape.facts["layers"]
+    assert len(influence) == 30 and len(kept) == 10
+    assert min(influence[at] for at in kept) >= max(influence[at] for at in range(30) if at not in kept)
     assert Runner(plan, session.store).build().ran == []
 
 
-@pytest.mark.parametrize(("kind", "divergence"), [("dense", "reverse-kl"), ("top-k", "jsd")])
-def test_other_targets_and_divergences_teach_too(
-    kind: str, divergence: str, built: Any, session_of: Callable[..., Any]
-) -> None:
-    settings = {"score.kind": kind, "distill.loss.divergence": divergence, "baselines": {}}
-    session = session_of(targets=[TARGET], **settings)
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dense, reverse KL": ("dense", {"distill.loss.divergence": "reverse-kl"}),
+    "top-k, JSD": ("top-k", {"distill.loss.divergence": "jsd"}),
+    "on-policy": ("dense", {"distill.on_policy": 0.5, "distill.on_policy_tokens": 16, "distill.lora.rslora": True}),
+    "top-sampled, DoRA": ("top-sampled", {"distill.lora.dora": True, "distill.gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [*list(WAYS)[:2], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[2:])]
+)
+def test_other_targets_and_ways_teach_too(way: str, built: Any, session_of: Callable[..., Any]) -> None:
+    kind, settings = WAYS[way]
+    session = session_of(targets=[TARGET], **{"score.kind": kind, "baselines": {}, **settings})
     plan = session.plan.only(session.plan.match("merge"))
     outcome = Runner(plan, session.store).build()
     assert not outcome.failed, outcome.failed
-    assert outcome.ran == [*(["score"] if kind == "top-k" else []), "distill/1", "merge"]
+    assert outcome.ran == [*(["score"] if kind != "dense" else []), "distill/1", "merge"]
     log = read_jsonl(session.store.load(session.plan.match("distill/1")[0].key).path / "log" / "train.jsonl")
-    assert all(line["kd"] > 0 and line["gradient_kd"] > 0 for line in log[:1])
+    assert all(line["kd"] > 0 for line in log)
+    if way == "on-policy":
+        assert sum(line["written_rows"] for line in log) > 0
+    else:
+        assert log[0]["gradient_kd"] > 0
+
+
+@pytest.mark.slow
+def test_a_sweep_shares_what_its_points_have_in_common(
+    built: Any, reduced: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from edgedistill.runner import Reporter
+    from edgedistill.sweep import build, plan_points, read
+    from tests.e2e.conftest import REDUCED
+
+    common = {**REDUCED, "gates.min_speedup": None, "baselines": {}}
+    points = plan_points(reduced, {"distill.lora.rank": [32, 4]}, targets=[TARGET], overrides=common, store=built.store)
+    first, second = build(points, reporter=Reporter, say=lambda text: None)
+    assert not first.failed and not second.failed
+    assert first.ran == []  # the recipe's own rank: built already
+    assert {"distill/1", f"evaluate/{TARGET}", f"measure/{TARGET}"} <= set(second.ran)
+    assert not {"adapt", "generate", "score", "heal"} & set(second.ran)
+    lines = read(points)
+    assert [line.point.values["distill.lora.rank"] for line in lines] == [32, 4]
+    assert lines[1].verdict in ("helped", "hurt", "undecided")
+    assert any(line.best for line in lines)

@@ -92,6 +92,96 @@ def test_lr_reruns_from_distill_on(folder: Path) -> None:
     assert "evaluate/teacher" not in names and "convert/teacher" not in names
 
 
+def test_another_seed_of_distilling_trains_anew_on_the_same_targets(folder: Path) -> None:
+    names = changed(make(folder), make(folder, distill__seed=1))
+    assert {"distill/1", "distill/gold-sft"} <= names
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
+    assert changed(make(folder), make(folder, distill__seed=0)) == set()  # the recipe's own
+
+
+def test_a_key_that_came_later_changes_nothing_until_it_is_used(folder: Path) -> None:
+    """What an older version built is not built again because of a new key at its default."""
+    (adapt,) = make(folder).match("adapt")
+    assert isinstance(adapt.stage, Adapt)
+    assert not {"optimizer", "gradient_checkpointing"} & set(adapt.stage.training)
+    assert set(adapt.stage.training["lora"]) == {"rank", "alpha", "dropout", "targets"}
+    assert changed(make(folder), make(folder, adapt__optimizer="adamw_torch", adapt__lora__dora=False)) == set()
+    for changes in ({"adapt__optimizer": "adafactor"}, {"adapt__lora__dora": True}, {"adapt__lora__rslora": True}):
+        assert "adapt" in changed(make(folder), make(folder, **changes))
+    assert "heal" in changed(make(folder), make(folder, heal__gradient_checkpointing=True))
+
+
+def test_thinking_is_a_style_with_rationales_in_the_gold_rows(folder: Path) -> None:
+    plan = make(folder, generate__style="think")
+    assert any("no row of adapt.files has a" in one and "rationale" in one for one in plan.warnings)
+    assert any("grammar must allow the block <think>" in one for one in plan.warnings)
+    assert any("phone-midrange may write as slowly as" in one and "max_words" in one for one in plan.warnings)
+    (evaluate,) = plan.match("evaluate/student")
+    assert {spec.metric for spec in evaluate.stage.suites} == {"think:json-exact", "perplexity"}  # pyright: ignore
+    bounded = make(
+        folder,
+        generate__style="think",
+        filter=[{"kind": "reference"}, {"kind": "thinking", "max_words": 60}],
+    )
+    assert any("60 words of thinking take" in one for one in bounded.warnings)
+    path = folder / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "rationale": "Because I say so."}) + "\n" for row in rows))
+    taught = make(folder, generate__style="think")
+    assert not any("rationale" in one for one in taught.warnings)
+    (adapt,) = taught.match("adapt")
+    assert isinstance(adapt.stage, Adapt)
+    assert (adapt.stage.rows[0].reference or "").startswith("<think>\nBecause I say so.\n</think>\n\n{")
+    plain = make(folder)
+    assert {"adapt", "generate", "filter", "evaluate/student"} <= changed(plain, taught)
+    assert make(folder, generate__style="rationale").match("filter")[0].key != taught.match("filter")[0].key
+
+
+def test_a_chain_is_more_steps_each_taught_by_the_one_before(folder: Path) -> None:
+    plain = make(folder)
+    plan = make(folder, chain=[{"ffn": 1344}, {"layers": 20}], student__layers=10, student__ffn=1024)
+    names = {name for step in plan.steps for name in step.ids}
+    assert {"shape/1", "heal/1", "score/1", "distill/1", "merge/1", "shape/2", "merge/2", "distill/3", "merge"} <= names
+    assert "distill/2" in names and "distill/4" not in names
+    key = {name: step.key for step in plan.steps for name in step.ids}
+    shape = {name: plan.match(name)[0].stage for name in ("shape/1", "shape/2", "shape")}
+    assert [len(one.layers) for one in shape.values()] == [30, 20, 10]  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(shape["shape"].layers) == 19  # of the second link's 20  # pyright: ignore[reportAttributeAccessIssue]
+    assert key["adapt"] in shape["shape/1"].inputs()
+    assert key["merge/1"] in shape["shape/2"].inputs() and key["merge/2"] in shape["shape"].inputs()
+    (score, second), (heal,) = (plan.match(name)[0] for name in ("score/1", "score/2")), plan.match("heal")
+    assert key["adapt"] in score.stage.inputs() and key["merge/1"] in second.stage.inputs()
+    assert key["merge/2"] in heal.stage.inputs()  # whose hidden states it is shown
+    before = {name: step.key for step in plain.steps for name in step.ids}
+    for name in ("adapt", "generate", "filter", "convert/teacher", "evaluate/teacher"):
+        assert key[name] == before[name]
+
+
+def test_a_wide_gap_is_told_and_a_chain_ends_in_its_own_student(folder: Path) -> None:
+    small = {"student__layers": 4, "student__ffn": 512, "student__vocabulary": 4096}
+    assert any("of what teaches it: beyond 1/4" in one and "[[chain]]" in one for one in make(folder, **small).warnings)
+    assert not any("of what teaches it" in one for one in make(folder).warnings)
+    bridged = make(folder, **small, chain=[{"layers": 12, "vocabulary": 8192}, {"layers": 6, "ffn": 768}])
+    assert not any("of what teaches it" in one for one in bridged.warnings)
+    with pytest.raises(RecipeError, match=r"cut out of its last link"):
+        make(folder, chain=[{"layers": 12}], student__model="pypi:other")
+    with pytest.raises(RecipeError, match="before this link has 12 layers") as error:
+        make(folder, chain=[{"layers": 12}, {"layers": 13}])
+    assert error.value.key == "chain.1.layers"
+
+
+def test_layers_by_importance_are_known_once_they_are_measured(folder: Path) -> None:
+    plan = make(folder, student__layers=10, student__layers_by="importance")
+    (shape,), (heal,) = plan.match("shape"), plan.match("heal")
+    assert (shape.stage.keep, shape.stage.layers, heal.stage.layers) == (10, (), ())  # pyright: ignore[reportAttributeAccessIssue]
+    assert shape.stage.rows  # pyright: ignore[reportAttributeAccessIssue]
+    spaced = make(folder, student__layers=10)
+    assert {"shape", "heal"} <= changed(plan, spaced)
+    assert changed(spaced, make(folder, student__layers=10, student__layers_by="spacing")) == set()
+    with pytest.raises(RecipeError, match="set layers to a count"):
+        make(folder, student__layers_by="importance")
+
+
 def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
     names = changed(make(folder), make(folder, distill__loss__temperature=1.5))
     assert "score" in names
@@ -296,6 +386,16 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
         (('kind = "sampled"', 'kind = "sampel"'), r"score\.kind.*sampled"),
+        (("n    = 12", "n    = 256"), r"score\.n.*255"),
+        (('kind = "sampled"\nn    = 12', 'kind = "top-sampled"\nn    = 2'), "top-sampled needs an n of 3 or more"),
+        (("beta2      = 0.95", 'optimizer  = "lion"'), r"heal\.optimizer.*adafactor"),
+        (
+            ("epochs     = 1\nbatch_size = 8\n\n[calibrate]", "think_weight = 2.0\n\n[calibrate]"),
+            "think_weight needs generate",
+        ),
+        (("batch_size = 8\n\n[calibrate]", "on_policy = 0.5\n\n[calibrate]"), "on_policy needs the teacher beside"),
+        (('metric    = "json-exact"\notherwise', "max_words = 9\notherwise"), 'are for kind = "thinking"'),
+        (("max_new_tokens = 64", 'style = "tool-trace"'), r"generate\.style.*rationale"),
         (("holdout = 0.90, ood", "houldout = 0.90, ood"), "houldout"),
     ],
 )

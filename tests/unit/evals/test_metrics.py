@@ -93,3 +93,15 @@ def test_unknown_metric() -> None:
         find_metric("json_exact")
     assert "Did you mean 'json-exact'" in caught.value.hint
     assert all(name in caught.value.hint for name in METRICS)
+
+
+def test_after_thinking_only_the_answer_counts() -> None:
+    metric = find_metric("think:json-exact")
+    assert metric.name == "think:json-exact"
+    found = metric('<think>\nan alarm, so set it\n</think>\n\n{"name": "a"}', '<think>why</think>{"name": "a"}')
+    assert found.value == 1.0
+    assert found.details["thinking_words"] == 5
+    assert metric('{"name": "a"}', '{"name": "a"}').details["thinking_words"] is None
+    assert metric('<think>{"name": "a"}', '{"name": "a"}').value == 0.0
+    with pytest.raises(UsageError, match="unknown metric"):
+        find_metric("think:perplexity")

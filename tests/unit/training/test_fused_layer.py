@@ -152,3 +152,16 @@ def test_who_watches_a_part_of_a_layer_sees_it(monkeypatch: pytest.MonkeyPatch) 
         hook.remove()
         completion_states(model, make_batch(make_examples(4), packed=True))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "plain"])
+def test_gradient_checkpointing_keeps_less_and_gives_the_same(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _lora(make_llama(layers=6)).train()
+    states, grads, kept = _run(model, monkeypatch, fuse=fuse)
+    packing.causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+    again, regrads, less = _run(model, monkeypatch, fuse=fuse)
+    torch.testing.assert_close(again, states, rtol=0, atol=0)
+    assert regrads.keys() == grads.keys()
+    for name, right in grads.items():
+        torch.testing.assert_close(regrads[name], right)
+    assert less < 0.6 * kept

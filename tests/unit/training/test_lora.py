@@ -12,6 +12,7 @@ import torch
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training import fast_lora
 from edgedistill.training.lora import LoraSettings, attach, check_targets, merge
+from edgedistill.training.packing import body
 from tests.unit.training.tiny import make_llama
 
 ROWS = [list(range(1, 20)), list(range(40, 70))]
@@ -29,8 +30,9 @@ def _adapted(tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
     return base, adapter
 
 
-def test_merge_is_exact(tmp_path: Path) -> None:
-    base, adapter = _adapted(tmp_path)
+@pytest.mark.parametrize("variant", [{}, {"dora": True}, {"rslora": True}], ids=["lora", "dora", "rslora"])
+def test_merge_is_exact(tmp_path: Path, variant: dict[str, bool]) -> None:
+    base, adapter = _adapted(tmp_path, **variant)
     report = merge(base, adapter, tmp_path / "merged", rows=ROWS)
     assert report.max_logit_difference < 1e-4
     assert report.top1_agreement == 1.0
@@ -44,6 +46,19 @@ def test_merge_to_bf16_says_what_the_rounding_costs(tmp_path: Path) -> None:
     base, adapter = _adapted(tmp_path)
     report = merge(base, adapter, tmp_path / "merged", rows=ROWS, dtype="bfloat16", tolerance=10.0)
     assert 1e-4 < report.mean_logit_difference < 0.2 * report.logit_scale
+
+
+def test_the_variants_are_what_they_are_called() -> None:
+    plain, rank = (
+        attach(make_llama(), LoraSettings(rank=16, alpha=8)),
+        attach(make_llama(), LoraSettings(rank=16, alpha=8, rslora=True)),
+    )
+    one, other = (body(model).layers[0].mlp.up_proj.scaling["default"] for model in (plain, rank))
+    assert (one, other) == (0.5, 2.0)
+    dora = attach(make_llama(), LoraSettings(rank=4, dora=True))
+    names = [name for name, parameter in dora.named_parameters() if parameter.requires_grad]
+    assert sum("magnitude" in name for name in names) == 21
+    assert fast_lora.speed_up(dora) == 0  # no plain sum: PEFT's own forward stays
 
 
 def test_a_merge_that_disagrees_fails_and_leaves_nothing(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedistill.errors import UsageError
-from edgedistill.training.shaping import choose_layers, prune_depth
-from tests.unit.training.tiny import make_llama
+from edgedistill.training.shaping import block_influence, choose_layers, most_important, prune_depth
+from tests.unit.training.tiny import make_examples, make_llama
 
 
 @given(st.integers(1, 80), st.data())
@@ -92,3 +92,40 @@ def test_per_layer_lists_of_the_config_are_cut_too(tmp_path: Path) -> None:
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.layer_types == ["sliding_attention", "full_attention"]
     assert len(loaded.model.layers) == 2
+
+
+def test_the_influence_of_a_block_is_how_far_it_turns_the_states() -> None:
+    """Against transformers' own hidden states, row by row; a layer that adds nothing has none."""
+    model = make_llama(layers=4)
+    with torch.no_grad():
+        for part in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
+            part.weight.zero_()
+    examples = make_examples(7)
+    found = block_influence(model, examples, batch_size=3)
+    totals, count = torch.zeros(4, dtype=torch.float64), 0
+    for one in examples:
+        caught: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(
+                lambda _module, inputs, output, caught=caught: caught.append(
+                    (1 - torch.cosine_similarity(inputs[0], output if torch.is_tensor(output) else output[0], dim=-1))[
+                        0, 1:
+                    ]
+                )
+            )
+            for layer in model.model.layers
+        ]
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[*one.prompt_ids, *one.completion_ids]]))
+        for hook in hooks:
+            hook.remove()
+        totals += torch.stack([each.sum() for each in caught]).double()
+        count += one.length - 1
+    assert found == pytest.approx((totals / count).tolist(), rel=1e-4, abs=1e-6)
+    assert found[2] == pytest.approx(0, abs=1e-6)
+    assert 2 not in most_important(found, 3)
+
+
+def test_the_most_important_layers_come_in_their_order() -> None:
+    assert most_important([0.4, 0.1, 0.3, 0.4], 3) == [0, 2, 3]
+    assert most_important([0.2, 0.2, 0.2], 2) == [0, 1]

@@ -17,7 +17,7 @@ from edgedistill.training.checkpoint import State
 from edgedistill.training.data import counter_rng, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
-from edgedistill.training.settings import check_loss, learning_rate, plan_steps
+from edgedistill.training.settings import OPTIMIZERS, check_loss, learning_rate, plan_steps
 from edgedistill.training.trainer import TrainSettings, train
 from tests.unit.training.tiny import make_examples, make_llama, score
 
@@ -75,18 +75,26 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
         train(make_llama(), make_examples(), None, settings=replace(FULL, lr=2e-3), out=tmp_path)
 
 
-def test_the_first_step_is_the_textbooks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_first_step_is_the_textbooks(tmp_path: Path, weighted: bool) -> None:
     """One step of the trainer against plain PyTorch in float64: loss, gradient norm and the updated weights."""
     examples = make_examples(6)
+    if weighted:
+        examples = [
+            replace(one, weight=1.0 + at, weights=tuple(0.5 * (token % 3) for token in one.completion_ids))
+            for at, one in enumerate(examples)
+        ]
     settings = replace(FULL, steps=1, freeze_embeddings=False, clip=0.5, weight_decay=0.1)
     train(make_llama(), examples, None, settings=settings, out=tmp_path)
     model = make_llama().double()
     count = sum(len(one.completion_ids) for one in examples)
+    mass = sum(one.weight * share for one in examples for share in one.weights or [1.0] * len(one.completion_ids))
     total = 0.0
     for one in examples:
         ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
         logits = model(input_ids=ids).logits[0, len(one.prompt_ids) - 1 : -1]
-        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(one.completion_ids), reduction="sum") / count
+        each = torch.nn.functional.cross_entropy(logits, torch.tensor(one.completion_ids), reduction="none")
+        loss = (each * torch.tensor(one.weights or 1.0) * one.weight).sum() / mass
         loss.backward()
         total += float(loss)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -111,6 +119,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, method: str) -> None:
     soft = score(make_llama(seed=1), examples)
     settings = replace(FULL, method=method, steps=4, loss=LossTerms(kd=0.6, ce=0.4, temperature=1.2), batch_size=12)
     logs = []
+    examples = [replace(one, weights=tuple(0.25 + (token % 4) for token in one.completion_ids)) for one in examples]
     for micro in (None, 5, 1):
         out = tmp_path / str(micro)
         train(make_llama(), examples, soft, settings=replace(settings, micro_batch=micro), out=out)
@@ -293,3 +302,42 @@ def test_several_processes_take_the_step_of_one(children: Path, tmp_path: Path) 
     for one, two in zip(_log(tmp_path), _log(children / "two"), strict=True):
         for key in ("loss", "ce", "gradient"):
             assert two[key] == pytest.approx(one[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_and_goes_on_where_it_was_cut_off(tmp_path: Path, optimizer: str) -> None:
+    examples = make_examples(24)
+    rate = {"sgd": 0.5, "adafactor": 1e-2}.get(optimizer, 1e-3)
+    settings = replace(FULL, optimizer=optimizer, lr=rate, steps=8, checkpoint_steps=3, schedule="constant")
+    train(make_llama(), examples, None, settings=settings, out=tmp_path / "whole")
+    lines = _log(tmp_path / "whole")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_llama(), examples, None, settings=settings, out=tmp_path / "cut", progress=stop)
+    assert train(make_llama(), examples, None, settings=settings, out=tmp_path / "cut").resumed_at == 3
+    for name, value in _weights(tmp_path / "whole").items():
+        assert torch.equal(_weights(tmp_path / "cut")[name], value), name
+
+
+def test_an_optimizer_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="optimizer = 'lion': use one of adamw_torch, adafactor"):
+        train(make_llama(), make_examples(), None, settings=replace(FULL, optimizer="lion"), out=tmp_path)
+
+
+def test_gradient_checkpointing_changes_no_byte(tmp_path: Path) -> None:
+    settings = replace(FULL, steps=3)
+    for name, on in (("off", False), ("on", True)):
+        train(
+            make_llama(),
+            make_examples(),
+            None,
+            settings=replace(settings, gradient_checkpointing=on),
+            out=tmp_path / name,
+        )
+    for name, value in _weights(tmp_path / "off").items():
+        assert torch.equal(_weights(tmp_path / "on")[name], value), name

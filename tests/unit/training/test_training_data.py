@@ -77,6 +77,16 @@ def test_collate_labels_exactly_the_completions(pairs: list[tuple[list[int], lis
     assert batch.weights.tolist() == [one.weight for one in examples for _ in one.completion_ids]
 
 
+def test_a_token_counts_by_its_rows_weight_and_its_own() -> None:
+    assert Example("a", (1,), (2, 3), weight=2.0).token_weights == [2.0, 2.0]
+    one = Example("a", (1,), (2, 3), weight=2.0, weights=(0.0, 1.5))
+    assert collate([one]).weights.tolist() == [0.0, 3.0]
+    with pytest.raises(UsageError, match="row 'a': 1 weights for 2 completion tokens"):
+        Example("a", (1,), (2, 3), weights=(1.0,))
+    with pytest.raises(UsageError, match="row 'a': a weight is negative"):
+        Example("a", (1,), (2, 3), weights=(1.0, -1.0))
+
+
 @given(st.lists(st.integers(0, 2**31), min_size=2, max_size=12))
 def test_token_hash_depends_on_where_the_completion_starts(ids: list[int]) -> None:
     hashes = {token_hash(ids[:cut], ids[cut:]) for cut in range(len(ids))}

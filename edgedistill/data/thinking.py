@@ -1,0 +1,95 @@
+"""Thinking before the answer: how a text is put together, and taken apart again.
+
+Three ways to teach it (``generate.style``). ``think`` and ``plan``: the student writes a block and then the answer, as reasoning
+models do. ``rationale``: it learns two tasks, the answer alone and, when asked, why, so that it answers as fast as before
+("Distilling Step-by-Step", Hsieh et al. 2023, arXiv:2305.02301). In all of them the teacher writes block and answer, answers
+are judged without their block, and a row's ``rationale`` is what a gold block holds.
+
+No torch: ``plan`` and the filters read this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from edgedistill.data.prompts import Row
+
+BLOCKS: dict[str, tuple[str, str]] = {
+    "think": ("<think>", "</think>"),
+    "plan": ("<plan>", "</plan>"),
+    "rationale": ("<think>", "</think>"),
+}
+"""The tags of each style that has a block."""
+LEAST_WORDS = 3
+"""A block of fewer words is empty: "OK." is no thought."""
+REQUEST = "Explain how to get to the answer."
+"""What is added to a prompt to ask for the rationale alone."""
+COLLAPSED = 0.5
+"""Share of empty blocks beyond which thinking has collapsed."""
+
+
+class Thought(NamedTuple):
+    """A text in two parts. ``thinking`` is None where there is no block; ``end`` is where the answer begins."""
+
+    thinking: str | None
+    answer: str
+    end: int
+
+    @property
+    def words(self) -> int:
+        """Count the words of the block."""
+        return len((self.thinking or "").split())
+
+    @property
+    def empty(self) -> bool:
+        """Tell whether nothing was thought: no block, or one of a few words."""
+        return self.words < LEAST_WORDS
+
+
+def join(style: str, thinking: str, answer: str) -> str:
+    """Put a block before an answer."""
+    opening, closing = BLOCKS[style]
+    return f"{opening}\n{thinking.strip()}\n{closing}\n\n{answer}"
+
+
+def split(text: str) -> Thought:
+    """Take a text apart, whatever the style. A block that is not closed leaves no answer.
+
+    Some chat templates open the block in the prompt: a text that only closes one begins inside it.
+    """
+    start = len(text) - len(text.lstrip())
+    for opening, closing in dict.fromkeys(BLOCKS.values()):
+        opened = text.startswith(opening, start)
+        at = text.find(closing)
+        if at < 0 and opened:
+            return Thought(text[start + len(opening) :].strip(), "", len(text))
+        if at >= 0:
+            end = at + len(closing)
+            end += len(text[end:]) - len(text[end:].lstrip())
+            return Thought(text[start + len(opening) * opened : at].strip(), text[end:], end)
+    return Thought(None, text, 0)
+
+
+def with_block(rows: Iterable[Row], style: str) -> tuple[Row, ...]:
+    """Return the rows with their rationale as a block of the reference, where the style has one."""
+    if style not in BLOCKS:
+        return tuple(rows)
+    return tuple(
+        dataclasses.replace(row, reference=join(style, row.rationale, row.reference), rationale=None)
+        if row.rationale and row.reference is not None
+        else row
+        for row in rows
+    )
+
+
+def asking_why(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the conversation with the request for a rationale at the end of its last message."""
+    *before, last = messages
+    return [*before, {**last, "content": f"{last['content']}\n\n{REQUEST}"}]
+
+
+def share_of_empty(texts: Sequence[str]) -> float:
+    """Return the share of texts without a thought; 0 of no texts."""
+    return sum(split(text).empty for text in texts) / len(texts) if texts else 0.0

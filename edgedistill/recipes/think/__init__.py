@@ -1,0 +1,1 @@
+"""The packaged recipe ``think``: word problems, solved step by step before the answer."""

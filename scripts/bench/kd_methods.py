@@ -1,0 +1,244 @@
+"""What each objective is worth: one task, one student, one set of rows, the same number of student tokens, several seeds.
+
+Every arm distils the quickstart's healed student anew: what is kept of the teacher's distributions (none: plain fine-tuning; 4,
+12 or 50 draws; the best with the tail as one bucket; the best with a sampled tail; all of it), at which temperature, and by
+which divergence. An arm and a seed are steps of a build (score, distill, merge, convert, evaluate) in the user's store:
+cached, resumable, shared with the quickstart. Compared are exact match on the suites, KL divergence to the teacher and
+calibration (expected calibration error of the next token, 15 bins) along the references, and bytes a token of the stored targets.
+Values are averaged over the seeds row by row; rows are the sample, and differences to the dense teacher are paired.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
+
+from edgedistill.data.prompts import load_rows
+from edgedistill.errors import EdgeDistillError
+from edgedistill.evals.likelihood import kl_divergence, shared_columns, token_rows
+from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.evals.statistics import Estimate, paired_difference
+from edgedistill.evals.suites import load_answers
+from edgedistill.recipes import copy_recipe
+from edgedistill.runner import Runner
+from edgedistill.session import Session, prepare
+from edgedistill.store import Entry, Store
+from edgedistill.ui import TerminalReporter
+
+NAME = "kd_methods"
+TARGET = "phone-midrange"
+SUITES = ("holdout", "ood")
+DENSE, DRAWS, SFT = "dense", "12 draws", "no distributions (SFT)"
+BINS = 15
+ARMS: dict[str, dict[str, Any]] = {
+    DENSE: {"score.kind": "dense"},
+    DRAWS: {"score.kind": "sampled", "score.n": 12},
+    SFT: {"score.kind": "none", "distill.loss.kd": 0.0, "distill.loss.ce": 1.0},
+    "4 draws": {"score.kind": "sampled", "score.n": 4},
+    "50 draws": {"score.kind": "sampled", "score.n": 50},
+    "top 12 + tail bucket": {"score.kind": "top-k", "score.n": 12},
+    "top 8 + 4 draws": {"score.kind": "top-sampled", "score.n": 12},
+    "top 2 + 1 draw": {
+        "score.kind": "top-sampled",
+        "score.n": 3,
+    },  # about the bytes of 12 draws where few ids are likely
+    "12 draws, T = 1.5": {"score.kind": "sampled", "score.n": 12, "distill.loss.temperature": 1.5},
+    "12 draws, T = 2": {"score.kind": "sampled", "score.n": 12, "distill.loss.temperature": 2.0},
+    "12 draws, T = 3": {"score.kind": "sampled", "score.n": 12, "distill.loss.temperature": 3.0},
+    "dense, reverse KL": {"score.kind": "dense", "distill.loss.divergence": "reverse-kl"},
+    "dense, JSD": {"score.kind": "dense", "distill.loss.divergence": "jsd"},
+}
+QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
+
+
+def base_overrides(folder: Path, quick: bool) -> dict[str, Any]:
+    """Return what all arms change of the quickstart: no gates, no baselines; with --quick fewer rows of everything."""
+    common: dict[str, Any] = {"gates": {}, "baselines": {}}
+    if not quick:
+        return common
+    suites = {}
+    for name in SUITES:
+        few = folder / "data" / f"quick-{name}.jsonl"
+        lines = (folder / "data" / f"{name}.jsonl").read_text().splitlines()[:12]
+        few.write_text("\n".join(lines) + "\n")
+        suites[name] = {"files": [f"data/{few.name}"], "metric": "json-exact", "max_new_tokens": 40}
+    return {**common, **QUICK, "suites": suites}
+
+
+def build(folder: Path, overrides: dict[str, Any]) -> Session:
+    """Bring one arm up to its evaluation."""
+    session = prepare(folder, targets=[TARGET], overrides=overrides, note=say)
+    names = ("convert/teacher", "evaluate/student")
+    wanted = [step for name in names for step in session.plan.match(name)]
+    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
+    for error in outcome.failed.values():
+        raise error
+    return session
+
+
+def entry_of(session: Session, step: str) -> Entry:
+    """Return a built step's entry."""
+    entry = Store(session.store.root).load(session.plan.match(step)[0].key)
+    assert entry is not None
+    return entry
+
+
+def distances(session: Session, rows: int) -> dict[str, Any]:
+    """Return per row the KL divergence to the teacher, and per token confidence and hit; kept beside the bench."""
+    key = f"{entry_of(session, 'convert/student').digest[:24]}-{entry_of(session, 'convert/teacher').digest[:24]}"
+    kept = cache_folder(NAME) / "distances" / f"{key}-{rows}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    some = load_rows(session.path.parent / "data" / "holdout.jsonl", need_reference=True)[:rows]
+    found: dict[str, Any] = {"kl": [], "confidence": [], "hit": []}
+    with (
+        GgufRunner(entry_of(session, "convert/student").path / "model.gguf") as student,
+        GgufRunner(entry_of(session, "convert/teacher").path / "model.gguf") as teacher,
+    ):
+        own, other = token_rows(student, some), token_rows(teacher, some)
+        columns = shared_columns(student, own, teacher, other)
+        alike = [
+            at
+            for at in range(len(own))
+            if columns is None or tuple(columns[list(own[at].ids)].tolist()) == other[at].ids
+        ]
+        own, other = [own[at] for at in alike], [other[at] for at in alike]
+        pairs = zip(
+            own,
+            teacher.logprobs([one.ids for one in other], [one.positions for one in other]),
+            student.logprobs([one.ids for one in own], [one.positions for one in own]),
+            strict=True,
+        )
+        for row, p, q in pairs:
+            found["kl"].append(float(kl_divergence(p, q, columns=columns)[0].mean()))
+            found["confidence"] += np.exp(q.max(axis=1)).tolist()
+            found["hit"] += (q.argmax(axis=1) == np.asarray(row.ids[row.start :])).astype(int).tolist()
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(found))
+    return found
+
+
+def calibration_error(confidence: list[float], hit: list[int]) -> float:
+    """Return the expected calibration error: |accuracy - confidence| in bins of confidence, weighted by their tokens."""
+    sure, right = np.asarray(confidence), np.asarray(hit, dtype=float)
+    places = np.minimum((sure * BINS).astype(int), BINS - 1)
+    size = np.bincount(places, minlength=BINS)
+    gaps = np.abs(np.bincount(places, sure - right, BINS))
+    return float(gaps.sum() / size.sum())
+
+
+def measure(session: Session, rows: int) -> dict[str, Any]:
+    """Return what one arm and seed came to."""
+    answers = entry_of(session, "evaluate/student").path / "answers"
+    right = {f"{suite} {row.id}": row.score for suite in SUITES for row in load_answers(answers / f"{suite}.jsonl")}
+    stored = session.plan.match("score") if any(step.stage.name == "score" for step in session.plan.steps) else []
+    return {
+        "right": right,
+        **distances(session, rows),
+        "bytes": entry_of(session, "score").facts["bytes_per_token"] if stored else None,
+        "tokens": entry_of(session, "distill/1").facts["train"]["tokens"],
+    }
+
+
+def average(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Average seeds row by row."""
+    return {
+        "right": {name: mean(one["right"][name] for one in found) for name in found[0]["right"]},
+        "kl": [mean(values) for values in zip(*(one["kl"] for one in found), strict=True)],
+        "ece": [calibration_error(one["confidence"], one["hit"]) for one in found],
+        "bytes": found[0]["bytes"],
+        "tokens": found[0]["tokens"],
+    }
+
+
+def against(own: dict[str, Any], dense: dict[str, Any]) -> dict[str, Estimate]:
+    """Return the paired differences to the dense arm."""
+    names = sorted(own["right"])
+    return {
+        "right": paired_difference([own["right"][name] for name in names], [dense["right"][name] for name in names]),
+        "kl": paired_difference(own["kl"], dense["kl"]),
+    }
+
+
+def interval(one: Estimate, digits: int) -> str:
+    """Write a difference with its interval."""
+    return f"{one.value:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
+
+
+def main() -> None:
+    """Build every arm for every seed, and print the comparison."""
+    options = parser(__doc__ or "", quick="three arms, one seed, 24 rows to learn from and 24 to score")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="dense and 12 draws always run"
+    )
+    given = options.parse_args()
+    if given.quick:
+        given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]
+    arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}]
+    folder = cache_folder(NAME) / ("quick" if given.quick else "full")
+    if not (folder / "recipe.toml").is_file():
+        copy_recipe("quickstart", folder)
+    common = base_overrides(folder, given.quick)
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    try:
+        for seed in range(given.seeds):
+            for arm in arms:
+                say(f"seed {seed}, {arm}")
+                session = build(folder, {**common, **ARMS[arm], "distill.seed": seed})
+                found[arm].append(measure(session, 12 if given.quick else 160))
+    except EdgeDistillError as error:
+        could_not_measure(NAME, str(error))
+    every = {arm: average(some) for arm, some in found.items()}
+    differences = {arm: against(one, every[DENSE]) for arm, one in every.items()}
+    n, n_kl = len(every[DENSE]["right"]), len(every[DENSE]["kl"])
+    table(
+        f"{given.seeds} seeds; exact match over n = {n} answers, KL over n = {n_kl} rows; differences to dense",
+        ["arm", "exact", "difference", "KL, nats/token", "difference", "ECE", "bytes/token"],
+        [
+            [
+                arm,
+                f"{mean(one['right'].values()):.4f}",
+                "" if arm == DENSE else interval(differences[arm]["right"], 4),
+                f"{mean(one['kl']):.4f}",
+                "" if arm == DENSE else interval(differences[arm]["kl"], 4),
+                f"{mean(one['ece']):.4f}",
+                "" if one["bytes"] is None else f"{one['bytes']:.1f}",
+            ]
+            for arm, one in every.items()
+        ],
+    )
+    print(f"\nstudent tokens of every arm: {', '.join(sorted({str(one['tokens']) for one in every.values()}))}")
+    print(machine_line())
+    of_draws = differences[DRAWS]
+    finish(
+        name=NAME,
+        ours=round(mean(every[DRAWS]["right"].values()), 4),
+        peer=round(mean(every[DENSE]["right"].values()), 4),
+        ratio=round(mean(every[DRAWS]["kl"]) / mean(every[DENSE]["kl"]), 4),
+        unit="exact match; the ratio is that of the KL to the teacher",
+        n=n,
+        wanted="12 draws within noise of dense: the intervals of both differences reach 0",
+        holds=of_draws["right"].low <= 0 <= of_draws["right"].high and of_draws["kl"].low <= 0 <= of_draws["kl"].high,
+        seeds=given.seeds,
+        arms={
+            arm: {
+                "exact": mean(one["right"].values()),
+                "kl": mean(one["kl"]),
+                "ece": mean(one["ece"]),
+                "bytes_per_token": one["bytes"],
+                **{f"{key}_difference": value.to_json() for key, value in differences[arm].items()},
+            }
+            for arm, one in every.items()
+        },
+        quick=given.quick,
+    )
+
+
+if __name__ == "__main__":
+    main()

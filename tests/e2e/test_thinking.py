@@ -1,0 +1,84 @@
+"""Chain of thought all the way on the reduced quickstart: a teacher that thinks, and the two ways to teach it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.data.thinking import split
+from edgedistill.runner import Runner
+from tests.e2e.conftest import read_jsonl, reduce
+
+TARGET = "phone-midrange"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reduced quickstart, with a rationale on every row that teaches."""
+    folder = reduce(tmp_path_factory.mktemp("recipes") / "thinking")
+    for name in ("train", "drills", "lists"):
+        path = folder / "data" / f"{name}.jsonl"
+        rows = read_jsonl(path)
+        for row in rows:
+            call = json.loads(row["reference"])
+            told = ", ".join(call["arguments"]) or "nothing"
+            row["rationale"] = f"This asks for {call['name']}, and tells me {told}."
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def build(session_of: Callable[..., Any], folder: Path, **overrides: Any) -> Any:
+    session = session_of(
+        targets=[TARGET],
+        folder=folder,
+        **{
+            "gates.min_speedup": None,
+            "baselines": {},
+            "adapt.rows": [48, 16, 12],
+            "adapt.epochs": 3.0,
+            "generate.max_new_tokens": 96,
+            "suites.holdout.max_new_tokens": 96,
+            "suites.ood.max_new_tokens": 96,
+            "suites.holdout.grammar": None,
+            **overrides,
+        },
+    )
+    outcome = Runner(session.plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    again = Runner(session.plan, session.store).build()
+    assert again.ran == []
+    return session
+
+
+def facts(session: Any, step: str) -> Any:
+    return session.store.load(session.plan.match(step)[0].key)
+
+
+def test_a_student_learns_to_think_first(session_of: Callable[..., Any], folder: Path) -> None:
+    session = build(session_of, folder, **{"generate.style": "think", "distill.think_weight": 2.0})
+    found = facts(session, "filter")
+    lines = read_jsonl(found.path / "kept.jsonl")
+    assert all(not split(line["text"]).empty for line in lines)
+    assert found.facts["thinking"]["empty"] <= 0.5
+    distilled = facts(session, "distill/1").facts["thinking"]
+    assert distilled["n"] == 16 and distilled["empty"] <= 0.5
+    summary = facts(session, "evaluate/student").facts["suites"]["holdout"]
+    assert summary["metric"] == "think:json-exact"
+    assert summary["thinking"]["blocks"] > 0.5
+
+
+def test_a_rationale_is_learnt_beside_the_answer(session_of: Callable[..., Any], folder: Path) -> None:
+    session = build(session_of, folder, **{"generate.style": "rationale", "distill.think_weight": 0.5})
+    lines = read_jsonl(facts(session, "filter").path / "kept.jsonl")
+    answers = [line for line in lines if "task" not in line]
+    assert len(lines) > len(answers) > 0
+    assert all(split(line["text"]).thinking is None for line in answers)
+    scored = facts(session, "score").facts["rows"]
+    assert scored == len(lines)
+    summary = facts(session, "evaluate/student").facts["suites"]["holdout"]
+    assert summary["metric"] == "think:json-exact"

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import BLOCKS, asking_why, join, share_of_empty, split, with_block
+
+plain = st.text(st.characters(blacklist_characters="<>", blacklist_categories=["Cs"]), max_size=40)
+
+
+@given(st.sampled_from(sorted(BLOCKS)), plain, plain)
+def test_what_is_joined_comes_apart_again(style: str, thinking: str, answer: str) -> None:
+    text = join(style, thinking, answer)
+    found = split(text)
+    assert found.thinking == thinking.strip()
+    assert found.answer == answer.lstrip()
+    assert text[found.end :] == found.answer
+    assert found.words == len(thinking.split())
+
+
+@given(plain)
+def test_a_text_without_a_block_is_all_answer(text: str) -> None:
+    assert split(text) == (None, text, 0)
+    assert split(text).empty
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "answer"),
+    [
+        ("  <think>\nfirst this, then that\n</think>\n\n42", "first this, then that", "42"),
+        ("first this, then that</think>42", "first this, then that", "42"),  # the template opened it in the prompt
+        ("<think>it never ends", "it never ends", ""),
+        ("<think></think>42", "", "42"),
+        ("<plan>one two three</plan>{}", "one two three", "{}"),
+        ("42 <think>too late", None, "42 <think>too late"),
+        ("", None, ""),
+    ],
+)
+def test_the_forms_that_models_write(text: str, thinking: str | None, answer: str) -> None:
+    assert split(text)[:2] == (thinking, answer)
+
+
+def test_gold_rows_get_their_rationale_as_a_block() -> None:
+    message = {"role": "user", "content": "2 + 2 * 3?"}
+    row = Row(id="a", messages=(message,), reference="8", rationale="2 * 3 is 6, and 2 more are 8.")
+    bare = Row(id="b", messages=(message,), reference="8")
+    thinking, same = with_block([row, bare], "think")
+    assert thinking.reference == "<think>\n2 * 3 is 6, and 2 more are 8.\n</think>\n\n8"
+    assert thinking.rationale is None
+    assert same == bare
+    assert with_block([row], "answer") == (row,)
+    (planned,) = with_block([row], "plan")
+    assert (planned.reference or "").startswith("<plan>")
+
+
+def test_the_request_for_a_rationale_joins_the_last_message() -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    asked = asking_why(messages)
+    assert asked[0] == messages[0]
+    assert asked[1]["content"] == "2 + 2?\n\nExplain how to get to the answer."
+    assert messages[1]["content"] == "2 + 2?"
+
+
+def test_the_share_of_empty_blocks() -> None:
+    texts = ["<think>a good long thought</think>1", "<think></think>1", "1", "<think>well, ok</think>1"]
+    assert share_of_empty(texts) == 0.75
+    assert share_of_empty([]) == 0.0

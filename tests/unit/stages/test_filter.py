@@ -1,0 +1,151 @@
+"""What the student is taught of an answer that thinks first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import join
+from edgedistill.errors import StepFailed
+from edgedistill.stages.filter import Filter, ThinkingFilter
+
+CALL = '{"name":"set_alarm"}'
+WHY = "They want to be woken, so this is an alarm."
+
+
+def make(style: str = "think") -> ThinkingFilter:
+    return ThinkingFilter(answers="a" * 64, rows_digest="", filters=(), style=style)
+
+
+def line(text: str, reference: str | None) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "wake me"}]
+    return {"id": "r", "messages": messages, "text": text, "reference": reference, "source": "teacher", "row": "k"}
+
+
+def test_an_answer_is_judged_without_its_block() -> None:
+    spec = {"kind": "reference", "metric": "json-exact"}
+    assert make().passes(spec, join("think", WHY, CALL), join("think", "Other words.", CALL))
+    assert not make().passes(spec, join("think", WHY, "{}"), CALL)
+    assert not make().passes(spec, f"<think>{CALL}", CALL)  # the block never ends: there is no answer
+
+
+def test_a_block_has_to_be_long_enough_and_within_the_budget() -> None:
+    text = join("think", WHY, CALL)  # ten words
+    assert make().passes({"kind": "thinking"}, text, "")
+    assert make().passes({"kind": "thinking", "min_words": 10, "max_words": 10}, text, "")
+    assert not make().passes({"kind": "thinking", "min_words": 11}, text, "")
+    assert not make().passes({"kind": "thinking", "max_words": 9}, text, "")
+    assert not make().passes({"kind": "thinking"}, CALL, "")
+
+
+def test_thinking_is_learnt_whole() -> None:
+    whole = line(join("think", WHY, CALL), join("think", "Gold words here.", CALL))
+    assert make("think").lessons(whole) == [whole]
+
+
+def test_a_rationale_is_a_task_of_its_own() -> None:
+    answer, why = make("rationale").lessons(
+        line(join("rationale", WHY, CALL), join("rationale", "Gold words here.", CALL))
+    )
+    assert (answer["id"], answer["text"], answer["reference"]) == ("r", CALL, CALL)
+    assert (why["id"], why["text"], why["reference"], why["task"]) == ("r+why", WHY, "Gold words here.", "rationale")
+    assert why["messages"][-1]["content"].startswith("wake me\n\n")
+    assert answer["messages"][-1]["content"] == "wake me"
+    (only,) = make("rationale").lessons(line(CALL, CALL))  # a reference without a rationale
+    assert (only["text"], only["reference"]) == (CALL, CALL)
+    assert make("rationale").lessons(line(join("think", WHY, CALL), CALL))[1]["reference"] is None
+
+
+def test_a_teacher_that_does_not_think_is_told_of_before_anything_is_trained() -> None:
+    good, empty = join("think", WHY, CALL), join("think", "", CALL)
+    assert make().watch([good, good, empty]) == {
+        "thinking": {"n": 3, "empty": pytest.approx(1 / 3), "median_words": 10}
+    }
+    with pytest.raises(StepFailed, match=r"thinking has collapsed: 67 % of the teacher's 3 answers|67%") as error:
+        make().watch([good, empty, CALL])
+    assert "rationale" in (error.value.hint or "")
+
+
+def run(tmp_path: Path, stage: Filter, answers: list[tuple[str, str, str]]) -> tuple[dict[str, Any], Any]:
+    """Run the stage over (row id, text, finish); return its facts and a reader of its files."""
+    (tmp_path / "out").mkdir()
+    lines = [
+        {"id": row, "row": f"{row}-{at}", "sample": at, "text": text, "finish": finish, "logprob": -1.0}
+        for at, (row, text, finish) in enumerate(answers)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ctx: Any = SimpleNamespace(out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
+    facts = dict(stage.run(ctx))
+    return facts, lambda name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
+
+
+def rows(*ids: str) -> tuple[Row, ...]:
+    return tuple(
+        Row(id=name, messages=({"role": "user", "content": f"wake me, {name}"},), reference=CALL) for name in ids
+    )
+
+
+def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
+    stage = Filter(answers="a" * 64, rows_digest="", filters=(spec,), rows=rows("a", "b", "c"))
+    answers = [("a", CALL, "stop"), ("a", "{}", "stop"), ("a", "{", "length"), ("b", "no", "stop"), ("c", CALL, "stop")]
+    facts, read = run(tmp_path, stage, answers)
+    assert (facts["kept"], facts["teacher"], facts["gold"], facts["pairs"]) == (3, 2, 1, 2)
+    assert [(one["id"], one["source"]) for one in read("kept.jsonl")] == [
+        ("a", "teacher"),
+        ("b", "gold"),
+        ("c", "teacher"),
+    ]
+    assert sorted(one["why"] for one in read("rejected.jsonl")) == [
+        "did not end", "reference (json-exact)", "reference (json-exact)",
+    ]  # fmt: skip
+    pairs = read("pairs.jsonl")
+    assert [(one["id"], one["chosen"][0]["content"], one["rejected"][0]["content"]) for one in pairs] == [
+        ("a", CALL, "{}"),
+        ("b", CALL, "no"),
+    ]
+    assert pairs[0]["prompt"] == [{"role": "user", "content": "wake me, a"}]
+
+
+def test_a_rationale_doubles_what_is_learnt_of_a_row(tmp_path: Path) -> None:
+    specs = (
+        {"kind": "reference", "metric": "json-exact", "otherwise": "drop"},
+        {"kind": "thinking", "otherwise": "drop"},
+    )
+    stage = ThinkingFilter(answers="a" * 64, rows_digest="", filters=specs, rows=rows("a", "b"), style="rationale")
+    answers = [("a", join("think", WHY, CALL), "stop"), ("b", join("think", "Well.", CALL), "stop")]
+    facts, read = run(tmp_path, stage, answers)
+    assert facts["kept"] == 1
+    assert [one["id"] for one in read("kept.jsonl")] == ["a", "a+why"]
+    assert [one["why"] for one in read("rejected.jsonl")] == ["thinking"]
+
+
+@pytest.mark.slow
+def test_pairs_train_under_trl(tmp_path: Path, smollm2: Path) -> None:
+    """The file as it is, through TRL's own preference trainer, for one step."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
+    stage = Filter(answers="a" * 64, rows_digest="", filters=(spec,), rows=rows("a", "b"))
+    run(tmp_path, stage, [("a", CALL, "stop"), ("a", "{}", "stop"), ("b", "no", "stop")])
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    data: Any = load_dataset("json", data_files=str(tmp_path / "out" / "pairs.jsonl"), split="train")
+    options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
+    trainer = DPOTrainer(
+        model=LlamaForCausalLM(config),
+        args=DPOConfig(output_dir=str(tmp_path / "dpo"), max_steps=1, per_device_train_batch_size=2, **options),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    assert trainer.train().global_step == 1
