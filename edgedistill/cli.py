@@ -21,7 +21,9 @@ app = typer.Typer(
 targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Hardware profiles.")
 store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The build store.")
 app.add_typer(targets_app, name="targets")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe learns from.")
 app.add_typer(store_app, name="store")
+app.add_typer(data_app, name="data")
 
 _verbose = False
 
@@ -70,6 +72,29 @@ def _session(recipe: Path, targets: list[str] | None, sets: list[str] | None, *,
 
 
 # ── recipes ──
+
+
+@data_app.command("pairs")
+def data_pairs(
+    recipe: RecipeArgument = Path(),
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the JSONL file; stdout when left out")] = None,
+) -> None:
+    """Write kept answers beside rejected ones, as TRL's preference trainers take them."""
+    from edgedistill.data.pairs import preference_pairs
+    from edgedistill.errors import UsageError
+
+    session = _session(recipe, None, set_)
+    entry = session.store.load(session.plan.match("filter")[0].key)
+    if entry is None:
+        raise UsageError("the answers are not filtered yet", f"edgedistill build {recipe} --until filter")
+    pairs = preference_pairs(entry.path)
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in pairs)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
+    _note(f"{len(pairs)} pairs")
 
 
 @app.command()
@@ -180,13 +205,13 @@ def sweep(
     from edgedistill.recipe import load_recipe
     from edgedistill.session import recipe_path
     from edgedistill.sweep import build as build_points
-    from edgedistill.sweep import parse_over, plan_points, read, sheet
+    from edgedistill.sweep import parse_all_over, plan_points, read, sheet
     from edgedistill.tables import print_table
     from edgedistill.toml_source import parse_override
     from edgedistill.ui import TerminalReporter
 
     overrides = dict(parse_override(text) for text in set_ or [])
-    values = dict(parse_over(text) for text in over or []) or load_recipe(recipe_path(recipe), overrides).sweep
+    values = parse_all_over(over or []) or load_recipe(recipe_path(recipe), overrides).sweep
     points = plan_points(recipe, values, targets=target or (), overrides=overrides, note=_note)
     for warning in dict.fromkeys(text for point in points for text in point.session.plan.warnings):
         _note(f"warning: {warning}")

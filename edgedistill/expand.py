@@ -47,6 +47,7 @@ from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
 
+ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
 
 
@@ -190,7 +191,7 @@ class _Expander:
         if self.recipe.student.layers == "all" and width is None and vocabulary is None:
             return base
         rows, taught, whole = cut_rows(self.inputs), taught_rows(self.inputs), self.inputs.student.facts
-        student, measured = self.recipe.student, self.recipe.student.layers_by == "importance"
+        measured = self.recipe.student.layers_by == "importance"
         fields: dict[str, Any] = {
             "model": base,
             "layers": () if measured else chosen_layers(self.inputs),
@@ -201,7 +202,7 @@ class _Expander:
             "taught_digest": rows_digest(taught),
             "taught": taught,
         }
-        stage = MeasuredShape(**fields, keep=student.layers) if measured else Shape(**fields)
+        stage = MeasuredShape(**fields, keep=len(chosen_layers(self.inputs))) if measured else Shape(**fields)
         narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
         return self.graph.add(
             name,
@@ -265,7 +266,7 @@ class _Expander:
             "kept": kept,
             "text": "reference" if gold else "text",
             "targets": None if gold else targets,
-            "training": settings.keyed("loss", "seed"),
+            "training": settings.keyed("loss", "seed", *(() if settings.on_policy and not gold else ON_POLICY)),
             "loss": loss,
             "seed": self.recipe.seed if settings.seed is None else settings.seed,
         }

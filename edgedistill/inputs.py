@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgedistill.data.prompts import Row, leaks, load_rows
-from edgedistill.data.thinking import BLOCKS, split, with_block
+from edgedistill.data.thinking import BLOCKS, asking_why, split, two_tasks, with_block
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import package_version
@@ -108,6 +108,8 @@ def read_inputs(
         if section is None:
             return ()
         rows = _read_rows(source, section.files, section.rows, f"{name}.files", reference=reference, skip=skip)
+        if style == "rationale" and name in ("heal", "tune"):  # of a student that answers at once
+            return two_tasks(rows)
         return with_block(rows, style)
 
     return Inputs(
@@ -121,7 +123,10 @@ def read_inputs(
         healing=read(recipe.heal, "heal"),
         tuning=read(recipe.tune, "tune", skip=recipe.tune.skip if recipe.tune else 0),
         suites={
-            name: with_block(_read_rows(source, suite.files, None, f"suites.{name}.files", reference=True), style)
+            name: with_block(
+                _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True),
+                "answer" if style == "rationale" else style,
+            )
             for name, suite in recipe.suites.items()
         },
         ship_anyway=ship_anyway,
@@ -148,9 +153,7 @@ def refuse(inputs: Inputs) -> list[str]:
             "quantized model "
             "(dequantized to full precision)"
         )
-    for number, link in enumerate(links := along_chain(inputs), 1):
-        _refuse_shape(link, "student" if number == len(links) else f"chain.{number - 1}")
-    warnings += _gaps(links)
+    warnings += _gaps(along_chain(inputs, _refuse_shape))
     if recipe.student.layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
     if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):
@@ -249,7 +252,9 @@ def _refuse_shape(inputs: Inputs, section: str) -> None:
         isinstance(layers, tuple) and max(layers) >= facts.layers
     ):
         whole = student.model if section == "student" else "the model before this link"
-        raise RecipeError(f"{whole} has {facts.layers} layers", key=f"{section}.layers", file=inputs.path)
+        raise RecipeError(
+            f"{whole} has {facts.layers} layers", "keep fewer of them", key=f"{section}.layers", file=inputs.path
+        )
     if student.layers_by == "importance" and not (inputs.healing or inputs.gold):
         raise RecipeError(
             "no rows tell which layers the task needs",
@@ -360,11 +365,15 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
     return warnings
 
 
-def along_chain(inputs: Inputs) -> tuple[Inputs, ...]:
+def along_chain(
+    inputs: Inputs, check: Callable[[Inputs, str], None] = lambda link, section: None
+) -> tuple[Inputs, ...]:
     """Return the inputs of every link of the chain and of the last student, each as if the model before it were its teacher, and
-    what it is cut out of. Without a chain: the inputs themselves.
+    what it is cut out of. Without a chain: the inputs themselves. ``check`` sees each, and the table of the recipe that it stands
+    in, before the next is made from it.
     """
     if not inputs.recipe.chain:
+        check(inputs, "student")
         return (inputs,)
     found: list[Inputs] = []
     facts = inputs.student.facts
@@ -376,6 +385,7 @@ def along_chain(inputs: Inputs) -> tuple[Inputs, ...]:
             teacher=replace(inputs.teacher, facts=facts),
             student=replace(inputs.student, facts=facts),
         )
+        check(one, f"chain.{len(found)}" if len(found) < len(shapes) else "student")
         found.append(one)
         facts = student_facts(one)
     return tuple(found)
@@ -397,7 +407,11 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
     """Return all rows that teach teacher or student, each once: their tokens stay in a trimmed vocabulary."""
     if inputs.recipe.student.vocabulary is None:
         return ()
-    return tuple({id(row): row for row in (*inputs.healing, *inputs.gold, *inputs.prompts)}.values())
+    rows = list({id(row): row for row in (*inputs.healing, *inputs.gold, *inputs.prompts)}.values())
+    if inputs.recipe.generate.style == "rationale":  # the request for one is text that the student reads
+        first = inputs.prompts[0]
+        rows.append(replace(first, id=f"{first.id}+why", messages=tuple(asking_why(first.messages))))
+    return tuple(rows)
 
 
 def cut_rows(inputs: Inputs) -> tuple[Row, ...]:

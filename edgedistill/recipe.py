@@ -418,6 +418,10 @@ class Recipe(Section):
             raise ValueError(
                 'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'
             )
+        if self.distill.on_policy and self.distill.think_weight != 1.0:
+            raise ValueError(
+                "distill.think_weight cannot be told of what the student writes: set it to 1, or on_policy to 0"
+            )
         if self.score.kind == "none" and self.distill.loss.kd > 0:
             raise ValueError('score.kind = "none" leaves no distributions: set distill.loss.kd = 0')
         loss = self.distill.loss

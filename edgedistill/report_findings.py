@@ -90,7 +90,8 @@ def _capacity(data: ReportData) -> Iterator[Finding]:
 
 
 def _not_trained_out(data: ReportData) -> Iterator[Finding]:
-    last = max((step for step in data.curves if re.fullmatch(r"distill/\d+", step)), default="distill/1")
+    links = [step for step in data.curves if re.fullmatch(r"distill/\d+", step)]
+    last = max(links, key=lambda step: int(step.partition("/")[2]), default="distill/1")
     for step, key in (("heal", "heal.epochs"), (last, "distill.epochs")):
         losses = [line["loss"] for line in data.curves.get(step, ())]
         tenth = len(losses) // 10

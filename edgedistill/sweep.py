@@ -101,6 +101,16 @@ def parse_over(argument: str) -> tuple[str, list[Any]]:
     return key, [parse_override(f"{key}={part.strip()}")[1] for part in argument.partition("=")[2].split(",")]
 
 
+def parse_all_over(arguments: Sequence[str]) -> dict[str, list[Any]]:
+    """Read all of ``--over``. Raises UsageError for a key that is named twice."""
+    found: dict[str, list[Any]] = {}
+    for key, values in map(parse_over, arguments):
+        if key in found:
+            raise UsageError(f"--over {key} is given twice", f"name all its values at once: --over {key}=8,16,32")
+        found[key] = values
+    return found
+
+
 def plan_points(
     recipe: Path,
     sweep: Mapping[str, Sequence[Any]],

@@ -11,6 +11,7 @@ No torch: ``plan`` and the filters read this.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ BLOCKS: dict[str, tuple[str, str]] = {
     "rationale": ("<think>", "</think>"),
 }
 """The tags of each style that has a block."""
+UNSPACED = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Thai, Japanese, Chinese, Korean
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 LEAST_WORDS = 3
 """A block of fewer words is empty: "OK." is no thought."""
 REQUEST = "Explain how to get to the answer."
@@ -39,8 +42,8 @@ class Thought(NamedTuple):
 
     @property
     def words(self) -> int:
-        """Count the words of the block."""
-        return len((self.thinking or "").split())
+        """Count the words of the block; in scripts without spaces, the characters."""
+        return len(WORD.findall(self.thinking or ""))
 
     @property
     def empty(self) -> bool:
@@ -82,6 +85,20 @@ def with_block(rows: Iterable[Row], style: str) -> tuple[Row, ...]:
         else row
         for row in rows
     )
+
+
+def two_tasks(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Return the rows as they are learnt in the style ``rationale``: the answer alone, and the rationale when asked for it."""
+    found = []
+    for row in rows:
+        found.append(dataclasses.replace(row, rationale=None))
+        if row.rationale:
+            messages = tuple(asking_why(row.messages))
+            why = dataclasses.replace(
+                row, id=f"{row.id}+why", messages=messages, reference=row.rationale, rationale=None
+            )
+            found.append(why)
+    return tuple(found)
 
 
 def asking_why(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -74,6 +74,8 @@ class SuiteResult:
     def summary(self) -> dict[str, Any]:
         """Return a plain dict without the rows."""
         out: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "rows"}
+        if self.thinking is None:
+            del out["thinking"]
         out["n"] = self.n
         out["score"] = self.score.to_json()
         out["valid_json"] = self.valid_json.to_json() if self.valid_json else None

@@ -29,13 +29,24 @@ class Adapt(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Train, merge, compare the merged model with base + adapter."""
         from edgedistill.training.lora import merge
-        from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model, take_results, train_settings
+        from edgedistill.training.recipe import (
+            copy_tokenizer,
+            encode_rows,
+            load_model,
+            real_vocabulary,
+            take_results,
+            train_settings,
+        )
         from edgedistill.training.trainer import train
 
         source = ctx.path(self.model, "model")
         examples = encode_rows(self.rows, source)
         settings = train_settings(self.training, seed=self.seed)
-        result = train(load_model(source), examples, None, settings=settings, out=ctx.work, progress=ctx.progress)
+        model = load_model(source)
+        vocab_size = real_vocabulary(source, model)
+        result = train(
+            model, examples, None, settings=settings, out=ctx.work, vocab_size=vocab_size, progress=ctx.progress
+        )
         take_results(result, ctx.work, ctx.out, source=source)
         if settings.method == "full":
             return {"train": result.to_json()}

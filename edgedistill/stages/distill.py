@@ -36,7 +36,7 @@ class Distill(Stage):
         from edgedistill.training.selfcheck import selfcheck
         from edgedistill.training.thinking import watch_thinking
         from edgedistill.training.trainer import train
-        from edgedistill.training.vocabulary import read_origin
+        from edgedistill.training.vocabulary import origin_towards
 
         source, kept_rows = ctx.path(self.student, "model"), ctx.path(self.kept, "kept.jsonl")
         examples, tokenizer = load_kept(
@@ -52,8 +52,8 @@ class Distill(Stage):
         vocab_size = min(len(tokenizer), model.config.vocab_size)
         teacher = writer = None
         if isinstance(self, DistillDense):
-            origin = read_origin(source)
-            whole = load_model(ctx.path(self.teacher, "model"))
+            above = ctx.path(self.teacher, "model")
+            origin, whole = origin_towards(source, above), load_model(above)
             teacher = DenseTeacher(whole, vocab_size, tokens=origin.kept.tolist() if origin else None)
             if settings.on_policy:
                 writer = student_writer(model, tokenizer, vocab_size)
@@ -65,6 +65,7 @@ class Distill(Stage):
             targets,
             settings=settings,
             out=ctx.work,
+            vocab_size=vocab_size,
             teacher=teacher,
             writer=writer,
             progress=ctx.progress,

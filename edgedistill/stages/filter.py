@@ -1,8 +1,8 @@
 """filter: keep the answers worth learning from, and say what happened to the rest.
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
-the reason, ``pairs.jsonl`` (a kept answer beside a rejected one of the same prompt, as TRL's preference trainers take them),
-``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay."""
+the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
+hard prompts stay."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Filter(Stage):
         yields: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
         gold = {row_id for row_id in rows if any(f["otherwise"] == "gold" for f in self.filters)}
-        alive = {row_id: [a for a in found if a["finish"] == "stop"] for row_id, found in answers.items()}
+        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
         for found in answers.values():
-            rejected += [{**a, "why": "did not end"} for a in found if a["finish"] != "stop"]
+            rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
         kept = sum(map(len, alive.values()))
         yields.append({"filter": "ended", "in": len(lines), "out": kept})
-        watched = self.watch([a["text"] for found in alive.values() for a in found])
+        watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
         for spec in self.filters:
             before = sum(map(len, alive.values()))
             for row_id, found in alive.items():
@@ -55,7 +55,6 @@ class Filter(Stage):
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
         from_teacher = from_gold = 0
-        chosen: dict[str, str] = {}
         with (ctx.out / "kept.jsonl").open("w") as file:
             for row in self.rows:
                 texts = [(a["text"], "teacher", a["row"]) for a in alive[row.id]]
@@ -63,7 +62,6 @@ class Filter(Stage):
                     texts = [(row.reference, "gold", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_teacher, from_gold = from_teacher + (source == "teacher"), from_gold + (source == "gold")
-                    chosen.setdefault(row.id, text)
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -75,19 +73,17 @@ class Filter(Stage):
                     for one in self.lessons(line):
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
-        pairs = [
-            _pair(rows[one["id"]], chosen[one["id"]], one["text"])
-            for one in rejected
-            if one["finish"] == "stop" and one["id"] in chosen and one["text"] != chosen[one["id"]]
-        ]
-        (ctx.out / "pairs.jsonl").write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in pairs))
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
         if not from_teacher and not from_gold:
             raise StepFailed(
                 f"no answer of {len(lines)} passed the filters", 'look at a weaker filter, or set otherwise = "gold"'
             )
         kept_rows = {"kept": from_teacher + from_gold, "teacher": from_teacher, "gold": from_gold}
-        return {"yields": yields, **kept_rows, "pairs": len(pairs), **watched}
+        return {"yields": yields, **kept_rows, **watched}
+
+    def flaw(self, answer: Mapping[str, Any]) -> str | None:
+        """Say why something is no answer at all, before any filter; None where it is one."""
+        return None if answer["finish"] == "stop" else "did not end"
 
     def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
         """Tell whether one answer passes one filter."""
@@ -107,6 +103,10 @@ class ThinkingFilter(Filter):
     """Filter answers that think first: by what stands after the block, and by the block."""
 
     style: str
+
+    def flaw(self, answer: Mapping[str, Any]) -> str | None:
+        """Say why something is no answer at all: it did not end, or its block did not."""
+        return super().flaw(answer) or (None if split(answer["text"]).answer else "no answer after the block")
 
     def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
         """Tell whether one answer passes one filter."""
@@ -150,13 +150,3 @@ class ThinkingFilter(Filter):
                 "median_words": median([split(t).words for t in texts] or [0]),
             }
         }
-
-
-def _pair(row: Row, chosen: str, rejected: str) -> dict[str, Any]:
-    """Return a preference in TRL's conversational form."""
-    return {
-        "id": row.id,
-        "prompt": list(row.messages),
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }

@@ -36,9 +36,16 @@ class Heal(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Train, save."""
         from edgedistill.training.hidden import HiddenStates
-        from edgedistill.training.recipe import encode_rows, load_kept, load_model, take_results, train_settings
+        from edgedistill.training.recipe import (
+            encode_rows,
+            load_kept,
+            load_model,
+            real_vocabulary,
+            take_results,
+            train_settings,
+        )
         from edgedistill.training.trainer import train
-        from edgedistill.training.vocabulary import read_origin
+        from edgedistill.training.vocabulary import origin_towards
 
         source = ctx.path(self.student, "model")
         if self.kept is not None:
@@ -47,13 +54,21 @@ class Heal(Stage):
             examples = encode_rows(self.rows, source)
         guide = None
         if self.teacher is not None:
-            origin = read_origin(source)
-            teacher = load_model(ctx.path(self.teacher, "model"))
+            above = ctx.path(self.teacher, "model")
+            origin, teacher = origin_towards(source, above), load_model(above)
             layers = self.layers or ctx.facts(self.student)["layers"]  # measured by the shape step
             guide = HiddenStates(teacher, layers, tokens=origin.kept.tolist() if origin else None)
         settings = train_settings(self.training, seed=self.seed)
+        model = load_model(source)
         result = train(
-            load_model(source), examples, None, settings=settings, out=ctx.work, guide=guide, progress=ctx.progress
+            model,
+            examples,
+            None,
+            settings=settings,
+            out=ctx.work,
+            vocab_size=real_vocabulary(source, model),
+            guide=guide,
+            progress=ctx.progress,
         )
         take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json()}

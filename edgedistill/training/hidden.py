@@ -30,17 +30,17 @@ class HiddenStates:
 
     def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        layers = len(_layers(teacher))
+        layers = len(layers_of(teacher))
         self.matched = [at - 1 for at in kept[1:]] + [layers - 1]
         self.tokens = None if tokens is None else torch.as_tensor(tokens)
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
         for at in self.matched:
-            catch_output(_layers(teacher)[at], at, self._teachers)
+            catch_output(layers_of(teacher)[at], at, self._teachers)
 
     def watch(self, student: Any) -> None:
         """Keep the states of the student's layers from now on."""
-        layers = _layers(student)
+        layers = layers_of(student)
         if len(layers) != len(self.matched) or student.config.hidden_size != self.teacher.config.hidden_size:
             raise UsageError(
                 f"hidden states cannot be matched: the student has {len(layers)} layers of width "
@@ -83,7 +83,8 @@ def tokens_of(examples: Sequence[Example]) -> int:
     return sum(example.length - 1 for example in examples)
 
 
-def _layers(model: Any) -> Any:
+def layers_of(model: Any) -> Any:
+    """Return a causal LM's decoder layers, whatever its family calls them."""
     decoder = body(model)
     return decoder.layers if hasattr(decoder, "layers") else decoder.h
 

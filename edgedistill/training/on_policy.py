@@ -3,7 +3,8 @@
 Offline text shows the student the teacher's mistakes, not its own: at inference it continues sequences that it was never
 trained on. Here the answer to a prompt is drawn from the student as it is at that step, and the teacher's whole distribution
 along it is the target (GKD, Agarwal et al. 2024, arXiv:2306.13649). There is no cross-entropy on such text: it is nobody's
-reference. Which rows, and every draw, are functions of (seed, step, row), so a resumed run writes the same.
+reference; that of the other rows counts by their share of the step's tokens. Which rows, and every draw, are functions of
+(seed, step, row), so a resumed run writes the same.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Layout:
     pad_index: torch.Tensor  # [rows * widest] flat index among the own tokens (0 where there is padding)
     unpad_index: torch.Tensor  # [own tokens] where each own token lies in the padded view
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
-    additive: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    additive: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> None:
         """Move the indices to the model's device."""
@@ -90,12 +90,12 @@ class Layout:
 
     def additive_mask(self, window: int | None, groups: int) -> torch.Tensor:
         """Return 0 and -inf for [groups * widest, prefix + widest], float32: the form of ``short_attention``."""
-        if window not in self.additive:
+        if (window, groups) not in self.additive:  # teacher and student may group their heads differently
             mask = _causal(self.widest, self.prefix, window, self.pad_index.device, always=True)
             assert mask is not None
             zeros = torch.zeros(mask.shape, device=mask.device)
-            self.additive[window] = zeros.masked_fill_(~mask, -torch.inf).repeat(groups, 1)
-        return self.additive[window]
+            self.additive[window, groups] = zeros.masked_fill_(~mask, -torch.inf).repeat(groups, 1)
+        return self.additive[window, groups]
 
     @functools.cached_property
     def real(self) -> torch.Tensor:

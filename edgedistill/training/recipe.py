@@ -17,7 +17,7 @@ from edgedistill.training.data import Example, encode_example
 from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
-from edgedistill.training.targets import SparseTargets, find_targets, read_targets, tokenizer_hash
+from edgedistill.training.targets import SparseTargets, find_targets, read_header, read_targets, tokenizer_hash
 from edgedistill.training.trainer import TrainSettings
 from edgedistill.training.vocabulary import read_origin
 
@@ -107,9 +107,9 @@ def load_targets(
     Where the vocabulary of ``model`` was trimmed, a row whose text it cuts into other pieces than the teacher has no
     targets and is left out. Raises UsageError where that leaves none, or where targets are missing otherwise.
     """
-    shards, origin = sorted(folder.glob("*.parquet")), read_origin(model)
-    if origin is None:
-        return examples, read_targets(shards, examples, tokenizer=tokenizer_hash(tokenizer))
+    shards, origin, own = sorted(folder.glob("*.parquet")), read_origin(model), tokenizer_hash(tokenizer)
+    if origin is None or read_header(shards[0]).tokenizer == own:
+        return examples, read_targets(shards, examples, tokenizer=own)
     found, scored = find_targets(shards, [origin.example(one) for one in examples], tokenizer=origin.tokenizer)
     if missing := [one.id for one in examples if one.id not in scored]:
         raise UsageError(f"row {missing[0]!r} has no soft targets: it was not scored", "build the score step again")
@@ -131,6 +131,13 @@ def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:
     return [
         encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id, context=context) for row in rows
     ]
+
+
+def real_vocabulary(folder: Path, model: Any) -> int:
+    """Return the number of tokens that there are: rows of the head beyond the tokenizer's are padding."""
+    from transformers import AutoTokenizer
+
+    return min(len(AutoTokenizer.from_pretrained(folder)), model.get_output_embeddings().weight.shape[0])
 
 
 def load_model(path: Path) -> Any:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
+LATER = ("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature")
+"""Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
 """By transformers' names; all of torch's own, whose state is tensors and nothing else."""
 FIRST = 5
@@ -214,12 +216,20 @@ def run_digest(
     fields = asdict(settings)
     for name in ("checkpoint_steps", "checkpoint_seconds"):
         del fields[name]
+    for name in LATER:  # a run that an older version began goes on
+        if fields[name] == getattr(TrainSettings, name):
+            del fields[name]
+    for name in ("dora", "rslora"):
+        if not fields["lora"][name]:
+            del fields["lora"][name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     digest.update(f"{vocab_size} {model.config.model_type}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
     for example in examples:
-        digest.update(example.token_hash + repr((example.weight, *example.weights)).encode())
+        digest.update(example.token_hash + repr(example.weight).encode())
+        if example.weights:
+            digest.update(repr(example.weights).encode())
     for one in targets or ():
         digest.update(one.ids.tobytes())
         digest.update(one.counts.tobytes())

@@ -40,9 +40,10 @@ def block_influence(model: Any, examples: Sequence[Example], *, batch_size: int 
     """
     import torch
 
-    from edgedistill.training.packing import body, completion_states, make_batch, packed_mode
+    from edgedistill.training.hidden import layers_of, token_weights
+    from edgedistill.training.packing import completion_states, make_batch, packed_mode
 
-    layers = body(model).layers
+    layers = layers_of(model)
     totals = torch.zeros(len(layers), dtype=torch.float64)
     weights: list[torch.Tensor] = []  # of the batch that is running
     count = 0.0
@@ -59,8 +60,6 @@ def block_influence(model: Any, examples: Sequence[Example], *, batch_size: int 
     was_training = model.training
     model.eval()
     try:
-        from edgedistill.training.hidden import token_weights
-
         with torch.no_grad(), packed_mode(model) as packed:
             for start in range(0, len(examples), batch_size):
                 batch = make_batch(examples[start : start + batch_size], packed=packed)

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgedistill.data.thinking import COLLAPSED, LEAST_WORDS, share_of_empty, split
+from edgedistill.data.thinking import BLOCKS, COLLAPSED, LEAST_WORDS, share_of_empty
 from edgedistill.errors import StepFailed
 from edgedistill.training.quiet import quiet
 
+OPENINGS = tuple(opening for opening, _ in BLOCKS.values())
 ROWS = 16
 TOKENS = 24
 """Enough to see more than LEAST_WORDS words of a block, or that it was closed before."""
@@ -33,8 +34,10 @@ def watch_thinking(
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     rows = [row for row in rows if row[text]]
     taught = [row[text] for row in rows]
-    if not taught or share_of_empty(taught) > COLLAPSED or split(taught[0]).thinking is None:
+    if not taught or share_of_empty(taught) > COLLAPSED:
         return {}
+    # Where the chat template opens the block in the prompt, texts only close it: the begun ones do neither.
+    opening = "" if any(one.lstrip().startswith(OPENINGS) for one in taught) else OPENINGS[0]
     from edgedistill.teachers.protocol import Sampling
     from edgedistill.teachers.transformers import TransformersTeacher
 
@@ -43,7 +46,7 @@ def watch_thinking(
     progress(0, 1, "watching whether it still thinks")
     student = TransformersTeacher(source, model=_trained(source, result))
     begun = student.generate([row["messages"] for row in some], sampling=Sampling(max_new_tokens=TOKENS))
-    empty = share_of_empty([answer.text for answer in begun])
+    empty = share_of_empty([opening + answer.text for answer in begun])
     if empty > COLLAPSED:
         raise StepFailed(
             f"thinking has collapsed: {round(empty * count)} of {count} answers of the trained student begin without a thought "

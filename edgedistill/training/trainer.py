@@ -278,6 +278,7 @@ class _Run:
         examples, own = self._examples(step)
         completion = sum(len(one.completion_ids) for one in examples.values())
         mass = sum(sum(one.token_weights) for one in examples.values()) or 1.0
+        offline = sum(sum(one.token_weights) for row, one in examples.items() if row not in own) or 1.0
         tokens = sum(one.length for one in examples.values())
         size = settings.micro_batch or math.ceil(len(rows) / self.world)
         # What the student wrote has no reference: such rows are batches of their own, without cross-entropy.
@@ -342,7 +343,7 @@ class _Run:
             "step": step + 1,
             "loss": loss,
             "kd": kd / mass / terms.kd if terms.kd else 0.0,
-            "ce": ce / mass / terms.ce if terms.ce else 0.0,
+            "ce": ce / offline / terms.ce if terms.ce else 0.0,
             **({"hidden": hidden / compared} if self.guide is not None else {}),
             "gradient": norm,
             **norms,

@@ -93,6 +93,18 @@ class Origin:
         )
 
 
+def origin_towards(model: Path, teacher: Path) -> Origin | None:
+    """Return where a student's tokens come from in the numbers of its teacher; None where both have the same.
+
+    A student that is cut out of a trimmed link inherits the link's tokenizer, and with it the note of where that one was cut
+    from: another model than the one that teaches it.
+    """
+    own, other = model / "tokenizer.json", teacher / "tokenizer.json"
+    if own.is_file() and other.is_file() and own.read_bytes() == other.read_bytes():
+        return None
+    return read_origin(model)
+
+
 def read_origin(model: Path) -> Origin | None:
     """Read where the vocabulary of a checkpoint comes from; None where it is its own."""
     path = model / ORIGIN

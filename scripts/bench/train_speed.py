@@ -100,7 +100,8 @@ def make_rows(kind: str, rows: list[Row], count: int) -> list[dict[str, Any]]:
 class Turns:
     """Report what was measured and wait for the next turn, on standard input and output."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, warm: int = WARM) -> None:
+        self.warm = warm
         self.steps, self.done, self.tokens, self.started = steps, 0, 0, 0.0
         self.spent: dict[str, float] = {}
 
@@ -114,14 +115,14 @@ class Turns:
         """Count one optimiser step; at the end of a turn, report and wait."""
         self.tokens += tokens
         self.done += 1
-        if self.done < WARM:
+        if self.done < self.warm:
             return
-        if self.done > WARM and (self.done - WARM) % self.steps == 0:
+        if self.done > self.warm and (self.done - self.warm) % self.steps == 0:
             seconds = time.perf_counter() - self.started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             found = {"seconds": seconds, "tokens": self.tokens, "memory": peak, "split": self.spent}
             print(json.dumps(found), flush=True)
-        if (self.done - WARM) % self.steps == 0:
+        if (self.done - self.warm) % self.steps == 0:
             self.wait()
 
 
@@ -194,7 +195,7 @@ def train_ours(job: dict[str, Any]) -> None:
         gradient_norms=0,
         schedule="constant",
     )
-    turns = Turns(job["steps"])
+    turns = Turns(job["steps"], job.get("warm", WARM))
     counts = [sum(examples[row].length for row in rows) for rows in plan_steps(examples, settings)]
     targets = teacher = None
     if job["arm"] == "dense-ours":
@@ -242,7 +243,7 @@ def train_peer(job: dict[str, Any]) -> None:
     from trl.trainer.sft_trainer import SFTTrainer
 
     tokenizer, examples = encode(job)
-    turns = Turns(job["steps"])
+    turns = Turns(job["steps"], job.get("warm", WARM))
     seen = [0]
     gkd, setting = job["arm"] == "gkd-trl", job["setting"]
     dtype = torch.float32 if setting["autocast"] else torch.bfloat16
@@ -360,7 +361,7 @@ class Arm:
 
 def settings_of(arm: str, batch: int) -> list[dict[str, Any]]:
     """Return the settings that the trial compares."""
-    micros = [micro for micro in (16, 8, 4, 2) if micro <= batch and micro * 4 >= batch]
+    micros = [batch, batch // 4]
     if arm.endswith("-ours"):
         return [{"micro": micro, "autocast": False} for micro in micros]
     return [*({"micro": micro, "autocast": False} for micro in micros), {"micro": micros[0], "autocast": True}]
@@ -375,7 +376,7 @@ def trial(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run every setting of an arm for one turn; return the fastest."""
     best: tuple[float, dict[str, Any]] | None = None
     for setting in settings_of(job["arm"], job["batch"]):
-        arm = Arm({**job, "setting": setting}, folder / "trial.log")
+        arm = Arm({**job, "setting": setting, "warm": 1, "steps": 1}, folder / "trial.log")
         try:
             found = rate(arm.turn())
         finally:

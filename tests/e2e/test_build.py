@@ -261,3 +261,28 @@ def test_a_sweep_shares_what_its_points_have_in_common(
     assert [line.point.values["distill.lora.rank"] for line in lines] == [32, 4]
     assert lines[1].verdict in ("helped", "hurt", "undecided")
     assert any(line.best for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampled", "dense"])
+def test_a_chain_with_a_trimmed_link(kind: str, built: Any, session_of: Callable[..., Any]) -> None:
+    """The last student inherits the link's tokenizer, and is taught by it: the numbers of its tokens are the link's own."""
+    session = session_of(
+        targets=[TARGET],
+        **{
+            "chain": [{"ffn": 1344, "ffn_rows": 8, "vocabulary": 16384}],
+            "student.ffn": 1184,
+            "student.ffn_rows": 8,
+            "student.vocabulary": None,
+            "heal.rows": 16,
+            "score.kind": kind,
+            "baselines": {},
+        },
+    )
+    plan = session.plan.only(session.plan.match("merge"))
+    outcome = Runner(plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    merged = session.store.load({name: step.key for step in plan.steps for name in step.ids}["merge"]).path / "model"
+    config = json.loads((merged / "config.json").read_text())
+    assert (config["intermediate_size"], config["vocab_size"]) == (1184, 16384)
+    assert Runner(plan, session.store).build().ran == []

@@ -106,6 +106,7 @@ def test_a_key_that_came_later_changes_nothing_until_it_is_used(folder: Path) ->
     assert not {"optimizer", "gradient_checkpointing"} & set(adapt.stage.training)
     assert set(adapt.stage.training["lora"]) == {"rank", "alpha", "dropout", "targets"}
     assert changed(make(folder), make(folder, adapt__optimizer="adamw_torch", adapt__lora__dora=False)) == set()
+    changes: dict[str, Any]
     for changes in ({"adapt__optimizer": "adafactor"}, {"adapt__lora__dora": True}, {"adapt__lora__rslora": True}):
         assert "adapt" in changed(make(folder), make(folder, **changes))
     assert "heal" in changed(make(folder), make(folder, heal__gradient_checkpointing=True))
@@ -144,21 +145,21 @@ def test_a_chain_is_more_steps_each_taught_by_the_one_before(folder: Path) -> No
     assert {"shape/1", "heal/1", "score/1", "distill/1", "merge/1", "shape/2", "merge/2", "distill/3", "merge"} <= names
     assert "distill/2" in names and "distill/4" not in names
     key = {name: step.key for step in plan.steps for name in step.ids}
-    shape = {name: plan.match(name)[0].stage for name in ("shape/1", "shape/2", "shape")}
+    stage = {name: step.stage for step in plan.steps for name in step.ids}
+    shape = {name: stage[name] for name in ("shape/1", "shape/2", "shape")}
     assert [len(one.layers) for one in shape.values()] == [30, 20, 10]  # pyright: ignore[reportAttributeAccessIssue]
     assert max(shape["shape"].layers) == 19  # of the second link's 20  # pyright: ignore[reportAttributeAccessIssue]
     assert key["adapt"] in shape["shape/1"].inputs()
     assert key["merge/1"] in shape["shape/2"].inputs() and key["merge/2"] in shape["shape"].inputs()
-    (score, second), (heal,) = (plan.match(name)[0] for name in ("score/1", "score/2")), plan.match("heal")
-    assert key["adapt"] in score.stage.inputs() and key["merge/1"] in second.stage.inputs()
-    assert key["merge/2"] in heal.stage.inputs()  # whose hidden states it is shown
+    assert key["adapt"] in stage["score/1"].inputs() and key["merge/1"] in stage["score/2"].inputs()
+    assert key["merge/2"] in stage["heal"].inputs()  # whose hidden states it is shown
     before = {name: step.key for step in plain.steps for name in step.ids}
     for name in ("adapt", "generate", "filter", "convert/teacher", "evaluate/teacher"):
         assert key[name] == before[name]
 
 
 def test_a_wide_gap_is_told_and_a_chain_ends_in_its_own_student(folder: Path) -> None:
-    small = {"student__layers": 4, "student__ffn": 512, "student__vocabulary": 4096}
+    small: dict[str, Any] = {"student__layers": 4, "student__ffn": 512, "student__vocabulary": 4096}
     assert any("of what teaches it: beyond 1/4" in one and "[[chain]]" in one for one in make(folder, **small).warnings)
     assert not any("of what teaches it" in one for one in make(folder).warnings)
     bridged = make(folder, **small, chain=[{"layers": 12, "vocabulary": 8192}, {"layers": 6, "ffn": 768}])
@@ -168,6 +169,33 @@ def test_a_wide_gap_is_told_and_a_chain_ends_in_its_own_student(folder: Path) ->
     with pytest.raises(RecipeError, match="before this link has 12 layers") as error:
         make(folder, chain=[{"layers": 12}, {"layers": 13}])
     assert error.value.key == "chain.1.layers"
+
+
+def test_gold_sft_knows_nothing_of_what_is_written_on_policy(folder: Path) -> None:
+    settings = {"score__kind": "dense", "distill__on_policy": 0.5}
+    plan, plain = make(folder, **settings), make(folder, score__kind="dense")
+    names = changed(plain, plan)
+    assert "distill/1" in names and "distill/gold-sft" not in names
+    assert changed(plain, make(folder, score__kind="dense", distill__on_policy_tokens=9)) == set()
+    assert "distill/1" in changed(plan, make(folder, **settings, distill__on_policy_tokens=9))
+
+
+def test_what_the_student_writes_has_no_weights_of_thinking(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be told of what the student writes"):
+        make(folder, score__kind="dense", distill__on_policy=0.5, distill__think_weight=0.0, generate__style="think")
+
+
+def test_a_rationale_is_healed_as_two_tasks_and_asked_of_the_suites_alone(folder: Path) -> None:
+    path = folder / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({**row, "rationale": "Because I say so."}) + "\n" for row in rows))
+    plan = make(folder, generate__style="rationale")
+    (heal,), (adapt,), (shape,) = (plan.match(name) for name in ("heal", "adapt", "shape"))
+    healed = {row.id: row for row in heal.stage.rows}  # pyright: ignore[reportAttributeAccessIssue]
+    assert healed["train-0000"].reference.startswith("{") and healed["train-0000+why"].reference == "Because I say so."
+    assert adapt.stage.rows[0].reference.startswith("<think>")  # pyright: ignore[reportAttributeAccessIssue]
+    asked = [row for row in shape.stage.taught if row.id.endswith("+why")]  # pyright: ignore[reportAttributeAccessIssue]
+    assert asked and "Explain how" in asked[0].messages[-1]["content"]
 
 
 def test_layers_by_importance_are_known_once_they_are_measured(folder: Path) -> None:

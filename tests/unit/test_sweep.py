@@ -10,7 +10,7 @@ import pytest
 
 from edgedistill import tables
 from edgedistill.errors import UsageError
-from edgedistill.sweep import Line, Point, combinations, parse_over, read, sheet
+from edgedistill.sweep import Line, Point, combinations, parse_all_over, parse_over, read, sheet
 from tests.unit.made_build import FIGURES, ROWS, make_session
 
 PHONE = "phone-midrange"
@@ -47,6 +47,12 @@ def test_what_is_no_sweep_is_refused(sweep: dict[str, Any], message: str) -> Non
 )
 def test_over_is_a_key_and_its_values(text: str, key: str, values: list[Any]) -> None:
     assert parse_over(text) == (key, values)
+
+
+def test_a_key_is_swept_once() -> None:
+    assert parse_all_over(["a=1,2", "b=3"]) == {"a": [1, 2], "b": [3]}
+    with pytest.raises(UsageError, match="--over a is given twice"):
+        parse_all_over(["a=1", "a=2"])
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import BLOCKS, asking_why, join, share_of_empty, split, with_block
+from edgedistill.data.thinking import BLOCKS, asking_why, join, share_of_empty, split, two_tasks, with_block
 
 plain = st.text(st.characters(blacklist_characters="<>", blacklist_categories=["Cs"]), max_size=40)
 
@@ -17,7 +17,7 @@ def test_what_is_joined_comes_apart_again(style: str, thinking: str, answer: str
     assert found.thinking == thinking.strip()
     assert found.answer == answer.lstrip()
     assert text[found.end :] == found.answer
-    assert found.words == len(thinking.split())
+    assert found.words >= len(thinking.split())
 
 
 @given(plain)
@@ -53,6 +53,23 @@ def test_gold_rows_get_their_rationale_as_a_block() -> None:
     assert with_block([row], "answer") == (row,)
     (planned,) = with_block([row], "plan")
     assert (planned.reference or "").startswith("<plan>")
+
+
+def test_words_are_counted_in_scripts_without_spaces_too() -> None:
+    assert split("<think>38 plus 17 is 55.</think>55").words == 5
+    assert split("<think>先算三十八加十七</think>55").words == 8
+    assert split("<think>OK 好</think>1").words == 2
+
+
+def test_a_row_with_a_rationale_is_two_tasks() -> None:
+    message = {"role": "user", "content": "2 + 2 * 3?"}
+    row = Row(id="a", messages=(message,), reference="8", rationale="2 * 3 is 6.")
+    answer, why = two_tasks([row])
+    assert (answer.id, answer.reference, answer.messages) == ("a", "8", (message,))
+    assert (why.id, why.reference) == ("a+why", "2 * 3 is 6.")
+    assert why.messages[-1]["content"] != message["content"]
+    bare = Row(id="b", messages=(message,), reference="8")
+    assert two_tasks([bare]) == (bare,)
 
 
 def test_the_request_for_a_rationale_joins_the_last_message() -> None:

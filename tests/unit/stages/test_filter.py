@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from edgedistill.data.pairs import preference_pairs
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.errors import StepFailed
+from edgedistill.fingerprint import Key
 from edgedistill.stages.filter import Filter, ThinkingFilter
 
 CALL = '{"name":"set_alarm"}'
@@ -19,7 +21,7 @@ WHY = "They want to be woken, so this is an alarm."
 
 
 def make(style: str = "think") -> ThinkingFilter:
-    return ThinkingFilter(answers="a" * 64, rows_digest="", filters=(), style=style)
+    return ThinkingFilter(answers=Key("a" * 64), rows_digest="", filters=(), rows=(), style=style)
 
 
 def line(text: str, reference: str | None) -> dict[str, Any]:
@@ -92,10 +94,10 @@ def rows(*ids: str) -> tuple[Row, ...]:
 
 def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
     spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
-    stage = Filter(answers="a" * 64, rows_digest="", filters=(spec,), rows=rows("a", "b", "c"))
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("a", "b", "c"))
     answers = [("a", CALL, "stop"), ("a", "{}", "stop"), ("a", "{", "length"), ("b", "no", "stop"), ("c", CALL, "stop")]
     facts, read = run(tmp_path, stage, answers)
-    assert (facts["kept"], facts["teacher"], facts["gold"], facts["pairs"]) == (3, 2, 1, 2)
+    assert (facts["kept"], facts["teacher"], facts["gold"]) == (3, 2, 1)
     assert [(one["id"], one["source"]) for one in read("kept.jsonl")] == [
         ("a", "teacher"),
         ("b", "gold"),
@@ -104,7 +106,7 @@ def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
     assert sorted(one["why"] for one in read("rejected.jsonl")) == [
         "did not end", "reference (json-exact)", "reference (json-exact)",
     ]  # fmt: skip
-    pairs = read("pairs.jsonl")
+    pairs = preference_pairs(tmp_path / "out")
     assert [(one["id"], one["chosen"][0]["content"], one["rejected"][0]["content"]) for one in pairs] == [
         ("a", CALL, "{}"),
         ("b", CALL, "no"),
@@ -117,12 +119,17 @@ def test_a_rationale_doubles_what_is_learnt_of_a_row(tmp_path: Path) -> None:
         {"kind": "reference", "metric": "json-exact", "otherwise": "drop"},
         {"kind": "thinking", "otherwise": "drop"},
     )
-    stage = ThinkingFilter(answers="a" * 64, rows_digest="", filters=specs, rows=rows("a", "b"), style="rationale")
-    answers = [("a", join("think", WHY, CALL), "stop"), ("b", join("think", "Well.", CALL), "stop")]
+    stage = ThinkingFilter(answers=Key("a" * 64), rows_digest="", filters=specs, rows=rows("a", "b"), style="rationale")
+    answers = [
+        ("a", join("think", WHY, CALL), "stop"),
+        ("a", "<think>" + WHY, "stop"),
+        ("b", join("think", "Well.", CALL), "stop"),
+    ]
     facts, read = run(tmp_path, stage, answers)
     assert facts["kept"] == 1
     assert [one["id"] for one in read("kept.jsonl")] == ["a", "a+why"]
-    assert [one["why"] for one in read("rejected.jsonl")] == ["thinking"]
+    assert [one["why"] for one in read("rejected.jsonl")] == ["no answer after the block", "thinking"]
+    assert [one["chosen"][0]["content"] for one in preference_pairs(tmp_path / "out")] == [CALL]
 
 
 @pytest.mark.slow
@@ -134,13 +141,15 @@ def test_pairs_train_under_trl(tmp_path: Path, smollm2: Path) -> None:
     from trl.trainer.dpo_trainer import DPOTrainer
 
     spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
-    stage = Filter(answers="a" * 64, rows_digest="", filters=(spec,), rows=rows("a", "b"))
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("a", "b"))
     run(tmp_path, stage, [("a", CALL, "stop"), ("a", "{}", "stop"), ("b", "no", "stop")])
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    data: Any = load_dataset("json", data_files=str(tmp_path / "out" / "pairs.jsonl"), split="train")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(one) + "\n" for one in preference_pairs(tmp_path / "out")))
+    data: Any = load_dataset("json", data_files=str(file), split="train")
     options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
     trainer = DPOTrainer(
         model=LlamaForCausalLM(config),

@@ -89,7 +89,7 @@ def test_draws_depend_on_seed_step_and_row_alone() -> None:
 def test_it_comes_closer_to_the_teacher(tmp_path: Path) -> None:
     lines = run(tmp_path, replace(SETTINGS, lr=3e-3, steps=40))
     first, last = (sum(line["kd"] for line in part) / 5 for part in (lines[:5], lines[-5:]))
-    assert last < 0.6 * first
+    assert last < 0.8 * first
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -74,6 +74,22 @@ def test_flat_batches_equal_padded_ones(name: str, prefix: int, short: bool, mon
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-4 * max(1.0, float(right.abs().max())))
 
 
+def test_a_batch_serves_models_that_group_their_heads_differently() -> None:
+    """A dense teacher reads the student's batch first, and leaves its masks there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    models = [make_llama()]
+    config = models[0].config.to_dict() | {"num_key_value_heads": 4}
+    models.append(LlamaForCausalLM(LlamaConfig(**config)).eval())
+    examples = make_examples(5, prefix=7)
+    with torch.no_grad():
+        shared = make_batch(examples, packed=True)
+        for model in models:
+            with packed_mode(model):
+                states = completion_states(model, shared)
+                torch.testing.assert_close(states, completion_states(model, make_batch(examples, packed=True)))
+
+
 def test_the_mode_is_left_as_it_was() -> None:
     model = make_llama()
     before = model.config._attn_implementation

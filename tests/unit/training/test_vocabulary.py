@@ -22,6 +22,7 @@ from edgedistill.training.vocabulary import (
     Origin,
     check_trimmable,
     choose_tokens,
+    origin_towards,
     read_origin,
     renumber,
     trim_vocabulary,
@@ -101,6 +102,20 @@ def test_every_family_keeps_its_way_to_cut(tmp_path: Path, pre: str) -> None:
         assert kept[small.encode(text)].tolist() == whole.encode(text)  # with the BOS that the post-processor adds
     assert small.decode(small.encode(TEXT[4]), skip_special_tokens=True) == TEXT[4]
     assert len(small.encode(TEXT[4])) > len(whole.encode(TEXT[4]))
+
+
+def test_a_student_of_a_trimmed_link_has_its_teachers_numbers(smollm2: Path, tmp_path: Path) -> None:
+    """The note of where a tokenizer was cut from is inherited with it, and is about another teacher then."""
+    from edgedistill.training.recipe import copy_tokenizer
+
+    link, student = tmp_path / "link", tmp_path / "student"
+    link.mkdir()
+    student.mkdir()
+    write_trimmed_tokenizer(smollm2, link, choose_tokens(smollm2, set(), 2000))
+    copy_tokenizer(link, student)
+    assert origin_towards(link, smollm2) is not None
+    assert read_origin(student) is not None
+    assert origin_towards(student, link) is None
 
 
 def test_merges_written_as_text_and_a_token_that_no_merge_makes(tmp_path: Path) -> None:

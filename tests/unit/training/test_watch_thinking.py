@@ -61,5 +61,14 @@ def test_a_student_that_stopped_thinking_fails_with_what_to_do(tmp_path: Path, m
     assert "distill.think_weight" in (error.value.hint or "")
 
 
+def test_a_template_that_opens_the_block_in_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1 style: the taught texts only close a block, and the first words of an answer do not even that."""
+    taught = [TEXT.removeprefix("<think>")] * 8
+    found = watch(tmp_path, monkeypatch, [CALL, *taught], "They want to be woken, so th")
+    assert found == {"thinking": {"n": 9, "empty": 0.0}}
+    with pytest.raises(StepFailed, match="without a thought"):
+        watch(tmp_path, monkeypatch, taught, "</think>" + CALL)
+
+
 def test_texts_that_do_not_think_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch(tmp_path, monkeypatch, [CALL] * 3, "") == {}
