@@ -14,7 +14,8 @@ from edgedistill.session import prepare
 from edgedistill.store import Store
 
 REDUCED: dict[str, dict[str, Any]] = {
-    "think": {"adapt.rows": 96, "heal.rows": 48, "student.ffn_rows": 32, "prompts.rows": 16, "calibrate.rows": 8},
+    # As many rows as choose the neurons well: a fit to a few leaves weights so large that float32 feels them in the merge.
+    "think": {"adapt.rows": 96, "heal.rows": 96, "student.ffn_rows": 96, "prompts.rows": 16, "calibrate.rows": 8},
 }
 ROWS = 12  # of each suite
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
