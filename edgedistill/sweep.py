@@ -120,7 +120,7 @@ def plan_points(
     store: Store | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Point]:
-    """Plan every combination. Raises what planning raises, with the combination in the message."""
+    """Plan every combination. Raises what planning raises, once ``note`` was told in which combination."""
     from edgedistill.errors import EdgeDistillError
     from edgedistill.session import prepare
 
@@ -130,9 +130,8 @@ def plan_points(
             session = prepare(
                 recipe, targets=targets, overrides={**(overrides or {}), **values}, store=store, note=note
             )
-        except EdgeDistillError as error:
-            label = ", ".join(f"{key} = {_text(value)}" for key, value in values.items())
-            error.message = f"{label}: {error.message}"
+        except EdgeDistillError:
+            note("in the combination " + ", ".join(f"{key} = {_text(value)}" for key, value in values.items()))
             raise
         points.append(Point(values=values, session=session))
     return points

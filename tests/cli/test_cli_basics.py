@@ -160,6 +160,12 @@ def test_toml_that_does_not_parse_names_its_line(recipe: Path) -> None:
     refused(edgedistill("build", recipe), f"{recipe}:8")
 
 
+def test_a_sweep_over_nothing_over_one_key_twice_and_over_a_key_that_is_none(recipe: Path) -> None:
+    refused(edgedistill("sweep", recipe), "nothing to sweep over", "--over distill.lora.rank=8,16,32")
+    refused(edgedistill("sweep", recipe, "--over", "distill.lr=1,2", "--over", "distill.lr=3"), "given twice")
+    refused(edgedistill("sweep", recipe, "--over", "distill.lrr=1,2"), "distill.lrr = 1", "lr")
+
+
 def test_unknown_target_in_the_recipe(recipe: Path) -> None:
     recipe.write_text(RECIPE.replace("laptop-x86", "laptop-x68"))
     refused(edgedistill("plan", recipe), str(recipe), "laptop-x68", "laptop-x86")

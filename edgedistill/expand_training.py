@@ -1,0 +1,200 @@
+"""The steps that a recipe has once, or once a link: base models, adapting, soft targets, the student up to its merge.
+
+``expand.py`` puts them in order and adds what is made of the results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from edgedistill.data.prompts import rows_digest
+from edgedistill.devices.host import fingerprint as host_fingerprint
+from edgedistill.fingerprint import Key, digest
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, refuse, student_facts, taught_rows
+from edgedistill.models import Resolved
+from edgedistill.plan import Graph, package_version
+from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
+from edgedistill.stages.adapt import Adapt
+from edgedistill.stages.base import Base
+from edgedistill.stages.distill import Distill, DistillDense
+from edgedistill.stages.heal import Heal
+from edgedistill.stages.merge import Merge
+from edgedistill.stages.score import Score
+from edgedistill.stages.shape import MeasuredShape, Shape
+
+ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
+
+
+class TrainingSteps:
+    """Adds the steps that train, for ``inputs`` and ``recipe``: while a chain is laid out, those of the link at hand."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.recipe, self.graph = inputs, inputs.recipe, Graph()
+        self.warnings = refuse(inputs)
+        self.host = host_fingerprint()
+        self.isa = digest([self.host.arch, sorted(self.host.features)])[:16]
+        self.gguf_tool = f"gguf {package_version('gguf')}"
+        self.llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
+        self.onnx = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
+        self.tokens = sum(map(row_tokens, inputs.prompts)) * inputs.recipe.generate.samples
+        self.t_params = inputs.teacher.facts.params()
+        self.s_params = student_facts(inputs).params()
+        self.checks = inputs.prompts[:64]
+
+    def _base(self, name: str, model: Resolved) -> Key:
+        dequantize = model.path.is_file()
+        stage = Base(
+            source_digest=model.digest, dtype="float32", tool=self.gguf_tool if dequantize else "", path=model.path
+        )
+        size = 4 * model.facts.params() if dequantize else model.facts.size
+        return self.graph.add(
+            name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
+        )
+
+    def _adapt(self, base: Key) -> Key:
+        if self.recipe.adapt is None:
+            return base
+        gold = self.inputs.gold
+        stage = Adapt(
+            model=base,
+            rows_digest=rows_digest(gold),
+            rows=gold,
+            training=self.recipe.adapt.keyed("files", "rows"),
+            seed=self.recipe.seed,
+        )
+        tokens = sum(map(row_tokens, gold)) * self.recipe.adapt.epochs
+        full = self.recipe.adapt.method == "full"
+        return self.graph.add(
+            "adapt",
+            stage,
+            train_work(self.t_params, tokens, full=full),
+            memory=train_memory(self.t_params, full=full),
+            disk=4 * self.t_params + 200 * MIB,
+        )
+
+    def _score(self, name: str, teacher: Key, kept: Key) -> Key | None:
+        score = self.recipe.score
+        if score.kind in ("none", "dense"):
+            return None
+        stage = Score(
+            teacher=teacher,
+            kept=kept,
+            kind=score.kind,
+            n=score.n,
+            temperature=score.temperature or self.recipe.distill.loss.temperature,
+            seed=self.recipe.seed,
+        )
+        return self.graph.add(
+            name,
+            stage,
+            Work(kind="forward", amount=2 * self.t_params * self.tokens),
+            memory=2 * self.t_params + RUNTIME_MIB * MIB,
+            disk=self.tokens * 48,
+        )
+
+    def _shape(self, name: str, base: Key) -> Key:
+        width, vocabulary = self.recipe.student.ffn, self.recipe.student.vocabulary
+        if self.recipe.student.layers == "all" and width is None and vocabulary is None:
+            return base
+        rows, taught, whole = cut_rows(self.inputs), taught_rows(self.inputs), self.inputs.student.facts
+        measured = self.recipe.student.layers_by == "importance"
+        fields: dict[str, Any] = {
+            "model": base,
+            "layers": () if measured else chosen_layers(self.inputs),
+            "ffn": width,
+            "rows_digest": rows_digest(rows),
+            "rows": rows,
+            "vocabulary": vocabulary,
+            "taught_digest": rows_digest(taught),
+            "taught": taught,
+        }
+        stage = MeasuredShape(**fields, keep=len(chosen_layers(self.inputs))) if measured else Shape(**fields)
+        narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
+        return self.graph.add(
+            name,
+            stage,
+            narrow if width else Work(kind="bytes", amount=4 * self.s_params),
+            memory=8 * whole.params() + ((RUNTIME_MIB + 1500) * MIB if width else 0),
+            disk=4 * self.s_params,
+        )
+
+    def _heal(self, name: str, student: Key, kept: Key, teacher: Key) -> Key:
+        """Add the healing of a pruned student, with the teacher's hidden states where the recipe asks for them."""
+        heal = self.recipe.heal
+        if heal is None:
+            return student
+        rows = self.inputs.healing
+        training = heal.keyed("files", "rows")
+        guided = heal.hidden > 0
+        stage = Heal(
+            student=student,
+            kept=None if rows else kept,
+            rows_digest=rows_digest(rows),
+            rows=rows,
+            teacher=teacher if guided else None,
+            layers=() if self.recipe.student.layers_by == "importance" else chosen_layers(self.inputs),
+            training=training,
+            seed=self.recipe.seed,
+        )
+        tokens = (sum(map(row_tokens, rows)) if rows else self.tokens) * heal.epochs
+        work = train_work(self.s_params, tokens, full=True)
+        if guided:
+            work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
+        return self.graph.add(
+            name,
+            stage,
+            work,
+            memory=train_memory(self.s_params, full=True) + guided * 2 * self.t_params,
+            disk=16 * self.s_params,
+        )
+
+    def _distill(
+        self,
+        name: str,
+        merge_name: str,
+        student: Key,
+        kept: Key,
+        targets: Key | None,
+        *,
+        teacher: Key | None = None,
+        gold: bool = False,
+    ) -> Key:
+        """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``."""
+        settings = self.recipe.distill
+        loss = (
+            {"kd": 0.0, "ce": 1.0, "divergence": "forward-kl", "temperature": 1.0}
+            if gold
+            else settings.loss.model_dump(exclude_none=True)
+        )
+        full = settings.method == "full"
+        fields: dict[str, Any] = {
+            "student": student,
+            "kept": kept,
+            "text": "reference" if gold else "text",
+            "targets": None if gold else targets,
+            "training": settings.keyed("loss", "seed", *(() if settings.on_policy and not gold else ON_POLICY)),
+            "loss": loss,
+            "seed": self.recipe.seed if settings.seed is None else settings.seed,
+        }
+        stage = Distill(**fields) if teacher is None else DistillDense(**fields, teacher=teacher)
+        tokens = self.tokens * settings.epochs
+        work = train_work(self.s_params, tokens, full=full)
+        if teacher is not None:
+            work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
+        trained = self.graph.add(
+            name,
+            stage,
+            work,
+            memory=train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params,
+            disk=(16 if full else 1) * self.s_params,
+        )
+        if full:
+            return trained
+        return self.graph.add(
+            merge_name,
+            Merge(student=student, adapter=trained, kept=kept),
+            Work(kind="bytes", amount=4 * self.s_params),
+            memory=12 * self.s_params + RUNTIME_MIB * MIB,
+            disk=4 * self.s_params,
+        )
