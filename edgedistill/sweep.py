@@ -232,8 +232,40 @@ def sheet(lines: Sequence[Line]) -> Sheet:
         notes=[
             f"[…] 95 % intervals, n = {n} rows; against the first: {suites[0] if suites else 'score'}, paired by row",
             "* no other line is as good in score, size and speed and better in one (of the same target)",
+            *learning_curve(lines),
         ],
     )
+
+
+def learning_curve(lines: Sequence[Line]) -> list[str]:
+    """Say, where the only key that is swept counts rows, whether still more of them would help: what the last step up brought."""
+    from edgedistill.evals.statistics import paired_difference
+
+    keys = list(lines[0].point.values) if lines else []
+    if len(keys) != 1 or keys[0].rpartition(".")[2] != "rows":
+        return []
+    told = []
+    for target in dict.fromkeys(line.target for line in lines):
+        of_target = sorted((line for line in lines if line.target == target), key=lambda line: _rows(line.point))
+        if len(of_target) < 2:
+            continue
+        fewer, more = of_target[-2:]
+        suite = next(name for name, line in more.model.suites.items() if line.score is not None)
+        pair = _paired(more.point, fewer.point, target, suite)
+        if pair is None:
+            continue
+        gain = paired_difference(*pair)
+        verdict = "more would likely help" if gain.low > 0 else "more would not" if gain.high < 0 else "undecided"
+        told.append(
+            f"{target}: the step from {_rows(fewer.point)} to {_rows(more.point)} rows brought {gain.value:+.3f} "
+            f"[{gain.low:+.3f}, {gain.high:+.3f}] on {suite}: {verdict}"
+        )
+    return told
+
+
+def _rows(point: Point) -> int:
+    (value,) = point.values.values()
+    return sum(value) if isinstance(value, list | tuple) else int(value)
 
 
 def _text(value: Any) -> str:

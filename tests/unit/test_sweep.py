@@ -10,7 +10,7 @@ import pytest
 
 from edgedistill import tables
 from edgedistill.errors import UsageError
-from edgedistill.sweep import Line, Point, combinations, parse_all_over, parse_over, read, sheet
+from edgedistill.sweep import Line, Point, combinations, learning_curve, parse_all_over, parse_over, read, sheet
 from tests.unit.made_build import FIGURES, ROWS, make_session
 
 PHONE = "phone-midrange"
@@ -87,6 +87,22 @@ def test_the_table_and_its_json(lines: list[Line], capsys: pytest.CaptureFixture
     data = json.loads(json.dumps([line.to_json() for line in lines]))
     assert {one["verdict"] for one in data} >= {"", "hurt"}
     assert all(one["scores"]["holdout"]["n"] == ROWS for one in data)
+
+
+def test_a_sweep_over_rows_says_whether_more_would_help(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = []
+    for rows, share in (([50, 50], 0.60), ([150, 250], 0.94)):
+        monkeypatch.setitem(FIGURES, PHONE, (share, *FIGURES[PHONE][1:]))
+        session = make_session(tmp_path_factory.mktemp("rows"), prompts__rows=rows)
+        points.append(Point(values={"prompts.rows": rows}, session=session))
+    (first, *_) = learning_curve(read(points))
+    assert first.startswith(f"{PHONE}: the step from 100 to 400 rows brought +0.") and "more would likely help" in first
+
+
+def test_other_sweeps_have_no_learning_curve(lines: list[Line]) -> None:
+    assert learning_curve(lines) == [] == learning_curve([])
 
 
 def test_a_point_without_its_artifact_has_no_line(tmp_path: Path) -> None:
