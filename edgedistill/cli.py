@@ -119,6 +119,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Show each step: cached or to run, why, and what it will take. Runs nothing."""
+    from edgedistill.advice import advise
     from edgedistill.tables import plan_json, plan_table, print_table
 
     session = _cut(_session(recipe, target, set_), until)
@@ -128,6 +129,8 @@ def plan(
     check_disk(rows, session.store)
     for warning in session.plan.warnings:
         _note(f"warning: {warning}")
+    for line in advise(session.inputs):
+        _note(f"advice: {line}")
     _print_json(plan_json(session, rows)) if as_json else print_table(plan_table(session, rows))
 
 

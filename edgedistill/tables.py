@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.advice import advise
 from edgedistill.report import ReportData, collect, gate_lines
 from edgedistill.target import format_size
 
@@ -195,6 +196,7 @@ def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> 
         "path": str(session.path),
         "targets": [target.name for target in session.inputs.targets],
         "warnings": list(session.plan.warnings),
+        "advice": advise(session.inputs),
         "steps": steps,
         "to_run": len(todo),
         "seconds": round(sum(step["seconds"] for step in todo), 1),
