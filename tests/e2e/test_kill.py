@@ -114,6 +114,7 @@ def test_twenty_kills_change_nothing(whole: Any, tmp_path: Path) -> None:
         run_and_kill(whole, tmp_path / f"store-{part}", kills=4, seed=100 + part)
 
 
+@pytest.mark.slow  # three minutes: the default suite has fifteen
 def test_two_builds_on_one_store_share_the_work(whole: Any, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()

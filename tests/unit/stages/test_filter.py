@@ -153,6 +153,7 @@ def test_pairs_train_under_trl(tmp_path: Path, smollm2: Path) -> None:
     options: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
     trainer = DPOTrainer(
         model=LlamaForCausalLM(config),
+        ref_model=LlamaForCausalLM(config),
         args=DPOConfig(output_dir=str(tmp_path / "dpo"), max_steps=1, per_device_train_batch_size=2, **options),
         train_dataset=data,
         processing_class=tokenizer,
