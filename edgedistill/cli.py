@@ -93,6 +93,7 @@ def data_pairs(
     if output is None:
         typer.echo(text, nl=False)
     else:
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     _note(f"{len(pairs)} pairs")
 
@@ -206,7 +207,7 @@ def sweep(
 ) -> None:
     """Build a recipe with several values of some keys, and say which are worth it."""
     from edgedistill.recipe import load_recipe
-    from edgedistill.session import recipe_path
+    from edgedistill.session import check_disk, recipe_path, rows_of
     from edgedistill.sweep import build as build_points
     from edgedistill.sweep import parse_all_over, plan_points, read, sheet
     from edgedistill.tables import print_table
@@ -218,6 +219,8 @@ def sweep(
     points = plan_points(recipe, values, targets=target or (), overrides=overrides, note=_note)
     for warning in dict.fromkeys(text for point in points for text in point.session.plan.warnings):
         _note(f"warning: {warning}")
+    for point in points:
+        check_disk(rows_of(point.session), point.session.store)
     outcomes = build_points(points, reporter=TerminalReporter, say=_note, threads=threads)
     lines = read(points)
     if as_json:

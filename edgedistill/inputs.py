@@ -269,7 +269,7 @@ def _refuse_shape(inputs: Inputs, section: str) -> None:
 
 
 def _gaps(links: Sequence[Inputs]) -> list[str]:
-    """Warn of a gap in size that is too wide to be taught in one step (METHODS: 3 to 4 times is recovered, 10 times is not)."""
+    """Warn of a gap in size that is wider than what one step of distillation usually recovers."""
     found = []
     for number, link in enumerate(links, 1):
         before, after = link.student.facts.params(), student_facts(link).params()
@@ -279,7 +279,7 @@ def _gaps(links: Sequence[Inputs]) -> list[str]:
             what = "the student" if number == len(links) else f"link {number} of the chain"
             found.append(
                 f"{what} has 1/{gap:.1f} of the parameters of what teaches it: beyond 1/{GAP:g} much is lost; a [[chain]] link of "
-                f"about {middle} million parameters would halve the gap"
+                f"about {middle} million parameters would part it in two equal ones"
             )
     return found
 

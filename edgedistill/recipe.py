@@ -88,7 +88,7 @@ class Training(Section):
     optimizer: Literal["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch"
     gradient_checkpointing: bool = Field(
         default=False,
-        description="keep each layer's input only and compute the rest again: less memory, a third slower",
+        description="keep each layer's input only and compute the rest again: less memory, for one more forward",
     )
 
 

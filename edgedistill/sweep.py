@@ -38,7 +38,7 @@ class Point:
     @property
     def label(self) -> str:
         """Return the values as text."""
-        return ", ".join(f"{key} = {_text(value)}" for key, value in self.values.items())
+        return _label(self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ def plan_points(
                 recipe, targets=targets, overrides={**(overrides or {}), **values}, store=store, note=note
             )
         except EdgeDistillError:
-            note("in the combination " + ", ".join(f"{key} = {_text(value)}" for key, value in values.items()))
+            note(f"in the combination {_label(values)}")
             raise
         points.append(Point(values=values, session=session))
     return points
@@ -268,6 +268,10 @@ def _rows(point: Point) -> int:
     return sum(value) if isinstance(value, list | tuple) else int(value)
 
 
+def _label(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {_text(value)}" for key, value in values.items())
+
+
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else str(list(value)) if isinstance(value, list | tuple) else f"{value}"
 
@@ -287,14 +291,11 @@ def _beats(one: Model, other: Model) -> bool:
 
 def _paired(point: Point, first: Point, target: str, suite: str) -> tuple[list[float], list[float]] | None:
     """Return the scores of two points on the rows of a suite; None where they answered other rows."""
-    from edgedistill.evals.suites import load_answers
+    from edgedistill.evals.suites import load_scores
 
-    scores = []
-    for one in (point, first):
-        entry = one.session.store.load(one.session.plan.match(f"evaluate/{target}")[0].key)
-        if entry is None:
-            return None
-        answers = load_answers(entry.path / "answers" / f"{suite}.jsonl")
-        scores.append({answer.id: answer.score for answer in answers})
-    left, right = scores
-    return (list(left.values()), [right[name] for name in left]) if left.keys() == right.keys() else None
+    if point.session.inputs.suites[suite] != first.session.inputs.suites[suite]:
+        return None
+    stores = [(one.session.store, one.session.plan.match(f"evaluate/{target}")[0].key) for one in (point, first)]
+    entries = [store.load(key) for store, key in stores]
+    mine, theirs = (None if entry is None else load_scores(entry.path, suite) for entry in entries)
+    return None if mine is None or theirs is None else (mine, theirs)

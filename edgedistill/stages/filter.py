@@ -111,10 +111,8 @@ class ThinkingFilter(Filter):
     def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
         """Tell whether one answer passes one filter."""
         if spec["kind"] == "thinking":
-            most = spec.get("max_words")
-            return split(text).words >= spec.get("min_words", LEAST_WORDS) and (
-                most is None or split(text).words <= most
-            )
+            words, most = split(text).words, spec.get("max_words")
+            return words >= spec.get("min_words", LEAST_WORDS) and (most is None or words <= most)
         return find_metric(AFTER_THINKING + spec["metric"])(text, reference).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """A Llama-shaped decoder layer as two autograd functions, for training on a CPU in less time and memory.
 
-Operation by operation, a layer is some sixty small ones, each of which autograd keeps the inputs of, in float32 inside the norms.
+Operation by operation, a layer is many small ones, each of which autograd keeps the inputs of, in float32 inside the norms.
 Here the attention half and the MLP half are one function each, with the way back written out. Kept are the two residual
 states in the model's own precision, the attention's padded view, gate and up, and the adapters' low-rank products; norms,
 activations and their products are computed again. Projections that share an input share the product with their adapters'

@@ -69,7 +69,7 @@ class HiddenStates:
             read = replace(batch, input_ids=self.tokens.to(batch.input_ids.device)[batch.input_ids])
         with torch.no_grad(), packed_mode(self.teacher):
             completion_states(self.teacher, read)
-        weights = token_weights(batch).to(self._students[0].device)
+        weights = state_weights(batch).to(self._students[0].device)
         total = torch.zeros((), device=weights.device)
         for at, matched in enumerate(self.matched):
             student, teacher = self._students[at].float(), self._teachers[matched].float()
@@ -110,6 +110,6 @@ def token_counts(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     return counts
 
 
-def token_weights(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
+def state_weights(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
     """Weigh each position of a batch: its count, and 0 for the first tokens of the rows."""
     return token_counts(batch) * (batch.position_ids > 0)

@@ -17,8 +17,8 @@ from edgedistill.training.data import Example, encode_example
 from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
+from edgedistill.training.settings import LATER, TrainSettings
 from edgedistill.training.targets import SparseTargets, find_targets, read_header, read_targets, tokenizer_hash
-from edgedistill.training.trainer import TrainSettings
 from edgedistill.training.vocabulary import read_origin
 
 
@@ -45,11 +45,7 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         warmup=table["warmup"],
         weight_decay=table["weight_decay"],
         clip=table["max_grad_norm"],
-        on_policy=table.get("on_policy", 0.0),
-        on_policy_tokens=table.get("on_policy_tokens", 64),
-        on_policy_temperature=table.get("on_policy_temperature", 1.0),
-        optimizer=table.get("optimizer", "adamw_torch"),
-        gradient_checkpointing=table.get("gradient_checkpointing", False),
+        **{name: table[name] for name in LATER if name in table},  # left out of a key at their default
         loss=LossTerms(**terms),
         hidden=table.get("hidden", 0.0),
         freeze_embeddings=table.get("freeze_embeddings", True),

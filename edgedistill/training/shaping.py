@@ -40,7 +40,7 @@ def block_influence(model: Any, examples: Sequence[Example], *, batch_size: int 
     """
     import torch
 
-    from edgedistill.training.hidden import layers_of, token_weights
+    from edgedistill.training.hidden import layers_of, state_weights
     from edgedistill.training.packing import completion_states, make_batch, packed_mode
 
     layers = layers_of(model)
@@ -63,7 +63,7 @@ def block_influence(model: Any, examples: Sequence[Example], *, batch_size: int 
         with torch.no_grad(), packed_mode(model) as packed:
             for start in range(0, len(examples), batch_size):
                 batch = make_batch(examples[start : start + batch_size], packed=packed)
-                weights[:] = [token_weights(batch).flatten().to(next(model.parameters()).device)]
+                weights[:] = [state_weights(batch).flatten().to(next(model.parameters()).device)]
                 completion_states(model, batch)
                 count += float(weights[0].sum())
     finally:

@@ -1,7 +1,7 @@
 """Whether a student that was taught to think still does: the first words of a few of its answers tell.
 
 Thinking collapses where the block is cheap to leave empty: the loss of a short empty block is small, and the answer's tokens
-may be guessed without it (``shared`` symptom: empty blocks, then a guess). A gate at the end of training, because a student
+may be guessed without it. A gate at the end of training, because a student
 that stopped thinking scores like one that never did, and nothing else would say why.
 """
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from edgedistill.recipe import Distill, Training
 from edgedistill.training.recipe import strip_adapter, train_settings
+from edgedistill.training.settings import LATER, TrainSettings
 
 
 def test_an_adapter_names_no_path_of_this_machine(tmp_path: Path) -> None:
@@ -34,3 +36,9 @@ def test_accumulation_cuts_a_batch_and_leaves_the_step_what_it_was() -> None:
     assert (settings.batch_size, settings.micro_batch) == (10, 3)
     assert (settings.beta2, settings.hidden) == (0.95, 0.0)
     assert (settings.loss.kd, settings.loss.temperature) == (0.7, 2.0)
+
+
+def test_what_a_key_leaves_out_is_what_the_trainer_does_without_it() -> None:
+    """Settings that came later are not in a key at the recipe's default: the trainer's own has to be the same."""
+    fields = {**Training.model_fields, **Distill.model_fields}
+    assert {name: fields[name].default for name in LATER} == {name: getattr(TrainSettings, name) for name in LATER}
