@@ -10,7 +10,6 @@ follows from the seeds below.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import re
@@ -20,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgedistill.recipes.files import write_or_check
 from edgedistill.recipes.quickstart.drills import MORE_FRAMES, MORE_WORDINGS, SPELLING
 from edgedistill.recipes.quickstart.general import GENERAL
 from edgedistill.recipes.quickstart.templates import CONTEXT, OOD, OOD_FRAMES, REMARKS, TRAIN, TRAIN_FRAMES
@@ -370,27 +370,7 @@ def rendered() -> dict[str, bytes]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files, or with --check compare them; return 1 where one differs."""
-    parser = argparse.ArgumentParser(
-        prog="python -m edgedistill.recipes.quickstart.make_data", description=main.__doc__
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="compare the files with what this program makes; write nothing"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=HERE, help="the folder to write to or to check (default: this package)"
-    )
-    options = parser.parse_args(argv)
-    different = []
-    for name, content in rendered().items():
-        path = options.out / name
-        if not options.check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        elif not path.is_file() or path.read_bytes() != content:
-            different.append(name)
-    for name in different:
-        print(f"{options.out / name}: differs from what the generator makes", file=sys.stderr)
-    return 1 if different else 0
+    return write_or_check(rendered, HERE, prog="edgedistill.recipes.quickstart.make_data", argv=argv)
 
 
 if __name__ == "__main__":

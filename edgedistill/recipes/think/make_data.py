@@ -1,6 +1,6 @@
 """Make the data of the recipe ``think``: word problems of two or three steps, each with its rationale and its number.
 
-    python -m edgedistill.recipes.think.make_data [--check]
+    python -m edgedistill.recipes.think.make_data [--check] [--out DIR]
 
 ``train``, ``dev`` and ``holdout`` share their wordings and differ in names, things and numbers; ``ood`` has wordings that train
 never saw. No problem stands in two files. The same seed makes the same bytes.
@@ -8,7 +8,6 @@ never saw. No problem stands in two files. The same seed makes the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -16,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from edgedistill.recipes.files import write_or_check
 
 HERE = Path(__file__).parent
 SEED = 20261126
@@ -214,20 +215,7 @@ def rendered() -> dict[str, bytes]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the files, or with --check compare them; return 1 where one differs."""
-    parser = argparse.ArgumentParser(prog="python -m edgedistill.recipes.think.make_data", description=main.__doc__)
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    options = parser.parse_args(argv)
-    different = []
-    for name, content in rendered().items():
-        path = HERE / name
-        if not options.check:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        elif not path.is_file() or path.read_bytes() != content:
-            different.append(name)
-    for name in different:
-        print(f"{HERE / name}: differs from what the generator makes", file=sys.stderr)
-    return 1 if different else 0
+    return write_or_check(rendered, HERE, prog="edgedistill.recipes.think.make_data", argv=argv)
 
 
 if __name__ == "__main__":
