@@ -167,7 +167,7 @@ def divergences(
     others = {name: token_rows(reference, rows) for name, reference in references.items()}
     columns = {name: shared_columns(candidate, own, references[name], other) for name, other in others.items()}
     shared = {
-        name: {at for at in range(len(own)) if _alike(own[at], other[at], columns[name])}
+        name: {at for at in range(len(own)) if cut_alike(own[at], other[at], columns[name])}
         for name, other in others.items()
     }
     references = {name: reference for name, reference in references.items() if shared[name]}
@@ -219,7 +219,8 @@ def shared_columns(
     return np.asarray([numbers.get(piece, -1) for piece in pieces])
 
 
-def _alike(own: TokenRow, other: TokenRow, columns: np.ndarray | None) -> bool:
+def cut_alike(own: TokenRow, other: TokenRow, columns: np.ndarray | None) -> bool:
+    """Tell whether both models cut a row into the same tokens, by the numbers of ``shared_columns``."""
     return columns is None or (own.start == other.start and tuple(columns[list(own.ids)].tolist()) == other.ids)
 
 

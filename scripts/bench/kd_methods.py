@@ -17,23 +17,21 @@ from typing import Any
 
 import numpy as np
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
+from _recipe import build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import load_rows
 from edgedistill.errors import EdgeDistillError
-from edgedistill.evals.likelihood import kl_divergence, shared_columns, token_rows
+from edgedistill.evals.likelihood import cut_alike, kl_divergence, shared_columns, token_rows
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.evals.statistics import Estimate, paired_difference
 from edgedistill.evals.suites import load_answers
-from edgedistill.recipes import copy_recipe
-from edgedistill.runner import Runner
-from edgedistill.session import Session, prepare
-from edgedistill.store import Entry, Store
-from edgedistill.ui import TerminalReporter
+from edgedistill.session import Session
 
 NAME = "kd_methods"
 TARGET = "phone-midrange"
 SUITES = ("holdout", "ood")
 DENSE, DRAWS, SFT = "dense", "12 draws", "no distributions (SFT)"
+STEPS = ("convert/teacher", "evaluate/student")  # what an arm is brought up to
 BINS = 15
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {"score.kind": "dense"},
@@ -70,24 +68,6 @@ def base_overrides(folder: Path, quick: bool) -> dict[str, Any]:
     return {**common, **QUICK, "suites": suites}
 
 
-def build(folder: Path, overrides: dict[str, Any]) -> Session:
-    """Bring one arm up to its evaluation."""
-    session = prepare(folder, targets=[TARGET], overrides=overrides, note=say)
-    names = ("convert/teacher", "evaluate/student")
-    wanted = [step for name in names for step in session.plan.match(name)]
-    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
-    for error in outcome.failed.values():
-        raise error
-    return session
-
-
-def entry_of(session: Session, step: str) -> Entry:
-    """Return a built step's entry."""
-    entry = Store(session.store.root).load(session.plan.match(step)[0].key)
-    assert entry is not None
-    return entry
-
-
 def distances(session: Session, rows: int) -> dict[str, Any]:
     """Return per row the KL divergence to the teacher, and per token confidence and hit; kept beside the bench."""
     key = f"{entry_of(session, 'convert/student').digest[:24]}-{entry_of(session, 'convert/teacher').digest[:24]}"
@@ -102,11 +82,7 @@ def distances(session: Session, rows: int) -> dict[str, Any]:
     ):
         own, other = token_rows(student, some), token_rows(teacher, some)
         columns = shared_columns(student, own, teacher, other)
-        alike = [
-            at
-            for at in range(len(own))
-            if columns is None or tuple(columns[list(own[at].ids)].tolist()) == other[at].ids
-        ]
+        alike = [at for at in range(len(own)) if cut_alike(own[at], other[at], columns)]
         own, other = [own[at] for at in alike], [other[at] for at in alike]
         pairs = zip(
             own,
@@ -181,16 +157,15 @@ def main() -> None:
     if given.quick:
         given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]
     arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}]
-    folder = cache_folder(NAME) / ("quick" if given.quick else "full")
-    if not (folder / "recipe.toml").is_file():
-        copy_recipe("quickstart", folder)
+    folder = recipe_folder(NAME, "quick" if given.quick else "full")
     common = base_overrides(folder, given.quick)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     try:
         for seed in range(given.seeds):
             for arm in arms:
                 say(f"seed {seed}, {arm}")
-                session = build(folder, {**common, **ARMS[arm], "distill.seed": seed})
+                overrides = {**common, **ARMS[arm], "distill.seed": seed}
+                session = build(folder, STEPS, targets=[TARGET], overrides=overrides)
                 found[arm].append(measure(session, 12 if given.quick else 160))
     except EdgeDistillError as error:
         could_not_measure(NAME, str(error))

@@ -19,16 +19,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _common import cache_folder, finish, parser, say
+from _common import finish, parser, say
+from _recipe import build, entry_of, recipe_folder
 
 from edgedistill.errors import EdgeDistillError
 from edgedistill.evals.statistics import paired_difference
-from edgedistill.recipes import copy_recipe
-from edgedistill.runner import Runner
-from edgedistill.session import Session, prepare
-from edgedistill.store import Store
+from edgedistill.session import Session
 from edgedistill.training.recipe import load_kept, load_model, train_settings
-from edgedistill.ui import TerminalReporter, clock
+from edgedistill.ui import clock
 
 TARGET = "phone-midrange"
 SUITES = ("holdout", "ood")
@@ -43,27 +41,17 @@ QUICK = {
 }
 
 
-def build(quick: bool) -> Session:
+def bring(quick: bool) -> Session:
     """Bring the quickstart up to its healed student and soft targets; the full recipe shares the user's store."""
-    folder = cache_folder("kd_vs_sft") / ("quick" if quick else "full")
-    if not (folder / "recipe.toml").is_file():
-        copy_recipe("quickstart", folder)
-    session = prepare(folder, targets=[TARGET], overrides=QUICK if quick else {}, note=say)
-    wanted = [step for name in ("score", "heal") for step in session.plan.match(name)]
-    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
-    for error in outcome.failed.values():
-        raise error
-    return session
+    folder = recipe_folder("kd_vs_sft", "quick" if quick else "full")
+    return build(folder, ("score", "heal"), targets=[TARGET], overrides=QUICK if quick else {})
 
 
 def places(session: Session) -> dict[str, str]:
     """Return where student, teacher, kept rows and targets lie."""
-    store = Store(session.store.root)
 
     def path(step: str, file: str) -> str:
-        entry = store.load(session.plan.match(step)[0].key)
-        assert entry is not None
-        return str(entry.path / file)
+        return str(entry_of(session, step).path / file)
 
     return {
         "student": path("heal", "model"),
@@ -205,7 +193,7 @@ def main() -> None:
     if given.arm:
         arm(json.loads(given.arm))
         return
-    session = build(given.quick)
+    session = bring(given.quick)
     distill = session.recipe.distill
     job = {
         **places(session),

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from _common import finish, machine_line, parser, table
+from _recipe import build, entry_of, recipe_folder, targets_header
 from safetensors.torch import load_file, save_file
-from train_speed import base_model
 
+from edgedistill.data.prompts import load_rows
 from edgedistill.teachers.transformers import TransformersTeacher
 from edgedistill.training.data import Example, encode_example
-from edgedistill.training.draws import stored_temperatures
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.targets import Kind, SparseTargets, TargetsHeader, TargetsWriter, read_targets
 
@@ -78,7 +78,9 @@ def main() -> None:
     """Score once, then write and read every form in turn."""
     given = parser(__doc__ or "", quick="32 rows, one round").parse_args()
     rounds, wanted_rows = (1, 32) if given.quick else (5, 256)
-    model, rows = base_model()
+    session = build(recipe_folder("logit_cache", "recipe"), ["base/teacher"])
+    model = entry_of(session, "base/teacher").path / "model"
+    rows = load_rows(session.path.parent / "data" / "train.jsonl", need_reference=True)
     teacher = TransformersTeacher(model)
     examples = [
         encode_example(teacher.tokenizer, list(row.messages), row.reference or "", id=row.id)
@@ -93,16 +95,7 @@ def main() -> None:
         for at, one in teacher.score(examples, kind=kind, n=n, temperature=1.0, seed=0):
             found[at] = one
         targets = [one for one in found if one is not None]
-        header = TargetsHeader(
-            kind=kind,
-            n=n,
-            temperature=1.0,
-            temperatures=stored_temperatures(1.0),
-            vocab_size=teacher.vocab_size,
-            tokenizer=teacher.tokenizer_hash,
-            teacher="bench",
-            seed=0,
-        )
+        header = targets_header(teacher, kind, n)
         writers[name] = lambda path, header=header, targets=targets: save_sparse(path, header, examples, targets)
         readers[name] = lambda path: read_targets([path], examples)
     seconds: dict[str, dict[str, list[float]]] = {name: {"write": [], "read": []} for name in writers}

@@ -13,36 +13,25 @@ import time
 from pathlib import Path
 
 import numpy as np
-from _common import cache_folder, finish, machine_line, parser, say, table
+from _common import finish, machine_line, parser, say, table
+from _recipe import build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.evals.likelihood import kl_divergence, token_rows
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf.imatrix import collect
 from edgedistill.formats.gguf.quantize import quantize
-from edgedistill.recipes import copy_recipe
-from edgedistill.runner import Runner
-from edgedistill.session import Session, prepare
-from edgedistill.store import Store
-from edgedistill.ui import TerminalReporter
+from edgedistill.session import Session
 
 TYPES = ("IQ4_NL", "Q4_0", "Q5_0")
 SETS = {"in domain": "dev", "out of domain": "dev-ood", "ordinary chat": "general"}
 
 
-def build(quick: bool) -> tuple[Session, Path]:
+def bring(quick: bool) -> tuple[Session, Path]:
     """Bring the quickstart up to its student's f16 file, or to the base model's; return the session and the file."""
-    folder = cache_folder("rounding") / "recipe"
-    if not (folder / "recipe.toml").is_file():
-        copy_recipe("quickstart", folder)
-    session = prepare(folder, note=say)
-    wanted = session.plan.match("convert/base" if quick else "convert/student")
-    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
-    for error in outcome.failed.values():
-        raise error
-    entry = Store(session.store.root).load(wanted[0].key)
-    assert entry is not None
-    return session, entry.path / "model.gguf"
+    step = "convert/base" if quick else "convert/student"
+    session = build(recipe_folder("rounding", "recipe"), [step])
+    return session, entry_of(session, step).path / "model.gguf"
 
 
 def calibration(runner: GgufRunner, rows: list[Row]) -> list[list[int]]:
@@ -71,7 +60,7 @@ def main() -> None:
     """Quantize both ways, compare, print."""
     options = parser(__doc__ or "", quick="the base model, IQ4_NL, 16 rows to calibrate, 8 of each set to compare")
     given = options.parse_args()
-    session, source = build(given.quick)
+    session, source = bring(given.quick)
     data = session.path.parent / "data"
     calibrated = load_rows(data / "train.jsonl")[: 16 if given.quick else 128]
     rows = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 96] for name, file in SETS.items()}

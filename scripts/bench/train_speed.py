@@ -14,27 +14,21 @@ one call), completion-heavy (a short prompt and 12 calls).
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
+from _common import could_not_measure, finish, machine_line, parser, say, table
+from _recipe import build, entry_of, recipe_folder
+from _train_arms import RANK, WARM
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import EdgeDistillError
 from edgedistill.evals.statistics import Estimate, median_ratio
-from edgedistill.recipes import copy_recipe
-from edgedistill.runner import Runner
-from edgedistill.session import prepare
-from edgedistill.store import Store
-from edgedistill.ui import TerminalReporter
 
 NAME = "train_speed"
 KINDS = {"short": 16, "ragged": 8, "prompt-heavy": 8, "completion-heavy": 8}  # and the rows of an optimiser step
@@ -48,23 +42,7 @@ ARMS = {
     "draws-ours": "ours, KD, 12 stored draws",
 }
 AGAINST = {"sft-ours": "sft-trl", "dense-ours": "gkd-trl", "draws-ours": "gkd-trl"}
-RANK, LR = 16, 2e-4
-WARM = 2  # optimiser steps before the first that counts
-
-
-def base_model() -> tuple[Path, list[Row]]:
-    """Return the folder of SmolLM2-135M-Instruct in the user's store, and rows to train on."""
-    folder = cache_folder(NAME) / "recipe"
-    if not (folder / "recipe.toml").is_file():
-        copy_recipe("quickstart", folder)
-    session = prepare(folder, note=say)
-    wanted = session.plan.match("base/teacher")
-    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
-    for error in outcome.failed.values():
-        raise error
-    entry = Store(session.store.root).load(wanted[0].key)
-    assert entry is not None
-    return entry.path / "model", load_rows(folder / "data" / "train.jsonl", need_reference=True)
+ARM = Path(__file__).with_name("_train_arms.py")
 
 
 def make_rows(kind: str, rows: list[Row], count: int) -> list[dict[str, Any]]:
@@ -94,228 +72,6 @@ def make_rows(kind: str, rows: list[Row], count: int) -> list[dict[str, Any]]:
     return made
 
 
-# ── an arm, in a process of its own ──
-
-
-class Turns:
-    """Report what was measured and wait for the next turn, on standard input and output."""
-
-    def __init__(self, steps: int, warm: int = WARM) -> None:
-        self.warm = warm
-        self.steps, self.done, self.tokens, self.started = steps, 0, 0, 0.0
-        self.spent: dict[str, float] = {}
-
-    def wait(self) -> None:
-        """Say that the arm stands ready; return when its turn begins."""
-        print(json.dumps({"ready": True}), flush=True)
-        sys.stdin.readline()
-        self.tokens, self.spent, self.started = 0, {}, time.perf_counter()
-
-    def step(self, tokens: int) -> None:
-        """Count one optimiser step; at the end of a turn, report and wait."""
-        self.tokens += tokens
-        self.done += 1
-        if self.done < self.warm:
-            return
-        if self.done > self.warm and (self.done - self.warm) % self.steps == 0:
-            seconds = time.perf_counter() - self.started
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            found = {"seconds": seconds, "tokens": self.tokens, "memory": peak, "split": self.spent}
-            print(json.dumps(found), flush=True)
-        if (self.done - self.warm) % self.steps == 0:
-            self.wait()
-
-
-def encode(job: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """Return the tokenizer and the rows as token ids: every arm trains on the same."""
-    from transformers import AutoTokenizer
-
-    from edgedistill.training.data import encode_example
-
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    return tokenizer, [
-        encode_example(tokenizer, row["messages"], row["completion"], id=str(at)) for at, row in enumerate(job["rows"])
-    ]
-
-
-@contextmanager
-def split_of_time(turns: Turns) -> Iterator[None]:
-    """Account for the parts of our optimiser step while inside."""
-    import torch
-
-    from edgedistill.training import trainer
-
-    def timed(owner: Any, name: str, part: str) -> Callable[[], None]:
-        whole = getattr(owner, name)
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return whole(*arguments, **named)
-            finally:
-                turns.spent[part] = turns.spent.get(part, 0.0) + time.perf_counter() - started
-
-        setattr(owner, name, call)
-        return lambda: setattr(owner, name, whole)
-
-    undo = [
-        timed(trainer, "completion_states", "decoder, forward"),
-        timed(trainer, "completion_loss", "head and loss"),
-        timed(torch.Tensor, "backward", "decoder, backward"),
-        timed(trainer.DenseTeacher, "targets", "teacher"),
-    ]
-    try:
-        yield
-    finally:
-        for one in undo:
-            one()
-
-
-def train_ours(job: dict[str, Any]) -> None:
-    """Train by our own loop until the rows end."""
-    from edgedistill.teachers.transformers import TransformersTeacher
-    from edgedistill.training.dense import DenseTeacher
-    from edgedistill.training.draws import stored_temperatures
-    from edgedistill.training.lora import LoraSettings
-    from edgedistill.training.losses import LossTerms
-    from edgedistill.training.recipe import load_model
-    from edgedistill.training.settings import TrainSettings, plan_steps
-    from edgedistill.training.targets import TargetsHeader, TargetsWriter, read_targets
-    from edgedistill.training.trainer import train
-
-    tokenizer, examples = encode(job)
-    model = Path(job["model"])
-    kd = job["arm"] != "sft-ours"
-    settings = TrainSettings(
-        lora=LoraSettings(rank=RANK, alpha=2 * RANK),
-        lr=LR,
-        batch_size=job["batch"],
-        micro_batch=job["setting"]["micro"],
-        loss=LossTerms(kd=1.0 if kd else 0.0, ce=0.0 if kd else 1.0),
-        gradient_norms=0,
-        schedule="constant",
-    )
-    turns = Turns(job["steps"], job.get("warm", WARM))
-    counts = [sum(examples[row].length for row in rows) for rows in plan_steps(examples, settings)]
-    targets = teacher = None
-    if job["arm"] == "dense-ours":
-        teacher = DenseTeacher(load_model(model), len(tokenizer))
-    if job["arm"] == "draws-ours":
-        shard = Path(job["targets"])
-        if not shard.is_file():  # what the score step does; no part of what is timed
-            scorer = TransformersTeacher(model)
-            header = TargetsHeader(
-                kind="sampled",
-                n=12,
-                temperature=1.0,
-                temperatures=stored_temperatures(1.0),
-                vocab_size=scorer.vocab_size,
-                tokenizer=scorer.tokenizer_hash,
-                teacher="bench",
-                seed=0,
-            )
-            with TargetsWriter(shard, header) as writer:
-                for index, found in scorer.score(examples, kind="sampled", n=12, temperature=1.0, seed=0):
-                    writer.write(examples[index], found)
-            return  # its memory is not that of training: the caller asks again
-        targets = read_targets([shard], examples)
-    with tempfile.TemporaryDirectory() as out, split_of_time(turns):
-        train(
-            load_model(model),
-            examples,
-            targets,
-            settings=settings,
-            out=Path(out),
-            vocab_size=len(tokenizer),
-            teacher=teacher,
-            progress=lambda done, total, note: turns.step(counts[done - 1]),
-        )
-
-
-def train_peer(job: dict[str, Any]) -> None:
-    """Train by TRL on the same token ids until the rows end."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
-
-    tokenizer, examples = encode(job)
-    turns = Turns(job["steps"], job.get("warm", WARM))
-    seen = [0]
-    gkd, setting = job["arm"] == "gkd-trl", job["setting"]
-    dtype = torch.float32 if setting["autocast"] else torch.bfloat16
-    data = Dataset.from_dict(
-        {
-            "input_ids": [[*one.prompt_ids, *one.completion_ids] for one in examples],
-            "completion_mask": [[0] * len(one.prompt_ids) + [1] * len(one.completion_ids) for one in examples],
-        }
-    )
-    common: dict[str, Any] = {
-        "output_dir": job["out"],
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": setting["micro"],
-        "gradient_accumulation_steps": job["batch"] // setting["micro"],
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "group_by_length",
-        "bf16": setting["autocast"],
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": [],
-        "max_length": None,
-        "disable_tqdm": True,
-    }
-
-    class AtEnd(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            turns.step(seen[0])
-            seen[0] = 0
-
-    class Counted:
-        """Count the tokens of every micro-batch, padding left out."""
-
-        def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
-            seen[0] += int(inputs["attention_mask"].sum())
-            return super().training_step(model, inputs, *rest)  # type: ignore[misc]
-
-    def padded(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        width = max(len(row["input_ids"]) for row in rows)
-        ids = torch.zeros((len(rows), width), dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for at, row in enumerate(rows):
-            own = torch.tensor(row["input_ids"])
-            ids[at, : len(own)], mask[at, : len(own)] = own, 1
-            labels[at, : len(own)] = own.masked_fill(torch.tensor(row["completion_mask"]) == 0, -100)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-    extra: dict[str, Any] = {}
-    if gkd:
-        common |= {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0}
-        extra = {
-            "teacher_model": AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype),
-            "data_collator": padded,
-        }
-        arguments = GKDConfig(**common)
-    else:
-        arguments = SFTConfig(**common, completion_only_loss=True)
-    counting: Any = type("Counting", (Counted, GKDTrainer if gkd else SFTTrainer), {})
-    made = counting(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype),
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
-        callbacks=[AtEnd()],
-        **extra,
-    )
-    made.train()
-
-
 class Arm:
     """Drive one arm's process from outside."""
 
@@ -323,7 +79,7 @@ class Arm:
         self.name = job["arm"]
         self.log = log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--arm", "-"],
+            [sys.executable, str(ARM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -402,7 +158,7 @@ def compare(
         "out": str(folder / "trl"),
     }
     with subprocess.Popen(
-        [sys.executable, __file__, "--arm", "-"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        [sys.executable, str(ARM)], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     ) as scorer:
         scorer.communicate(json.dumps({**job, "arm": "draws-ours", "setting": {"micro": batch}}) + "\n")
     chosen: dict[str, dict[str, Any]] = {}
@@ -441,15 +197,12 @@ def main() -> None:
     options = parser(__doc__ or "", quick="short rows, one round of one step, no trial of settings")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    options.add_argument("--arm", help="used by the script itself: a job as JSON on standard input")
     given = options.parse_args()
-    if given.arm:
-        job = json.loads(sys.stdin.readline())
-        (train_ours if job["arm"].endswith("-ours") else train_peer)(job)
-        return
     if given.quick:
         given.kinds, given.rounds = ["short"], 1
-    model, rows = base_model()
+    session = build(recipe_folder(NAME, "recipe"), ["base/teacher"])
+    model = entry_of(session, "base/teacher").path / "model"
+    rows = load_rows(session.path.parent / "data" / "train.jsonl", need_reference=True)
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -1,0 +1,63 @@
+"""What the benches that start from the quickstart share: bringing it as far as they need, in the user's store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _common import cache_folder, say
+
+from edgedistill.recipes import copy_recipe
+from edgedistill.runner import Runner
+from edgedistill.session import Session, prepare
+from edgedistill.store import Entry, Store
+from edgedistill.ui import TerminalReporter
+
+if TYPE_CHECKING:
+    from edgedistill.teachers.transformers import TransformersTeacher
+    from edgedistill.training.targets import Kind, TargetsHeader
+
+
+def recipe_folder(name: str, part: str) -> Path:
+    """Return a copy of the quickstart of the bench's own; made on the first call."""
+    folder = cache_folder(name) / part
+    if not (folder / "recipe.toml").is_file():
+        copy_recipe("quickstart", folder)
+    return folder
+
+
+def build(
+    folder: Path, steps: Sequence[str], *, targets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> Session:
+    """Bring a recipe up to some steps; raises the first failure."""
+    session = prepare(folder, targets=targets, overrides=dict(overrides or {}), note=say)
+    wanted = [step for name in steps for step in session.plan.match(name)]
+    outcome = Runner(session.plan.only(wanted), session.store, TerminalReporter()).build()
+    for error in outcome.failed.values():
+        raise error
+    return session
+
+
+def entry_of(session: Session, step: str) -> Entry:
+    """Return a built step's entry."""
+    entry = Store(session.store.root).load(session.plan.match(step)[0].key)
+    assert entry is not None
+    return entry
+
+
+def targets_header(scorer: TransformersTeacher, kind: Kind, n: int) -> TargetsHeader:
+    """Return the header of a file of soft targets that a bench draws, at T = 1."""
+    from edgedistill.training.draws import stored_temperatures
+    from edgedistill.training.targets import TargetsHeader
+
+    return TargetsHeader(
+        kind=kind,
+        n=n,
+        temperature=1.0,
+        temperatures=stored_temperatures(1.0),
+        vocab_size=scorer.vocab_size,
+        tokenizer=scorer.tokenizer_hash,
+        teacher="bench",
+        seed=0,
+    )
