@@ -48,11 +48,22 @@ def _no_onnx() -> str:
 PARTS: dict[str, Callable[[], str]] = {"onnx": _no_onnx, "container": _no_container_tools, "browser": _no_browser}
 
 
+def _has_gpu() -> bool:
+    if not shutil.which("nvidia-smi"):  # before torch, which takes seconds
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests whose outside part is missing; under EDGEDISTILL_REQUIRE_ALL=1 (CI) they stay, and fail."""
-    if REQUIRE_ALL:
-        return
-    missing = {mark for mark, why in PARTS.items() if why()}
+    """Deselect tests whose outside part is missing; under EDGEDISTILL_REQUIRE_ALL=1 (CI) they stay, and fail.
+
+    A GPU is no part that could be installed: without one its tests are deselected everywhere.
+    """
+    missing = set() if REQUIRE_ALL else {mark for mark, why in PARTS.items() if why()}
+    if not _has_gpu():
+        missing.add("cuda")
     out = [item for item in items if any(item.get_closest_marker(mark) for mark in missing)]
     if out:
         items[:] = [item for item in items if item not in out]

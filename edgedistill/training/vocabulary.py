@@ -64,7 +64,8 @@ class Origin:
         """Return soft targets in the trimmed tokenizer's numbers, without the tokens that were cut away.
 
         Top-k: their probability joins the tail. Else a position's draws are the kept ones (their weights add up to 1 again
-        when the loss asks); where none is left, the token of the text itself is its only draw.
+        when the loss asks), and so are its probabilities: those of a teacher that knows no other tokens, as far as the draws
+        tell what these would hold. Where none is left, the token of the text itself is the only draw, and certain.
         """
         targets = targets.as_draws()
         inside = targets.ids < len(self.numbers)
@@ -73,7 +74,13 @@ class Origin:
         if targets.kind == "sampled":
             stays &= targets.counts > 0  # a best id without any probability is no draw
         left = np.bincount(targets.rows[stays], minlength=targets.positions)
-        ids, logp = found[stays], targets.logp[stays]
+        ids, logp, normalisers = found[stays], targets.logp[stays], targets.normalisers
+        if targets.kind == "sampled" and not stays.all():
+            at_1, *others = (_log_share(targets, stays, t) for t in (1.0, *targets.temperatures))
+            logp = logp - at_1[targets.rows[stays]]
+            shifts = [share - at_1 / t for share, t in zip(others, targets.temperatures, strict=True)]
+            normalisers = (normalisers + np.stack(shifts, axis=1)) if shifts else normalisers
+            normalisers = np.where((left > 0)[:, None], normalisers, 0.0).astype(np.float32)
         counts = targets.counts[stays] if targets.kind == "sampled" else targets.counts
         if targets.kind == "sampled" and len(empty := np.flatnonzero(left == 0)):
             at = np.concatenate(([0], np.cumsum(left)))[empty]
@@ -89,8 +96,23 @@ class Origin:
             ids=ids.astype(np.int32),
             counts=counts.astype(np.float32),
             logp=logp.astype(np.float32),
-            normalisers=targets.normalisers,
+            normalisers=normalisers,
         )
+
+
+def _log_share(targets: SparseTargets, stays: np.ndarray, temperature: float) -> np.ndarray:
+    """Estimate the log of the probability that some tokens hold together at a temperature, from the draws: [positions].
+
+    ``stays`` tells which of the draws they are. Draws at another temperature count by the ratio of their probabilities,
+    normalised over the position; a position where none stays gives 0.
+    """
+    exponent = targets.logp.astype(np.float64) * (1.0 / temperature - 1.0 / targets.temperature)
+    highest = np.full(targets.positions, -np.inf)
+    np.maximum.at(highest, targets.rows, exponent)
+    weights = targets.counts * np.exp(exponent - highest[targets.rows])
+    every = np.bincount(targets.rows, weights, targets.positions)
+    some = np.bincount(targets.rows[stays], weights[stays], targets.positions)
+    return np.log(np.divide(some, every, out=np.ones_like(some), where=some > 0))
 
 
 def origin_towards(model: Path, teacher: Path) -> Origin | None:

@@ -3,7 +3,8 @@
 Every arm distils the quickstart's healed student anew: what is kept of the teacher's distributions (none: plain fine-tuning; 4,
 12 or 50 draws; the best with the tail as one bucket; the best with a sampled tail; all of it), at which temperature, and by
 which divergence. An arm and a seed are steps of a build (score, distill, merge, convert, evaluate) in the user's store:
-cached, resumable, shared with the quickstart. Compared are exact match on the suites, KL divergence to the teacher and
+cached, resumable, shared with the quickstart. (Where there is a GPU, answers and likelihoods come from transformers on it, not
+from the GGUF file.) Compared are exact match on the suites, KL divergence to the teacher and
 calibration (expected calibration error of the next token, 15 bins) along the references, and bytes a token of the stored targets.
 Values are averaged over the seeds row by row; rows are the sample, and differences to the dense teacher are paired.
 """
@@ -11,6 +12,7 @@ Values are averaged over the seeds row by row; rows are the sample, and differen
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,16 +24,19 @@ from _recipe import build, entry_of, recipe_folder
 from edgedistill.data.prompts import load_rows
 from edgedistill.errors import EdgeDistillError
 from edgedistill.evals.likelihood import cut_alike, kl_divergence, shared_columns, token_rows
+from edgedistill.evals.runners.base import Runner
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.evals.statistics import Estimate, paired_difference
-from edgedistill.evals.suites import load_answers
+from edgedistill.evals.suites import evaluate, load_answers
 from edgedistill.session import Session
+from edgedistill.store import Entry, Store, write_atomic
 
 NAME = "kd_methods"
 TARGET = "phone-midrange"
 SUITES = ("holdout", "ood")
 DENSE, DRAWS, SFT = "dense", "12 draws", "no distributions (SFT)"
-STEPS = ("convert/teacher", "evaluate/student")  # what an arm is brought up to
+STEPS = ("convert/student", "convert/teacher", "evaluate/student")  # what an arm is brought up to
+GPU_STEPS = ("merge", "adapt")
 BINS = 15
 ARMS: dict[str, dict[str, Any]] = {
     DENSE: {"score.kind": "dense"},
@@ -50,6 +55,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "12 draws, T = 3": {"score.kind": "sampled", "score.n": 12, "distill.loss.temperature": 3.0},
     "dense, reverse KL": {"score.kind": "dense", "distill.loss.divergence": "reverse-kl"},
     "dense, JSD": {"score.kind": "dense", "distill.loss.divergence": "jsd"},
+    "dense, half on-policy": {"score.kind": "dense", "distill.on_policy": 0.5},
 }
 QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
 
@@ -68,18 +74,50 @@ def base_overrides(folder: Path, quick: bool) -> dict[str, Any]:
     return {**common, **QUICK, "suites": suites}
 
 
-def distances(session: Session, rows: int) -> dict[str, Any]:
-    """Return per row the KL divergence to the teacher, and per token confidence and hit; kept beside the bench."""
-    key = f"{entry_of(session, 'convert/student').digest[:24]}-{entry_of(session, 'convert/teacher').digest[:24]}"
-    kept = cache_folder(NAME) / "distances" / f"{key}-{rows}.json"
+def on_gpu() -> bool:
+    """Tell whether answers and likelihoods are taken with transformers on a GPU, or with llama.cpp on the CPU."""
+    from edgedistill.training.precision import pick_device
+
+    return pick_device() == "cuda"
+
+
+def runner_of(entry: Entry) -> Runner:
+    """Open a model, full precision on a GPU and f16 in llama.cpp."""
+    if on_gpu():
+        from edgedistill.evals.runners.transformers import TransformersRunner
+
+        return TransformersRunner(entry.path / "model", dtype="float32")
+    return GgufRunner(entry.path / "model.gguf")
+
+
+def right_answers(session: Session, student: Runner) -> dict[str, float]:
+    """Return whether each answer is right, by suite and row; a build's own evaluation goes before one done here."""
+    evaluated = session.plan.match("evaluate/student")[0].key
+    found: dict[str, float] = {}
+    for suite in SUITES:
+        if (entry := Store(session.store.root).load(evaluated)) is not None:
+            answers = load_answers(entry.path / "answers" / f"{suite}.jsonl")
+        else:
+            one = session.recipe.suites[suite]
+            rows = [row for file in one.files for row in load_rows(session.path.parent / file, need_reference=True)]
+            answers = evaluate(student, rows, one.metric, max_new_tokens=one.max_new_tokens).rows
+        found |= {f"{suite} {row.id}": row.score for row in answers}
+    return found
+
+
+def judge(session: Session, rows: int) -> dict[str, Any]:
+    """Return which answers are right, per row the KL divergence to the teacher, per token confidence and hit.
+
+    It is kept beside the bench.
+    """
+    of_student, of_teacher = (entry_of(session, step) for step in (GPU_STEPS if on_gpu() else STEPS)[:2])
+    kept = cache_folder(NAME) / "judged" / f"{of_student.digest[:24]}-{of_teacher.digest[:24]}-{rows}.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     some = load_rows(session.path.parent / "data" / "holdout.jsonl", need_reference=True)[:rows]
     found: dict[str, Any] = {"kl": [], "confidence": [], "hit": []}
-    with (
-        GgufRunner(entry_of(session, "convert/student").path / "model.gguf") as student,
-        GgufRunner(entry_of(session, "convert/teacher").path / "model.gguf") as teacher,
-    ):
+    with closing(runner_of(of_student)) as student, closing(runner_of(of_teacher)) as teacher:
+        found["right"] = right_answers(session, student)
         own, other = token_rows(student, some), token_rows(teacher, some)
         columns = shared_columns(student, own, teacher, other)
         alike = [at for at in range(len(own)) if cut_alike(own[at], other[at], columns)]
@@ -95,7 +133,7 @@ def distances(session: Session, rows: int) -> dict[str, Any]:
             found["confidence"] += np.exp(q.max(axis=1)).tolist()
             found["hit"] += (q.argmax(axis=1) == np.asarray(row.ids[row.start :])).astype(int).tolist()
     kept.parent.mkdir(exist_ok=True)
-    kept.write_text(json.dumps(found))
+    write_atomic(kept, json.dumps(found))
     return found
 
 
@@ -110,12 +148,9 @@ def calibration_error(confidence: list[float], hit: list[int]) -> float:
 
 def measure(session: Session, rows: int) -> dict[str, Any]:
     """Return what one arm and seed came to."""
-    answers = entry_of(session, "evaluate/student").path / "answers"
-    right = {f"{suite} {row.id}": row.score for suite in SUITES for row in load_answers(answers / f"{suite}.jsonl")}
-    stored = session.plan.match("score") if any(step.stage.name == "score" for step in session.plan.steps) else []
+    stored = any(step.stage.name == "score" for step in session.plan.steps)
     return {
-        "right": right,
-        **distances(session, rows),
+        **judge(session, rows),
         "bytes": entry_of(session, "score").facts["bytes_per_token"] if stored else None,
         "tokens": entry_of(session, "distill/1").facts["train"]["tokens"],
     }
@@ -141,6 +176,14 @@ def against(own: dict[str, Any], dense: dict[str, Any]) -> dict[str, Estimate]:
     }
 
 
+def share(text: str) -> tuple[int, int]:
+    """Read "2/6": the second of six shares."""
+    at, count = (int(part) for part in text.split("/"))
+    if not 1 <= at <= count:
+        raise ValueError(text)
+    return at, count
+
+
 def interval(one: Estimate, digits: int) -> str:
     """Write a difference with its interval."""
     return f"{one.value:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
@@ -153,6 +196,12 @@ def main() -> None:
     options.add_argument(
         "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="dense and 12 draws always run"
     )
+    options.add_argument(
+        "--share",
+        metavar="I/N",
+        type=share,
+        help="build every N-th arm and seed from the I-th on, and print no table: for N processes over one store",
+    )
     given = options.parse_args()
     if given.quick:
         given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]
@@ -160,15 +209,18 @@ def main() -> None:
     folder = recipe_folder(NAME, "quick" if given.quick else "full")
     common = base_overrides(folder, given.quick)
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    work = [(seed, arm) for seed in range(given.seeds) for arm in arms]
     try:
-        for seed in range(given.seeds):
-            for arm in arms:
-                say(f"seed {seed}, {arm}")
-                overrides = {**common, **ARMS[arm], "distill.seed": seed}
-                session = build(folder, STEPS, targets=[TARGET], overrides=overrides)
-                found[arm].append(measure(session, 12 if given.quick else 160))
+        for seed, arm in work if given.share is None else work[given.share[0] - 1 :: given.share[1]]:
+            say(f"seed {seed}, {arm}")
+            overrides = {**common, **ARMS[arm], "distill.seed": seed}
+            session = build(folder, GPU_STEPS if on_gpu() else STEPS, targets=[TARGET], overrides=overrides)
+            found[arm].append(measure(session, 12 if given.quick else 160))
     except EdgeDistillError as error:
         could_not_measure(NAME, str(error))
+    if given.share is not None:
+        say(f"share {given.share[0]} of {given.share[1]} is built; without --share the table is printed")
+        return
     every = {arm: average(some) for arm, some in found.items()}
     differences = {arm: against(one, every[DENSE]) for arm, one in every.items()}
     n, n_kl = len(every[DENSE]["right"]), len(every[DENSE]["kl"])

@@ -126,8 +126,10 @@ class TransformersRunner:
                     f"a row has {len(tokens)} tokens, the model's context {self._teacher.context}",
                     "Shorten it, or leave it out.",
                 )
+            ids, kept = (torch.tensor(one, device=model.device) for one in ([list(tokens)], list(wanted)))
             with torch.inference_mode():
-                found = model(input_ids=torch.tensor([list(tokens)]), logits_to_keep=torch.tensor(list(wanted)))
+                found = model(input_ids=ids, logits_to_keep=kept)
                 # Rows of padding after the tokenizer's own ids are no tokens.
                 logits = found.logits[0, :, : self._teacher.vocab_size].float()
-                yield torch.log_softmax(logits, dim=-1).numpy()
+                row = torch.log_softmax(logits, dim=-1).cpu().numpy()
+            yield row  # outside: what the reader does between two rows must not run in inference mode

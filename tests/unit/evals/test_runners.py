@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,17 @@ def test_the_real_model_decodes_in_batches_as_alone(smollm2_gguf: Path) -> None:
         answers = runner.answer(rows, max_new_tokens=8)
         assert_greedy(smollm2_gguf, runner, rows, answers, 0.5)  # activations are rounded to 8 bits, by batch
         assert runner.end_token() == 2
+
+
+def test_likelihoods_that_are_read_in_turns_leave_gradients_on(tiny_hf: Path, rows: list[Row]) -> None:
+    """Two models read row by row beside each other: nothing of their inference mode stays behind, or reaches the reader."""
+    import torch
+
+    def read(runner: TransformersRunner) -> Iterator[np.ndarray]:
+        ids = [runner.encode(row) for row in rows[:3]]
+        return runner.logprobs(ids, [[len(one) - 1] for one in ids])
+
+    with TransformersRunner(tiny_hf, dtype="float32") as one, TransformersRunner(tiny_hf, dtype="float32") as other:
+        for _ in zip(read(one), read(other), strict=True):
+            assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -237,6 +237,9 @@ def test_a_loss_that_runs_away_stops_the_step() -> None:
     assert _watch([5.9, 6.5, 6.1, 7.0, 7.2] + [20.0] * 50) == 19
     assert _watch([0.05 + 0.5 * (step % 10 == 0) for step in range(100)]) == 100  # a hard batch now and then
     assert _watch([12.0, 14.0, 11.0] + [9.0] * 40) == 43
+    # A KL estimated from draws may lie below 0: it was called runaway while it fell.
+    assert _watch([-3.4 - 0.001 * step for step in range(100)]) == 100
+    assert _watch([-3.4] * 50 + [0.2] * 50) < 80
     assert _watch([5.2] + [9.5] * 60) == 61  # an easy batch came first
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example
+from edgedistill.training.divergences import FORWARD_KL
 from edgedistill.training.draws import stored_temperatures
 from edgedistill.training.hidden import HiddenStates
+from edgedistill.training.losses import batch_targets, sparse_divergence
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.recipe import load_model
 from edgedistill.training.targets import tokenizer_hash
@@ -195,14 +198,22 @@ def test_soft_targets_keep_what_is_left_of_them(kind: Any) -> None:
         assert origin.example(own) == example
         found = origin.targets(whole, own)
         assert found.positions == whole.positions
+        draws = whole.as_draws()
         for at in range(whole.positions):
             theirs = slice(whole.offsets[at], whole.offsets[at + 1])
             before = dict(zip(whole.ids[theirs].tolist(), whole.logp[theirs], strict=True))
             mine = slice(found.offsets[at], found.offsets[at + 1])
             after = dict(zip(kept[found.ids[mine]].tolist(), found.logp[mine], strict=True))
             left = {token: value for token, value in before.items() if token in set(kept.tolist())}
-            if left or kind == "top-k":
+            if kind == "top-k":
                 assert after == left
+            elif left:
+                counts = draws.counts[theirs] * (draws.counts[theirs] > 0)
+                stay = np.isin(draws.ids[theirs], kept)
+                share = counts[stay].sum() / counts.sum()
+                assert after == pytest.approx(
+                    {token: value - math.log(share) for token, value in left.items()}, abs=1e-5
+                )
             else:
                 assert after == {example.completion_ids[at]: 0.0}
         if kind != "top-k":
@@ -228,6 +239,24 @@ def test_a_position_without_any_draw_left_learns_its_own_token() -> None:
             else:
                 assert set(origin.kept[found.ids[mine]].tolist()) == drawn
     assert emptied, "no position lost all its draws: the test shows nothing"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_a_trimmed_student_that_is_its_teacher_is_no_distance_away(temperature: float) -> None:
+    """At a high temperature much of the teacher's mass is on tokens that were cut away: what is left adds up to 1."""
+    model, examples = make_llama(), make_examples(16)
+    kept = np.asarray(sorted({token for one in examples for token in (*one.prompt_ids, *one.completion_ids)}))
+    assert len(kept) < 0.6 * VOCAB
+    origin = Origin(tokenizer="x", kept=kept)
+    distances = []
+    for whole, example in zip(score(model, examples, n=60, temperature=temperature), examples, strict=True):
+        own = renumbered(example, origin)
+        targets = batch_targets([origin.targets(whole, own)], temperature)
+        ids = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1][:, kept]
+        distances += sparse_divergence(targets, logits, FORWARD_KL, temperature).tolist()
+    assert abs(np.mean(distances)) < 0.05
 
 
 def test_hidden_states_are_those_of_the_same_tokens() -> None:
