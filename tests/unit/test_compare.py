@@ -16,7 +16,7 @@ from edgedistill.compare import flat, step_of
 from edgedistill.errors import RecipeError
 from edgedistill.evals.statistics import paired_difference
 from edgedistill.evals.suites import load_scores
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.models import ModelFacts, Resolved, read_lock, write_lock
 from edgedistill.plan import Plan
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect, write_html
@@ -212,3 +212,14 @@ def test_plan_shows_the_steps_of_an_arm(tmp_path: Path, monkeypatch: pytest.Monk
     done = CliRunner().invoke(app, ["plan", str(path)])
     assert done.exit_code == 0, done.output
     assert "evaluate/student@other rate" in done.stdout
+
+
+def test_a_lock_keeps_the_models_of_all_arms(tmp_path: Path) -> None:
+    def model(source: str, revision: str) -> Resolved:
+        facts = ModelFacts(**FACTS)
+        return Resolved(source=source, kind="pypi", revision=revision, digest="d", path=tmp_path, facts=facts)
+
+    lock = tmp_path / "quickstart.lock"
+    for one in (model("pypi:a", "1"), model("pypi:b", "1"), model("pypi:a", "2")):
+        write_lock(lock, [one])
+    assert {source: pin["revision"] for source, pin in read_lock(lock).items()} == {"pypi:a": "2", "pypi:b": "1"}
