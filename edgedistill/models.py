@@ -333,10 +333,11 @@ def read_lock(path: Path) -> dict[str, dict[str, str]]:
 
 
 def write_lock(path: Path, models: list[Resolved]) -> None:
-    """Write the pins, if they differ from what is there."""
+    """Write the pins, if they differ from what is there; those of models that another arm or combination names stay."""
+    pins = read_lock(path) | {one.source: {"revision": one.revision, "digest": one.digest} for one in models}
     lines = ["# Pinned by edgedistill. Delete a table to accept a newer model."]
-    for model in sorted(models, key=lambda m: m.source):
-        lines += ["", f'[models."{model.source}"]', f'revision = "{model.revision}"', f'digest = "{model.digest}"']
+    for source, pin in sorted(pins.items()):
+        lines += ["", f'[models."{source}"]', *(f'{key} = "{pin[key]}"' for key in ("revision", "digest"))]
     text = "\n".join(lines) + "\n"
     if not path.is_file() or path.read_text() != text:
         write_atomic(path, text)

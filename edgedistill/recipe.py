@@ -367,6 +367,13 @@ class Recipe(Section):
     suites: dict[str, Suite] = {}
     gates: Gates = Gates()
     baselines: Baselines = Baselines()
+    compare: dict[Annotated[str, Field(pattern=r"^\w[\w ,.+-]*$")], Annotated[dict[str, Any], Field(min_length=1)]] = (
+        Field(
+            default={},
+            description="does the method help? A name and the keys to set otherwise: the student that they give is built beside "
+            'this one and scored on the same rows, "one answer" = { "generate.samples" = 1 }',
+        )
+    )
     sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
         default={}, description='for `edgedistill sweep`: dotted keys and their values, "distill.lora.rank" = [8, 16]'
     )

@@ -118,6 +118,20 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Whether what the recipe does helps: the score of its student minus that of another one, paired by row. ``other`` is the id
+    of that model, ``keys`` what its arm sets otherwise; ``verdict``: helped, hurt or undecided, by the interval.
+    """
+
+    name: str
+    other: str
+    keys: dict[str, Any]
+    suite: str
+    figure: Figure
+    verdict: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """A symptom that the figures show: what is likely, what mends it, and the recipe key to change."""
 
@@ -139,6 +153,7 @@ class ReportData:
     gates: dict[str, list[dict[str, Any]]]
     shipped: dict[str, bool]
     differences: list[Difference]
+    comparisons: list[Comparison]
     curves: dict[str, list[dict[str, float]]]
     training: dict[str, dict[str, Any]]
     yields: dict[str, Any]

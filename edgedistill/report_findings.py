@@ -27,6 +27,7 @@ def diagnose(data: ReportData) -> list[Finding]:
         _form_without_content,
         _forgetting,
         _teachers_errors,
+        _comparisons,
         _soft_targets,
         _quantization,
         _quantization_alone,
@@ -175,6 +176,21 @@ def _teachers_errors(data: ReportData) -> Iterator[Finding]:
                 likely="contamination by wrong answers",
                 remedy="filter by reference, mix in gold text",
                 key='[[filter]] kind = "reference", otherwise = "gold"; distill.loss.ce',
+            )
+
+
+def _comparisons(data: ReportData) -> Iterator[Finding]:
+    """Say so where an arm does better than the recipe; references only have a finding of their own."""
+    for name in dict.fromkeys(one.name for one in data.comparisons if one.keys):
+        lines = [one for one in data.comparisons if one.name == name]
+        verdicts = {one.verdict for one in lines}
+        if "hurt" in verdicts and "helped" not in verdicts:
+            yield Finding(
+                symptom=f"{name} does better than what the recipe does",
+                figure=", ".join(f"{one.suite}: {_signed(one.figure)}" for one in lines),
+                likely="the method does not pay on this task, with this many rows",
+                remedy="take its keys over, or give the method what it needs: more rows, a better teacher",
+                key=", ".join(lines[0].keys),
             )
 
 

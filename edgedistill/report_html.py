@@ -13,6 +13,7 @@ from edgedistill import __version__
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
 from edgedistill.report_sheets import (
+    comparisons_sheet,
     details_sheet,
     differences_sheet,
     divergence_sheet,
@@ -144,6 +145,7 @@ def page(data: ReportData) -> str:
         *_header(data),
         *_section("What each model does, weighs and costs", [_table(models)] if data.models else []),
         *_section("Accuracy against size and speed", _scatters(data)),
+        *_section("Does it help?", _comparisons(data)),
         *_section("What the figures say", _findings(data)),
         *_section("Gates and limits", [_table(gates_sheet(data))] if data.gates else []),
         *_section("What each stage cost or brought", _differences(data)),
@@ -402,6 +404,16 @@ def _findings(data: ReportData) -> list[Html]:
         found.append(h("dt", one.symptom))
         found.append(h("dd", one.figure, h("small", f"Likely: {one.likely}. Try: {one.remedy}."), h("code", one.key)))
     return [h("dl", *found, cls="found")]
+
+
+def _comparisons(data: ReportData) -> list[Html]:
+    if not data.comparisons:
+        return []
+    note = (
+        "Score of this recipe's student minus that of the same build with those keys, on the same rows. Helped, or hurt: the 95 % "
+        "interval leaves out 0. One seed: the interval knows of the rows, not of another training run."
+    )
+    return [_table(comparisons_sheet(data)), h("p", note, cls="note")]
 
 
 def _differences(data: ReportData) -> list[Html]:

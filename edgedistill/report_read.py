@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
-from edgedistill.report import Difference, Figure, Model, ReportData, Speed, SuiteLine
+from edgedistill.report import Comparison, Difference, Figure, Model, ReportData, Speed, SuiteLine
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def read(session: Session) -> ReportData:
         gates=gates,
         shipped=shipped,
         differences=_differences(reader, models),
+        comparisons=_comparisons(reader),
         curves={name: curve for name, curve in curves.items() if curve},
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
@@ -146,7 +148,7 @@ def _shape(session: Session) -> str:
 
 
 def _models(reader: _Reader) -> list[Model]:
-    """List teacher, baselines, merged student and artifacts: those that are evaluated, measured or written so far."""
+    """List teacher, baselines, arms, merged student and artifacts: those that are evaluated, measured or written so far."""
     session, base = reader.session, reader.session.recipe.baselines
     rows = [
         ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
@@ -159,6 +161,10 @@ def _models(reader: _Reader) -> list[Model]:
             "quantize/teacher",
         ),
         ("gold-sft", "student, gold only", "baseline", "F16", "convert/gold-sft"),
+        *(
+            (step_of("student", arm), f"student, {arm}", "baseline", "F16", step_of("convert/student", arm))
+            for arm in session.recipe.compare
+        ),
         ("student", "student f16", "student", "F16", "convert/student"),
     ]
     for target in session.inputs.targets:
@@ -339,6 +345,25 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
             assert figure is not None
             line = Difference(what=what, before=before, after=after, suite=suite, figure=figure, noticed=noticed)
             found.append(line)
+    return found
+
+
+def _comparisons(reader: _Reader) -> list[Comparison]:
+    """Compare the student with every arm, and with the one of references only, on every suite that has a score."""
+    from edgedistill.evals.statistics import paired_difference
+
+    others = [(arm, step_of("student", arm), flat(keys)) for arm, keys in reader.session.recipe.compare.items()]
+    others += [("references only", "gold-sft", {})] if reader.session.recipe.baselines.gold_sft else []
+    found = []
+    for name, other, keys in others:
+        for suite in reader.session.recipe.suites:
+            if pair := reader.paired(("student", suite), (other, suite)):
+                estimate = paired_difference(*pair)
+                figure = Figure.read(estimate)
+                assert figure is not None
+                found.append(
+                    Comparison(name=name, other=other, keys=keys, suite=suite, figure=figure, verdict=estimate.verdict)
+                )
     return found
 
 

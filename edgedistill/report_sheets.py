@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,18 @@ def _model_notes(data: ReportData) -> list[str]:
     whys = {line["why"] for _, line in data.unproved if line["why"]}
     if whys:
         notes.append(f"unproved: {'; '.join(sorted(whys))}")
+    notes += verdict_notes(data)
     if data.missing:
         notes.append(missing_note(data))
     return notes
+
+
+def verdict_notes(data: ReportData) -> list[str]:
+    """Say in a line for each arm whether the recipe's way helped against it."""
+    by: dict[str, list[str]] = {}
+    for one in data.comparisons:
+        by.setdefault(one.name, []).append(f"{one.suite} {signed(one.figure)}, n = {one.figure.n}: {one.verdict}")
+    return [f"against {name}: {'; '.join(lines)}" for name, lines in by.items()]
 
 
 def missing_note(data: ReportData) -> str:
@@ -139,8 +149,8 @@ def machine_notes(data: ReportData) -> list[str]:
 
 def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
-    sheets = [models_sheet(data), gates_sheet(data), differences_sheet(data), details_sheet(data)]
-    sheets += [forgetting_sheet(data), divergence_sheet(data)]
+    sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), differences_sheet(data)]
+    sheets += [details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
     return [sheet for index, sheet in enumerate(sheets) if sheet.rows or index == 0]
@@ -166,6 +176,27 @@ def gates_sheet(data: ReportData) -> Sheet:
 def _short(figure: Figure) -> str:
     bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4g}, {figure.high:.4g}]"
     return f"{figure.value:.4g}{bounds}"
+
+
+def comparisons_sheet(data: ReportData) -> Sheet:
+    """Lay out whether what the recipe does helps: its student beside each arm's, paired by row."""
+    rows = []
+    for one in data.comparisons:
+        scores = [model.suites[one.suite].score if model else None for model in map(data.model, ("student", one.other))]
+        told = ", ".join(f"{key} = {_toml(value)}" for key, value in one.keys.items())
+        cells = [*map(_text, scores), signed(one.figure), _count(one.figure.n), one.verdict, told]
+        rows.append([one.name, one.suite, *cells])
+    columns = ("against", "suite", "this recipe", "that one", "difference", "n", "verdict", "set there")
+    return filled(Sheet(title="does it help?", columns=columns, rows=rows, right=frozenset({2, 3, 4, 5})))
+
+
+def _toml(value: Any) -> str:
+    """Write a value as one would in a recipe."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def differences_sheet(data: ReportData) -> Sheet:

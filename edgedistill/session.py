@@ -63,7 +63,12 @@ def prepare(
     chosen = [_target(recipe, name, path) for name in recipe.targets if not targets or name in targets]
     teacher, student = _models(recipe, path, store, note)
     inputs = read_inputs(recipe, path, teacher, student, chosen, ship_anyway=ship_anyway)
-    return Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
+    session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
+    if not recipe.compare:
+        return session
+    from edgedistill.compare import with_arms
+
+    return with_arms(session, overrides or {}, note)
 
 
 def _target(recipe: Recipe, name: str, path: Path) -> Target:

@@ -56,9 +56,7 @@ class Line:
     @property
     def verdict(self) -> str:
         """Return helped, hurt or undecided, as the interval of the difference says; "" for the first combination."""
-        if self.difference is None:
-            return ""
-        return "helped" if self.difference.low > 0 else "hurt" if self.difference.high < 0 else "undecided"
+        return "" if self.difference is None else self.difference.verdict
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -128,7 +126,11 @@ def plan_points(
     for values in combinations(sweep):
         try:
             session = prepare(
-                recipe, targets=targets, overrides={**(overrides or {}), **values}, store=store, note=note
+                recipe,
+                targets=targets,
+                overrides={**(overrides or {}), **values, "compare": {}},  # its arms are no part of the table
+                store=store,
+                note=note,
             )
         except EdgeDistillError:
             note(f"in the combination {_label(values)}")

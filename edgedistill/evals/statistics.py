@@ -47,6 +47,11 @@ class Estimate:
         """Read what ``to_json`` wrote."""
         return cls(**data)
 
+    @property
+    def verdict(self) -> str:
+        """Return what a difference says of a change: helped, hurt, or undecided where the interval holds 0."""
+        return "helped" if self.low > 0 else "hurt" if self.high < 0 else "undecided"
+
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n = {self.n})"
 

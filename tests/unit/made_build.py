@@ -242,6 +242,14 @@ def make_session(
     recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
     inputs = read_inputs(recipe, path, model, model, [find_target(name, path.parent) for name in recipe.targets])
     session = Session(recipe=recipe, path=path, store=Store(folder / "store"), inputs=inputs, plan=expand(inputs))
+    fill_store(session, keep=keep, scale=scale, ship=ship)
+    return session
+
+
+def fill_store(
+    session: Session, *, keep: Callable[[str], bool] = lambda name: True, scale: int = 10, ship: Iterable[str] = ()
+) -> None:
+    """Write an entry for each step of a session that ``keep`` wants."""
     digests: dict[str, str] = {}
     for number, step in enumerate(session.plan.steps):
         if not keep(step.id) or not set(step.stage.inputs()) <= digests.keys():
@@ -260,7 +268,6 @@ def make_session(
             versions={"python": "3.11.9", "torch": "2.13.0"},
         )
         digests[step.key] = entry.digest
-    return session
 
 
 def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dict[str, Any]:
