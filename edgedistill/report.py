@@ -116,6 +116,28 @@ class Difference:
     figure: Figure
     noticed: str  # "loss", "gain" or "" where the interval holds 0
 
+    @property
+    def verdict(self) -> str:
+        """Return helped, hurt or undecided, as the interval says."""
+        return {"gain": "helped", "loss": "hurt"}.get(self.noticed, "undecided")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one round asked and kept. ``prompts`` are those that were put (online: those that the student failed), ``good`` the
+    share of them with an answer that passes the filters; ``right`` is the student's score on all prompts before an online round.
+    """
+
+    step: str
+    kind: str  # self or online
+    prompts: int
+    good: Figure | None
+    asked: int
+    kept: int
+    gold: int
+    replayed: int
+    right: Figure | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -142,6 +164,7 @@ class ReportData:
     curves: dict[str, list[dict[str, float]]]
     training: dict[str, dict[str, Any]]
     yields: dict[str, Any]
+    rounds: list[Round]
     fallbacks: dict[str, dict[str, Any]]
     hops: dict[str, dict[str, Any]]
     times: list[dict[str, Any]]
@@ -161,6 +184,11 @@ class ReportData:
     def suites(self) -> list[str]:
         """Names of the suites with a score, in the order of the recipe."""
         return list(dict.fromkeys(name for m in self.models for name, line in m.suites.items() if line.score))
+
+    @property
+    def of_rounds(self) -> list[Difference]:
+        """What the rounds brought, all together."""
+        return [line for line in self.differences if (line.before, line.after) == ("before-rounds", "student")]
 
     @property
     def unproved(self) -> list[tuple[str, dict[str, Any]]]:

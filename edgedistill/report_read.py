@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
-from edgedistill.report import Difference, Figure, Model, ReportData, Speed, SuiteLine
+from edgedistill.report import Difference, Figure, Model, ReportData, Round, Speed, SuiteLine
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def read(session: Session) -> ReportData:
         curves={name: curve for name, curve in curves.items() if curve},
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
+        rounds=_rounds(reader),
         fallbacks=_fallbacks(entries),
         hops=_hops(entries),
         times=[
@@ -159,6 +160,7 @@ def _models(reader: _Reader) -> list[Model]:
             "quantize/teacher",
         ),
         ("gold-sft", "student, gold only", "baseline", "F16", "convert/gold-sft"),
+        ("before-rounds", "student before the rounds", "baseline", "F16", "convert/before-rounds"),
         ("student", "student f16", "student", "F16", "convert/student"),
     ]
     for target in session.inputs.targets:
@@ -311,7 +313,7 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
 def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
     """Attribute the loss to the stages, each as a paired difference of two evaluations of the same rows."""
     by_id = {model.id: model for model in models}
-    shaped = "shape" in reader.steps
+    shaped, rounds = "shape" in reader.steps, len(reader.session.recipe.round)
     pairs = [
         ("adapting the teacher, against the base with examples in its prompt", "base-few-shot", "teacher"),
         ("quantizing the teacher alone", "teacher", "quantized-teacher"),
@@ -320,7 +322,8 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
             "teacher",
             "student",
         ),
-        ("soft targets, against gold only", "gold-sft", "student"),
+        (f"soft targets{' and rounds' if rounds else ''}, against gold only", "gold-sft", "student"),
+        ("the round" if rounds == 1 else f"{rounds} rounds", "before-rounds", "student"),
     ]
     for target in reader.session.inputs.targets:
         verb = "exporting to ONNX and quantizing" if target.runtime.format == "onnx" else "quantizing"
@@ -339,6 +342,22 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
             assert figure is not None
             line = Difference(what=what, before=before, after=after, suite=suite, figure=figure, noticed=noticed)
             found.append(line)
+    return found
+
+
+def _rounds(reader: _Reader) -> list[Round]:
+    """Return what each round that is built asked and kept."""
+    from edgedistill.evals.statistics import proportion
+
+    found = []
+    for number, one in enumerate(reader.session.recipe.round, 1):
+        step = f"round-{number}"
+        if not (facts := reader.facts(f"filter/{step}")):
+            continue
+        judged = reader.facts(f"evaluate/{step}").get("suites", {}).get("prompts", {})
+        counts = {key: facts[key] for key in ("prompts", "asked", "kept", "gold", "replayed")}
+        good = Figure.read(proportion(facts["good"], facts["prompts"])) if facts["prompts"] else None
+        found.append(Round(step=step, kind=one.kind, **counts, good=good, right=Figure.read(judged.get("score"))))
     return found
 
 

@@ -100,7 +100,7 @@ def _model_notes(data: ReportData) -> list[str]:
             f"{suite} n = {'/'.join(map(str, sorted(n for n in found if n)))}" for suite, found in counts.items()
         )
         notes.append(f"[…] 95 % intervals; {sizes}; kept: score over the teacher's, paired by row")
-    notes += machine_notes(data)
+    notes += round_notes(data) + machine_notes(data)
     whys = {line["why"] for _, line in data.unproved if line["why"]}
     if whys:
         notes.append(f"unproved: {'; '.join(sorted(whys))}")
@@ -139,7 +139,7 @@ def machine_notes(data: ReportData) -> list[str]:
 
 def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
-    sheets = [models_sheet(data), gates_sheet(data), differences_sheet(data), details_sheet(data)]
+    sheets = [models_sheet(data), gates_sheet(data), differences_sheet(data), rounds_sheet(data), details_sheet(data)]
     sheets += [forgetting_sheet(data), divergence_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
@@ -190,6 +190,29 @@ def signed(figure: Figure) -> str:
     """Write a difference with its sign and interval."""
     bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:+.3f}, {figure.high:+.3f}]"
     return f"{figure.value:+.3f}{bounds}"
+
+
+def round_notes(data: ReportData) -> list[str]:
+    """Say of each suite whether the rounds, all together, helped."""
+    return [
+        f"rounds, against the student before them: {line.suite} {signed(line.figure)}, n = {line.figure.n}: {line.verdict}"
+        for line in data.of_rounds
+    ]
+
+
+def rounds_sheet(data: ReportData) -> Sheet:
+    """Lay out what each round asked and kept, and what all of them brought."""
+    rows = []
+    for one in data.rounds:
+        kept = [str(count) for count in (one.kept, one.gold, one.replayed)]
+        rows.append([one.step, one.kind, _text(one.right), str(one.prompts), str(one.asked), _text(one.good), *kept])
+    columns = (
+        *("round", "kind", "right before it", "prompts put", "answers", "prompts with a good one"),
+        *("kept", "of these references", "taught again"),
+    )
+    return filled(
+        Sheet(title="rounds", columns=columns, rows=rows, right=frozenset(range(2, 9)), notes=round_notes(data))
+    )
 
 
 def details_sheet(data: ReportData) -> Sheet:
