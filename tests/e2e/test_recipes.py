@@ -15,6 +15,10 @@ from edgedistill.store import Store
 
 REDUCED: dict[str, dict[str, Any]] = {
     # As many rows as choose the neurons well: a fit to a few leaves weights so large that float32 feels them in the merge.
+    "rounds": {
+        **{"teacher.min_score": {}, "adapt.rows": 32, "heal.rows": 32, "student.ffn_rows": 96, "prompts.rows": 8},
+        **{"calibrate.rows": 8, "gates": {}},
+    },
     "think": {"adapt.rows": 96, "heal.rows": 96, "student.ffn_rows": 96, "prompts.rows": 16, "calibrate.rows": 8},
 }
 ROWS = 12  # of each suite
@@ -46,6 +50,14 @@ def test_a_recipe_builds_and_says_what_it_found(name: str, tmp_path: Path, share
         low, high = one.figure.low, one.figure.high
         assert low is not None and high is not None
         assert one.noticed == ("gain" if low > 0 else "loss" if high < 0 else "")
+    assert [(one.step, one.kind) for one in data.rounds] == [
+        (f"round-{number}", one.kind) for number, one in enumerate(session.recipe.round, 1)
+    ]
+    assert {one.suite for one in data.of_rounds} == ({"holdout", "ood"} if data.rounds else set())
+    for one in data.of_rounds:
+        low, high = one.figure.low, one.figure.high
+        assert low is not None and high is not None
+        assert one.verdict == ("helped" if low > 0 else "hurt" if high < 0 else "undecided")
     if session.recipe.generate.style == "think":
         thinking = data.model("teacher").suites["holdout"].thinking  # pyright: ignore[reportOptionalMemberAccess]
         assert thinking is not None and thinking["n"] == ROWS
