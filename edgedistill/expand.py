@@ -13,7 +13,7 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
 from edgedistill.evals.metrics import AFTER_THINKING
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_rounds import RoundSteps
 from edgedistill.fingerprint import Key, digest
 from edgedistill.inputs import (
     Inputs,
@@ -44,7 +44,7 @@ def expand(inputs: Inputs) -> Plan:
     return _Expander(inputs).plan()
 
 
-class _Expander(TrainingSteps):
+class _Expander(RoundSteps):
     """Adds the steps of one recipe, from the base models to the packages."""
 
     def plan(self) -> Plan:
@@ -84,7 +84,7 @@ class _Expander(TrainingSteps):
             disk=len(self.inputs.prompts) * 800,
         )
         healed = student = base_student
-        before, links = teacher, along_chain(self.inputs)
+        before, above, links = teacher, teacher, along_chain(self.inputs)
         whole = self.inputs, self.recipe, self.t_params
         for number, link in enumerate(links, 1):
             # A link is a student to the model before it, and a teacher to the one after it.
@@ -95,10 +95,16 @@ class _Expander(TrainingSteps):
             shaped = self._shape(f"shape{suffix}", base_student if number == 1 else before)
             healed = self._heal(f"heal{suffix}", shaped, kept, before)
             beside = before if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
-            student = self._distill(f"distill/{number}", f"merge{suffix}", healed, kept, targets, teacher=beside)
-            before = student
+            merge = "merge" if number == len(links) + len(recipe.round) else f"merge/{number}"
+            student = self._distill(f"distill/{number}", merge, healed, kept, targets, teacher=beside)
+            before, above = student, before
+        student = self._rounds(student, kept, teacher=teacher, params=whole[2], above=above, done=len(links))
         self.inputs, self.recipe, self.t_params = whole
         self._artifacts(teacher, base_teacher, student, healed, kept, scores)
+        if recipe.round:
+            # As evaluate/student of the recipe without rounds: what was built of it before is found again.
+            first = self._convert("convert/before-rounds", before, self.inputs.student, self.s_params, title="student")
+            self._evaluate("evaluate/before-rounds", first, "model.gguf", self.s_params)
         plan = Plan(
             identity=digest([str(self.inputs.path.absolute()), recipe.name]),
             steps=self.graph.steps(),
@@ -110,12 +116,12 @@ class _Expander(TrainingSteps):
 
     # artifacts
 
-    def _convert(self, name: str, model: Key, of: Resolved, params: int) -> Key:
+    def _convert(self, name: str, model: Key, of: Resolved, params: int, *, title: str = "") -> Key:
         stage = Convert(
             model=model,
             dtype="f16",
             tool=self.gguf_tool,
-            title=f"{self.recipe.name} {name.removeprefix('convert/')}",
+            title=f"{self.recipe.name} {title or name.removeprefix('convert/')}",
             licence=of.facts.licence or "",
             rows=self.checks,
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgedistill.data.thinking import LEAST_WORDS
-from edgedistill.toml_source import load_toml
+from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import DivergenceName, problem
 
 Positive = Annotated[float, Field(gt=0)]
@@ -282,6 +282,37 @@ class Distill(Training):
     )
 
 
+class Round(Section):
+    """After the first distillation, and after the rounds before it: new answers, on which the last student is trained further, as
+    ``[distill]`` says. ``self``: it answers the prompts itself, and learns what the filters keep of that (STaR, arXiv:2203.14465;
+    ReST, arXiv:2308.08998). ``online``: the teacher answers anew the prompts that the student still gets wrong.
+    """
+
+    kind: Literal["self", "online"]
+    samples: Count = Field(default=4, description="answers to each prompt")
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    keep: Count = Field(
+        default=1,
+        description="learnt of the answers to one prompt that pass: the first so many that differ, which is a fair draw of them "
+        "(the shortest would make every round terser, the likeliest narrower)",
+    )
+    replay: Share = Field(
+        default=1.0, description="online: share of the rows taught before that are taught again, against forgetting"
+    )
+
+    @model_validator(mode="after")
+    def _works(self) -> Round:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples > 1 at temperature 0 are all the same: set temperature")
+        if self.kind == "online" and self.temperature == 0:
+            raise ValueError("at temperature 0 the teacher answers as it did before: set temperature")
+        if self.keep > self.samples:
+            raise ValueError(f"keep = {self.keep} of samples = {self.samples}: ask for more samples, or keep fewer")
+        if self.kind == "self" and self.replay != 1.0:
+            raise ValueError('replay is for kind = "online": a round of its own answers asks every prompt again')
+        return self
+
+
 class Calibrate(Section):
     """Rows of the training text that the importance matrix is measured on."""
 
@@ -361,6 +392,7 @@ class Recipe(Section):
     score: Score = Score()
     heal: Heal | None = None
     distill: Distill = Distill()
+    round: tuple[Round, ...] = ()
     calibrate: Calibrate = Calibrate()
     quantize: dict[str, QuantizeOverride] = {}
     tune: Tune | None = None
@@ -428,6 +460,15 @@ class Recipe(Section):
         if self.distill.on_policy and self.distill.think_weight != 1.0:
             raise ValueError(
                 "distill.think_weight cannot be told of what the student writes: set it to 1, or on_policy to 0"
+            )
+        if self.round and not any(one.kind == "reference" for one in self.filter):
+            raise key_error(
+                "round.0.kind", 'nothing tells right answers from wrong ones: add [[filter]] kind = "reference"'
+            )
+        if self.round and self.generate.style == "rationale":
+            raise key_error(
+                "round.0.kind",
+                'a student of generate.style = "rationale" writes no rationales to learn from: take "think", or no rounds',
             )
         if self.score.kind == "none" and self.distill.loss.kd > 0:
             raise ValueError('score.kind = "none" leaves no distributions: set distill.loss.kd = 0')

@@ -118,6 +118,23 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Round:
+    """What one round asked and kept. ``prompts`` are those that were put (online: those that the student failed), ``good`` the
+    share of them with an answer that passes the filters; ``right`` is the student's score on all prompts before an online round.
+    """
+
+    step: str
+    kind: str  # self or online
+    prompts: int
+    good: Figure | None
+    asked: int
+    kept: int
+    gold: int
+    replayed: int
+    right: Figure | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Whether what the recipe does helps: the score of its student minus that of another one, paired by row. ``other`` is the id
     of that model, ``keys`` what its arm sets otherwise; ``verdict``: helped, hurt or undecided, by the interval.
@@ -157,6 +174,7 @@ class ReportData:
     curves: dict[str, list[dict[str, float]]]
     training: dict[str, dict[str, Any]]
     yields: dict[str, Any]
+    rounds: list[Round]
     fallbacks: dict[str, dict[str, Any]]
     hops: dict[str, dict[str, Any]]
     times: list[dict[str, Any]]

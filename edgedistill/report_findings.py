@@ -29,6 +29,7 @@ def diagnose(data: ReportData) -> list[Finding]:
         _teachers_errors,
         _comparisons,
         _soft_targets,
+        _rounds,
         _quantization,
         _quantization_alone,
         _grammar,
@@ -211,6 +212,17 @@ def _soft_targets(data: ReportData) -> Iterator[Finding]:
             likely="the task has references for every prompt, and they teach as much as the teacher",
             remedy="nothing, or fewer references; soft targets pay where references are few",
             key="prompts.files, distill.loss.kd",
+        )
+
+
+def _rounds(data: ReportData) -> Iterator[Finding]:
+    if hurt := [line for line in data.comparisons if line.other == "before-rounds" and line.verdict == "hurt"]:
+        yield Finding(
+            symptom="the rounds made the student worse",
+            figure=", ".join(f"{line.suite}: {_signed(line.figure)}" for line in hurt),
+            likely="it forgot while it was trained on few prompts, or narrowed to what it wrote itself",
+            remedy="fewer rounds, more prompts, more of the rows before, a lower learning rate",
+            key="[[round]], round.replay, prompts.rows, distill.lr",
         )
 
 

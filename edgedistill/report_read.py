@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
-from edgedistill.report import Comparison, Difference, Figure, Model, ReportData, Speed, SuiteLine
+from edgedistill.report import Comparison, Difference, Figure, Model, ReportData, Round, Speed, SuiteLine
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def read(session: Session) -> ReportData:
         curves={name: curve for name, curve in curves.items() if curve},
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
+        rounds=_rounds(reader),
         fallbacks=_fallbacks(entries),
         hops=_hops(entries),
         times=[
@@ -165,6 +166,7 @@ def _models(reader: _Reader) -> list[Model]:
             (step_of("student", arm), f"student, {arm}", "baseline", "F16", step_of("convert/student", arm))
             for arm in session.recipe.compare
         ),
+        ("before-rounds", "student before the rounds", "baseline", "F16", "convert/before-rounds"),
         ("student", "student f16", "student", "F16", "convert/student"),
     ]
     for target in session.inputs.targets:
@@ -317,7 +319,7 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
 def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
     """Attribute the loss to the stages, each as a paired difference of two evaluations of the same rows."""
     by_id = {model.id: model for model in models}
-    shaped = "shape" in reader.steps
+    shaped, rounds = "shape" in reader.steps, len(reader.session.recipe.round)
     pairs = [
         ("adapting the teacher, against the base with examples in its prompt", "base-few-shot", "teacher"),
         ("quantizing the teacher alone", "teacher", "quantized-teacher"),
@@ -326,7 +328,8 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
             "teacher",
             "student",
         ),
-        ("soft targets, against gold only", "gold-sft", "student"),
+        (f"soft targets{' and rounds' if rounds else ''}, against gold only", "gold-sft", "student"),
+        ("the round" if rounds == 1 else f"{rounds} rounds", "before-rounds", "student"),
     ]
     for target in reader.session.inputs.targets:
         verb = "exporting to ONNX and quantizing" if target.runtime.format == "onnx" else "quantizing"
@@ -349,11 +352,12 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
 
 
 def _comparisons(reader: _Reader) -> list[Comparison]:
-    """Compare the student with every arm, and with the one of references only, on every suite that has a score."""
+    """Compare the student with every arm, the one of references only and the one before the rounds, on every suite with a score."""
     from edgedistill.evals.statistics import paired_difference
 
     others = [(arm, step_of("student", arm), flat(keys)) for arm, keys in reader.session.recipe.compare.items()]
     others += [("references only", "gold-sft", {})] if reader.session.recipe.baselines.gold_sft else []
+    others += [("the student before the rounds", "before-rounds", {})] if reader.session.recipe.round else []
     found = []
     for name, other, keys in others:
         for suite in reader.session.recipe.suites:
@@ -364,6 +368,22 @@ def _comparisons(reader: _Reader) -> list[Comparison]:
                 found.append(
                     Comparison(name=name, other=other, keys=keys, suite=suite, figure=figure, verdict=estimate.verdict)
                 )
+    return found
+
+
+def _rounds(reader: _Reader) -> list[Round]:
+    """Return what each round that is built asked and kept."""
+    from edgedistill.evals.statistics import proportion
+
+    found = []
+    for number, one in enumerate(reader.session.recipe.round, 1):
+        step = f"round-{number}"
+        if not (facts := reader.facts(f"filter/{step}")):
+            continue
+        judged = reader.facts(f"evaluate/{step}").get("suites", {}).get("prompts", {})
+        counts = {key: facts[key] for key in ("prompts", "asked", "kept", "gold", "replayed")}
+        good = Figure.read(proportion(facts["good"], facts["prompts"])) if facts["prompts"] else None
+        found.append(Round(step=step, kind=one.kind, **counts, good=good, right=Figure.read(judged.get("score"))))
     return found
 
 

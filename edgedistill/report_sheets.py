@@ -149,8 +149,8 @@ def machine_notes(data: ReportData) -> list[str]:
 
 def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
-    sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), differences_sheet(data)]
-    sheets += [details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
+    sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
+    sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
     return [sheet for index, sheet in enumerate(sheets) if sheet.rows or index == 0]
@@ -221,6 +221,19 @@ def signed(figure: Figure) -> str:
     """Write a difference with its sign and interval."""
     bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:+.3f}, {figure.high:+.3f}]"
     return f"{figure.value:+.3f}{bounds}"
+
+
+def rounds_sheet(data: ReportData) -> Sheet:
+    """Lay out what each round asked and kept."""
+    rows = []
+    for one in data.rounds:
+        kept = [str(count) for count in (one.kept, one.gold, one.replayed)]
+        rows.append([one.step, one.kind, _text(one.right), str(one.prompts), str(one.asked), _text(one.good), *kept])
+    columns = (
+        *("round", "kind", "right before it", "prompts put", "answers", "prompts with a good one"),
+        *("kept", "of these references", "taught again"),
+    )
+    return filled(Sheet(title="rounds", columns=columns, rows=rows, right=frozenset(range(2, 9))))
 
 
 def details_sheet(data: ReportData) -> Sheet:

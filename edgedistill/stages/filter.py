@@ -2,7 +2,7 @@
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
 the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay."""
+hard prompts stay. In a round few of the answers to a prompt are kept, and rows that were taught before may stand beside them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Filter(Stage):
             answers[line["id"]].append(line)
         yields: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
-        gold = {row_id for row_id in rows if any(f["otherwise"] == "gold" for f in self.filters)}
+        gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
         alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
         for found in answers.values():
             rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
@@ -54,14 +54,17 @@ class Filter(Stage):
                 rejected += [{**a, "why": why} for a in found if a not in good]
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        from_teacher = from_gold = 0
+        written = from_gold = 0
+        carried = self.carried(ctx)
         with (ctx.out / "kept.jsonl").open("w") as file:
+            for one in carried:
+                file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
-                texts = [(a["text"], "teacher", a["row"]) for a in alive[row.id]]
+                texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
                 if not texts and row.id in gold and row.reference:
                     texts = [(row.reference, "gold", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
-                    from_teacher, from_gold = from_teacher + (source == "teacher"), from_gold + (source == "gold")
+                    written, from_gold = written + (source != "gold"), from_gold + (source == "gold")
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -74,12 +77,32 @@ class Filter(Stage):
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
-        if not from_teacher and not from_gold:
-            raise StepFailed(
-                f"no answer of {len(lines)} passed the filters", 'look at a weaker filter, or set otherwise = "gold"'
-            )
-        kept_rows = {"kept": from_teacher + from_gold, "teacher": from_teacher, "gold": from_gold}
-        return {"yields": yields, **kept_rows, **watched}
+        if not written and not from_gold and not carried:
+            raise StepFailed(*self.nothing(len(lines)))
+        kept_rows = {"kept": written + from_gold, self.writer(): written, "gold": from_gold}
+        return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
+
+    def writer(self) -> str:
+        """Return who wrote the answers."""
+        return "teacher"
+
+    def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return which of the answers to one prompt that passed are kept."""
+        return passed
+
+    def carried(self, ctx: Context) -> list[dict[str, Any]]:
+        """Return rows that are kept beside the answers."""
+        return []
+
+    def nothing(self, answers: int) -> tuple[str, str]:
+        """Say that nothing is left to learn from, and what to do."""
+        return f"no answer of {answers} passed the filters", 'look at a weaker filter, or set otherwise = "gold"'
+
+    def counted(
+        self, answers: Mapping[str, list[Any]], passed: Mapping[str, list[Any]], carried: list[Any]
+    ) -> dict[str, Any]:
+        """Return further figures of what came in and what passed, by prompt."""
+        return {}
 
     def flaw(self, answer: Mapping[str, Any]) -> str | None:
         """Say why something is no answer at all, before any filter; None where it is one."""
@@ -138,8 +161,10 @@ class ThinkingFilter(Filter):
         empty = share_of_empty(texts)
         if empty > COLLAPSED:
             raise StepFailed(
-                f"thinking has collapsed: {empty:.0%} of the teacher's {len(texts)} answers have an empty block, or none",
-                'give adapt.files rows with a "rationale", allow more generate.max_new_tokens, or set generate.style = "answer"',
+                f"thinking has collapsed: {empty:.0%} of the {self.writer()}'s {len(texts)} answers have an empty block, or none",
+                'give adapt.files rows with a "rationale", allow more generate.max_new_tokens, or set generate.style = "answer"'
+                if self.writer() == "teacher"
+                else "weigh thinking up (distill.think_weight), or lower the round's temperature",
             )
         return {
             "thinking": {
@@ -148,3 +173,59 @@ class ThinkingFilter(Filter):
                 "median_words": median([split(t).words for t in texts] or [0]),
             }
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundFilter(Filter):
+    """Filter the answers of a round, written by the teacher or the student (``by``): of each prompt the first ``keep`` texts that
+    pass and differ stay. Samples are independent draws, so the first is a fair draw from those that pass.
+
+    A share ``replay`` of the rows that were taught ``before``, evenly spaced, stands beside them.
+    """
+
+    by: str
+    keep: int
+    before: Key | None
+    replay: float
+
+    def writer(self) -> str:
+        """Return who wrote the answers."""
+        return self.by
+
+    def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the first ``keep`` of those whose texts differ."""
+        first: dict[str, dict[str, Any]] = {}
+        for answer in passed:
+            first.setdefault(answer["text"], answer)
+        return list(first.values())[: self.keep]
+
+    def carried(self, ctx: Context) -> list[dict[str, Any]]:
+        """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""
+        if self.before is None:
+            return []
+        lines = [json.loads(line) for line in ctx.path(self.before, "kept.jsonl").read_text().splitlines()]
+        count = round(self.replay * len(lines))
+        again = [lines[at * len(lines) // count] for at in range(count)]
+        return [{**line, "id": f"{line['id']}+before"} for line in again]
+
+    def nothing(self, answers: int) -> tuple[str, str]:
+        """Say that the round teaches nothing, and what to do."""
+        if answers:
+            return super().nothing(answers)
+        return "the student fails none of the prompts: this round has nothing to teach", "take the [[round]] out"
+
+    def counted(
+        self, answers: Mapping[str, list[Any]], passed: Mapping[str, list[Any]], carried: list[Any]
+    ) -> dict[str, Any]:
+        """Return how many prompts were put, how many of them have an answer that passes, and how many rows were carried over."""
+        return {
+            "asked": sum(map(len, answers.values())),
+            "prompts": sum(map(bool, answers.values())),
+            "good": sum(map(bool, passed.values())),
+            "replayed": len(carried),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkingRoundFilter(ThinkingFilter, RoundFilter):
+    """Filter the answers of a round that think first."""

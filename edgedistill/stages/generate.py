@@ -4,7 +4,7 @@ In: teacher checkpoint, prompts. Out: ``rows.jsonl``, a view of the row store: o
 row's key. Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the
 batch in flight only and no other recipe asks again. Shards are fixed from the sorted list of questions before the
 first is put. The batch size is not in the key: batches change the last bit of a bf16 logit, and that is not worth
-buying every answer again."""
+buying every answer again. In an online round only the prompts that the student fails are put."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Generate(Stage):
             ("temperature", self.temperature),
             ("top_p", self.top_p),
         )
-        teacher = ctx.entries[self.teacher].digest
+        teacher, rows = ctx.entries[self.teacher].digest, self.to_ask(ctx)
         questions = [
             Question(
                 teacher=teacher,
@@ -57,7 +57,7 @@ class Generate(Stage):
                 seed=self.seed,
                 sample=sample,
             )
-            for row in self.rows
+            for row in rows
             for sample in range(self.samples)
         ]
         stored = ctx.rows.get(question.key for question in questions)
@@ -69,7 +69,7 @@ class Generate(Stage):
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
             for index, question in enumerate(questions):
-                row, answer = self.rows[index // self.samples], stored[question.key]
+                row, answer = rows[index // self.samples], stored[question.key]
                 tokens += len(answer.token_ids)
                 line = {
                     "id": row.id,
@@ -81,6 +81,10 @@ class Generate(Stage):
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return {"rows": len(questions), "asked": len(missing), "from_store": found, "tokens": tokens}
+
+    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+        """Return the rows whose prompts are put."""
+        return self.rows
 
     def _prove(self, ctx: Context) -> None:
         if self.scores is None:
@@ -136,3 +140,21 @@ class Generate(Stage):
             )
             done += len(shard)
             ctx.progress(done, total, "answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFailed(Generate):
+    """Ask only what the student gets wrong: the rows whose answers in ``student``, its evaluation on them as the suite
+    ``suite``, miss the reference or do not end.
+    """
+
+    student: Key
+    suite: str
+
+    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+        """Return the rows that the student fails; there may be none."""
+        from edgedistill.evals.suites import load_answers
+
+        answers = load_answers(ctx.path(self.student, "answers") / f"{self.suite}.jsonl")
+        failed = {answer.id for answer in answers if answer.score < 1 or answer.finish != "stop"}
+        return tuple(row for row in self.rows if row.id in failed)

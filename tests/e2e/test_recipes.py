@@ -31,6 +31,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "answer": {**CALLS, "student.ffn": None},
     "chain": {**CALLS, "student.ffn": None, "chain.0.ffn": None},
     "rationale": {**WORDS, "student.ffn": None},
+    "rounds": {**CALLS, "student.ffn": None},
     "think": {**WORDS, "heal.rows": 96, "student.ffn_rows": 96},
 }
 SWEPT = {**CALLS, **CUT, "sweep": {"student.ffn": [768], "distill.loss.kd": [0.0, 0.7]}}
@@ -62,6 +63,7 @@ def test_a_recipe_builds_and_says_whether_its_method_helped(name: str, tmp_path:
     data = collect(session)
     recipe = session.recipe
     arms = [f"student@{arm}" for arm in recipe.compare] + ["gold-sft"] * recipe.baselines.gold_sft
+    arms += ["before-rounds"] * bool(recipe.round)
     assert arms  # it compares itself with what one would do without it
     for model in ("teacher", "student", *arms, *recipe.targets):
         found = data.model(model)
@@ -74,6 +76,9 @@ def test_a_recipe_builds_and_says_whether_its_method_helped(name: str, tmp_path:
         assert low is not None and high is not None and one.figure.n == ROWS
         assert one.verdict == ("helped" if low > 0 else "hurt" if high < 0 else "undecided")
         assert f"[{low:+.3f}, {high:+.3f}], n = {ROWS}: {one.verdict}" in told
+    assert [(one.step, one.kind) for one in data.rounds] == [
+        (f"round-{number}", one.kind) for number, one in enumerate(recipe.round, 1)
+    ]
     if recipe.generate.style == "think":
         thinking = data.model("teacher").suites["holdout"].thinking  # pyright: ignore[reportOptionalMemberAccess]
         assert thinking is not None and thinking["n"] == ROWS
