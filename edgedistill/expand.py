@@ -94,7 +94,9 @@ class _Expander(TrainingSteps):
             targets = self._score(f"score{suffix}", before, kept)
             shaped = self._shape(f"shape{suffix}", base_student if number == 1 else before)
             healed = self._heal(f"heal{suffix}", shaped, kept, before)
-            beside = before if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
+            features = recipe.distill.features
+            dense = recipe.score.kind == "dense" and recipe.distill.loss.kd > 0
+            beside = before if dense or (features and features.on) else None
             student = self._distill(f"distill/{number}", f"merge{suffix}", healed, kept, targets, teacher=beside)
             before = student
         self.inputs, self.recipe, self.t_params = whole
