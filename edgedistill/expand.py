@@ -94,9 +94,8 @@ class _Expander(RoundSteps):
             targets = self._score(f"score{suffix}", before, kept)
             shaped = self._shape(f"shape{suffix}", base_student if number == 1 else before)
             healed = self._heal(f"heal{suffix}", shaped, kept, before)
-            beside = before if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0 else None
             merge = "merge" if number == len(links) + len(recipe.round) else f"merge/{number}"
-            student = self._distill(f"distill/{number}", merge, healed, kept, targets, teacher=beside)
+            student = self._distill(f"distill/{number}", merge, healed, kept, targets, teacher=self._beside(before))
             before, above = student, before
         student = self._rounds(student, kept, teacher=teacher, params=whole[2], above=above, done=len(links))
         self.inputs, self.recipe, self.t_params = whole

@@ -31,7 +31,6 @@ class RoundSteps(TrainingSteps):
         ``teacher``, of ``params`` parameters, answers anew; ``above`` gives the distributions, as it did for the last of the
         ``done`` distillations before.
         """
-        dense = self.recipe.score.kind == "dense" and self.recipe.distill.loss.kd > 0
         tokens, asked = self.tokens, sum(map(row_tokens, self.inputs.prompts))
         for number, one in enumerate(self.recipe.round, 1):
             tag = f"round-{number}"
@@ -50,7 +49,7 @@ class RoundSteps(TrainingSteps):
                 student,
                 kept,
                 targets,
-                teacher=above if dense else None,
+                teacher=self._beside(above),
             )
         self.tokens = tokens
         return student

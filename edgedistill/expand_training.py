@@ -17,7 +17,7 @@ from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
-from edgedistill.stages.distill import Distill, DistillDense
+from edgedistill.stages.distill import Distill, DistillBeside
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
 from edgedistill.stages.score import Score
@@ -149,6 +149,12 @@ class TrainingSteps:
             disk=16 * self.s_params,
         )
 
+    def _beside(self, teacher: Key) -> Key | None:
+        """Return the teacher where it runs beside its student: for its whole distributions, or for its hidden states."""
+        distill = self.recipe.distill
+        whole = self.recipe.score.kind == "dense" and distill.loss.kd > 0
+        return teacher if whole or (distill.features is not None and distill.features.on) else None
+
     def _distill(
         self,
         name: str,
@@ -168,16 +174,20 @@ class TrainingSteps:
             else settings.loss.model_dump(exclude_none=True)
         )
         full = settings.method == "full"
+        unused = (
+            *(() if settings.on_policy and not gold else ON_POLICY),
+            *(() if settings.features and settings.features.on and not gold else ("features",)),
+        )
         fields: dict[str, Any] = {
             "student": student,
             "kept": kept,
             "text": "reference" if gold else "text",
             "targets": None if gold else targets,
-            "training": settings.keyed("loss", "seed", *(() if settings.on_policy and not gold else ON_POLICY)),
+            "training": settings.keyed("loss", "seed", *unused),
             "loss": loss,
             "seed": self.recipe.seed if settings.seed is None else settings.seed,
         }
-        stage = Distill(**fields) if teacher is None else DistillDense(**fields, teacher=teacher)
+        stage = Distill(**fields) if teacher is None else DistillBeside(**fields, teacher=teacher)
         tokens = self.tokens * settings.epochs
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:

@@ -12,9 +12,11 @@ from edgedistill.data.prompts import Row, leaks, load_rows
 from edgedistill.data.thinking import BLOCKS, asking_why, split, two_tasks, with_block
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
+from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Tune
 from edgedistill.target import Target, format_size
+from edgedistill.training.objectives import WHOLE
 from edgedistill.training.shaping import choose_layers
 
 NARROWABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
@@ -139,12 +141,20 @@ def refuse(inputs: Inputs) -> list[str]:
 
     recipe, warnings = inputs.recipe, []
     teacher, student = inputs.teacher.facts, inputs.student.facts
-    if recipe.score.kind != "none" and recipe.distill.loss.kd > 0 and teacher.tokenizer != student.tokenizer:
+    differ = tokens_differ(inputs.teacher, inputs.student, inputs.prompts)
+    if differ and recipe.distill.loss.kd > 0 and recipe.distill.loss.divergence not in WHOLE:
         raise RecipeError(
-            f"{recipe.teacher.model} and {recipe.student.model} have different tokenizers: "
-            "their distributions cannot be compared",
-            'set score.kind = "none" and distill.loss.kd = 0 to distil text only',
+            f"{recipe.teacher.model} and {recipe.student.model} {differ}: their distributions cannot be compared token by token",
+            'compare them by rank (score.kind = "dense", distill.loss.divergence = "uld" or "gold"), or distil text only '
+            '(score.kind = "none", distill.loss.kd = 0)',
             key="score.kind",
+            file=inputs.path,
+        )
+    if differ and recipe.heal and recipe.heal.hidden:
+        raise RecipeError(
+            f"{recipe.teacher.model} and {recipe.student.model} {differ}: their hidden states stand at other places of the text",
+            "set heal.hidden = 0",
+            key="heal.hidden",
             file=inputs.path,
         )
     if teacher.quantized_from:
@@ -153,7 +163,11 @@ def refuse(inputs: Inputs) -> list[str]:
             "quantized model "
             "(dequantized to full precision)"
         )
-    warnings += _gaps(along_chain(inputs, _refuse_shape))
+    links = along_chain(inputs, _refuse_shape)
+    warnings += _gaps(links)
+    warnings += check_features(
+        recipe, inputs.path, [(link.teacher.facts, student_facts(link)) for link in links], differ
+    )
     if recipe.student.layers != "all" and recipe.heal is None and recipe.distill.method == "lora":
         warnings.append("a pruned student is distilled by LoRA without [heal]: expect it to learn slowly")
     if recipe.heal and recipe.heal.hidden and (teacher.layers, teacher.hidden) != (student.layers, student.hidden):

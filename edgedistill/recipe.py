@@ -13,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.toml_source import key_error, load_toml
-from edgedistill.training.objectives import DivergenceName, problem
+from edgedistill.training.objectives import WHOLE, DivergenceName, problem
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
 Rows = Annotated[
     Count | tuple[Count, ...] | None,
     Field(description="use the first so many rows of each file: one count for all, or a list of one for each"),
@@ -261,10 +262,39 @@ class Loss(Section):
         return self
 
 
+class Relations(Section):
+    """Weights of what is compared between the rows of a micro-batch (RKD, arXiv:1904.05068); 0: nothing."""
+
+    distances: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of every two rows, over their mean")
+    angles: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of every three rows")
+
+
+class Features(Section):
+    """Hidden states that are drawn to the teacher's, which runs beside the student. ``weight`` 0 compares relations alone."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="of the mean error of a token's states")
+    pairs: Literal["even"] | Annotated[tuple[tuple[Layer, Layer], ...], Field(min_length=1)] = Field(
+        default="even",
+        description="[layer of the teacher, layer of the student], from 0; even: each of the student's, evenly spaced",
+    )
+    distance: Literal["mse", "cosine"] = Field(
+        default="mse", description="mse is relative to the teacher's mean square"
+    )
+    project: bool = Field(
+        default=False, description="through a matrix in training where the widths agree, too; it does not ship"
+    )
+    relations: Relations = Relations()
+
+    @property
+    def on(self) -> bool:
+        """Tell whether anything is compared."""
+        return bool(self.weight or self.relations.distances or self.relations.angles)
+
+
 class Distill(Training):
     """Train the student on the kept rows and their distributions. Another ``seed`` trains anew on the same targets."""
 
-    LATER = (*Training.LATER, "think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature")
+    LATER = (*Training.LATER, "think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature", "features")
 
     method: Literal["lora", "qlora", "full"] = "lora"
     lora: Lora = Lora()
@@ -280,6 +310,7 @@ class Distill(Training):
     think_weight: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="what a token of thinking counts in the loss, against 1 of the answer; 0: not at all"
     )
+    features: Features | None = Field(default=None, description="hidden states to be matched, too; none: no")
 
 
 class Round(Section):
@@ -456,6 +487,11 @@ class Recipe(Section):
         if self.distill.on_policy and not (self.score.kind == "dense" and self.distill.loss.kd > 0):
             raise ValueError(
                 'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'
+            )
+        if self.distill.on_policy and self.distill.loss.divergence in WHOLE:
+            raise ValueError(
+                f"with distill.loss.divergence = {self.distill.loss.divergence!r} the teacher reads the kept text in its own "
+                "tokens, and cannot read what the student writes: set on_policy to 0"
             )
         if self.distill.on_policy and self.distill.think_weight != 1.0:
             raise ValueError(

@@ -32,7 +32,17 @@ class Distill(Stage):
         """Check the losses, train, save."""
         from edgedistill.teachers.writer import student_writer
         from edgedistill.training.dense import DenseTeacher
-        from edgedistill.training.recipe import load_kept, load_model, load_targets, take_results, train_settings
+        from edgedistill.training.features import Features
+        from edgedistill.training.objectives import WHOLE
+        from edgedistill.training.other_tokens import other_teacher
+        from edgedistill.training.recipe import (
+            kept_texts,
+            load_kept,
+            load_model,
+            load_targets,
+            take_results,
+            train_settings,
+        )
         from edgedistill.training.selfcheck import selfcheck
         from edgedistill.training.thinking import watch_thinking
         from edgedistill.training.trainer import train
@@ -50,15 +60,30 @@ class Distill(Stage):
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         vocab_size = min(len(tokenizer), model.config.vocab_size)
-        teacher = writer = None
-        if isinstance(self, DistillDense):
+        guide = teacher = writer = None
+        if isinstance(self, DistillBeside):
             above = ctx.path(self.teacher, "model")
             origin, whole = origin_towards(source, above), load_model(above)
-            teacher = DenseTeacher(whole, vocab_size, tokens=origin.kept.tolist() if origin else None)
+            tokens = origin.kept.tolist() if origin else None
+            if settings.loss.kd and settings.loss.divergence.name in WHOLE:
+                own, theirs = load_kept(kept_rows, above, text=self.text)
+                teacher = other_teacher(
+                    whole,
+                    settings.loss.divergence.name,
+                    own,
+                    examples,
+                    kept_texts(kept_rows, text=self.text),
+                    (theirs, tokenizer),
+                    vocab_size,
+                )
+            elif self.targets is None:
+                teacher = DenseTeacher(whole, vocab_size, tokens=tokens)
+            if settings.features:
+                guide = Features(whole, model, settings.features, tokens=tokens, seed=self.seed)
             if settings.on_policy:
                 writer = student_writer(model, tokenizer, vocab_size)
         ctx.progress(0, 1, "checking the losses")
-        checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size)
+        checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size, guide=guide)
         result = train(
             model,
             examples,
@@ -66,6 +91,7 @@ class Distill(Stage):
             settings=settings,
             out=ctx.work,
             vocab_size=vocab_size,
+            guide=guide,
             teacher=teacher,
             writer=writer,
             progress=ctx.progress,
@@ -76,7 +102,9 @@ class Distill(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDense(Distill):
-    """Train one student on the whole distributions of ``teacher``, which runs beside it."""
+class DistillBeside(Distill):
+    """Train one student with ``teacher`` beside it: for its whole distributions where there are no ``targets``, for its hidden
+    states where ``training["features"]`` asks.
+    """
 
     teacher: Key

@@ -7,24 +7,26 @@ Costs the teacher's forward in every epoch, and its weights in memory; the two h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from edgedistill.training.data import PaddedBatch
-from edgedistill.training.packing import PackedBatch, causal_lm, completion_states, packed_mode
+from edgedistill.training.packing import PackedBatch, causal_lm, read_beside
 
 
 @dataclass(frozen=True, eq=False)
 class DenseTargets:
     """What a batch's distributions are made of: the teacher's last states [completion tokens, H], and its head's rows for
-    the student's tokens [V, H] with their bias [V] or None.
+    the student's tokens [V, H] with their bias [V] or None. ``known`` [completion tokens] is 0 where the teacher says nothing of a
+    token, and 1 elsewhere; None: it says something of all.
     """
 
     states: torch.Tensor
     head: torch.Tensor
     bias: torch.Tensor | None
+    known: torch.Tensor | None = None
 
     def logits(self, start: int, end: int) -> torch.Tensor:
         """Return the teacher's logits of some positions, float32 [end - start, V]."""
@@ -35,6 +37,9 @@ class DenseTeacher:
     """A teacher that reads what the student reads. ``tokens`` are its numbers of the student's tokens, where the student's
     vocabulary was trimmed: the probability of the others is left out, and the rest adds up to 1 again.
     """
+
+    reads_along: ClassVar[bool] = True
+    """Whether the teacher's batch is the student's."""
 
     def __init__(self, teacher: Any, vocab_size: int, *, tokens: Sequence[int] | None = None) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
@@ -51,10 +56,7 @@ class DenseTeacher:
         rows = slice(self.vocab_size) if self.tokens is None else self.tokens.to(device)
         self._head = head.weight[rows], None if head.bias is None else head.bias[rows]
 
-    def targets(self, batch: PackedBatch | PaddedBatch) -> DenseTargets:
-        """Run the teacher over a batch that the student has seen, or will."""
+    def targets(self, batch: PackedBatch | PaddedBatch, rows: Sequence[int] = ()) -> DenseTargets:
+        """Run the teacher over a batch that the student has seen, or will; ``rows`` are the numbers of its examples."""
         assert self._head is not None  # to() comes first
-        if self.tokens is not None:
-            batch = replace(batch, input_ids=self.tokens.to(batch.input_ids.device)[batch.input_ids])
-        with torch.no_grad(), packed_mode(self.teacher):
-            return DenseTargets(completion_states(self.teacher, batch), *self._head)
+        return DenseTargets(read_beside(self.teacher, batch, self.tokens), *self._head)

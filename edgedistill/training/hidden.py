@@ -9,47 +9,41 @@ task, a third of the layers after 1,600 rows at the same settings: 0.22 exact ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example, PaddedBatch
-from edgedistill.training.packing import PackedBatch, body, completion_states, packed_mode
+from edgedistill.training.packing import PackedBatch, body, read_beside
 
 
-class HiddenStates:
-    """Compare a student's hidden states with the teacher's over the same batch.
+class Guide:
+    """A teacher that reads what its student reads, and the states of both at some pairs of layers.
 
-    ``kept`` are the teacher's layers that the student was cut from, ascending. Raises UsageError where the two do not
-    fit: other widths, or another number of layers. ``tokens`` are the teacher's numbers of the student's tokens, where its
-    vocabulary was trimmed.
+    ``pairs`` are (layer of the teacher, layer of the student), counted from 0. ``tokens`` are the teacher's numbers of the
+    student's tokens, where its vocabulary was trimmed.
     """
 
-    def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
+    reads_along: ClassVar[bool] = True
+
+    def __init__(self, teacher: Any, pairs: Iterable[tuple[int, int]], *, tokens: Sequence[int] | None = None) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        layers = len(layers_of(teacher))
-        self.matched = [at - 1 for at in kept[1:]] + [layers - 1]
+        self.pairs = list(pairs)
         self.tokens = None if tokens is None else torch.as_tensor(tokens)
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
-        for at in self.matched:
+        self._watched: list[Any] = []
+        for at in {of_teacher for of_teacher, _ in self.pairs}:
             catch_output(layers_of(teacher)[at], at, self._teachers)
 
     def watch(self, student: Any) -> None:
-        """Keep the states of the student's layers from now on."""
+        """Keep the states of the student's layers from now on, and those of no other student."""
+        for hook in self._watched:
+            hook.remove()
         layers = layers_of(student)
-        if len(layers) != len(self.matched) or student.config.hidden_size != self.teacher.config.hidden_size:
-            raise UsageError(
-                f"hidden states cannot be matched: the student has {len(layers)} layers of width "
-                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.matched)} of width "
-                f"{self.teacher.config.hidden_size}",
-                hint="cut the student from the teacher (student.layers), or set heal.hidden = 0",
-            )
-        for at, layer in enumerate(layers):
-            catch_output(layer, at, self._students)
+        self._watched = [catch_output(layers[at], at, self._students) for at in {of for _, of in self.pairs}]
 
     def to(self, device: Any, dtype: torch.dtype) -> None:
         """Move the teacher; its rotary frequencies are buffers and stay in float32."""
@@ -57,25 +51,69 @@ class HiddenStates:
             parameter.data = parameter.data.to(dtype)
         self.teacher.to(device)
 
-    def error(self, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return what is trained beside the student and not shipped, by name."""
+        return {}
+
+    def sums(
+        self, batch: PackedBatch | PaddedBatch, examples: Sequence[Example], *, read: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Return the sum of every term over the batch that the student has just seen, by its name in the log. Without
+        ``read`` the teacher has just seen it too.
+        """
+        raise NotImplementedError
+
+    def read(self, batch: PackedBatch | PaddedBatch) -> None:
+        """Run the teacher over a batch."""
+        read_beside(self.teacher, batch, self.tokens)
+
+
+class HiddenStates(Guide):
+    """Compare a student's hidden states with those of the teacher that it was cut from, over the same batch.
+
+    ``kept`` are the teacher's layers that the student was cut from, ascending. Raises UsageError where the two do not
+    fit: other widths, or another number of layers.
+    """
+
+    def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
+        matched = [at - 1 for at in kept[1:]] + [len(layers_of(teacher)) - 1]
+        super().__init__(teacher, [(of_teacher, at) for at, of_teacher in enumerate(matched)], tokens=tokens)
+
+    def watch(self, student: Any) -> None:
+        layers = layers_of(student)
+        if len(layers) != len(self.pairs) or student.config.hidden_size != self.teacher.config.hidden_size:
+            raise UsageError(
+                f"hidden states cannot be matched: the student has {len(layers)} layers of width "
+                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.pairs)} of width "
+                f"{self.teacher.config.hidden_size}",
+                hint="cut the student from the teacher (student.layers), or set heal.hidden = 0",
+            )
+        super().watch(student)
+
+    def sums(
+        self, batch: PackedBatch | PaddedBatch, examples: Sequence[Example], *, read: bool = True
+    ) -> dict[str, torch.Tensor]:
+        return {"hidden": self.error(batch, read=read)}
+
+    def error(self, batch: PackedBatch | PaddedBatch, *, read: bool = True) -> torch.Tensor:
         """Run the teacher over the batch that the student has just seen; return the error summed over the tokens.
 
-        A token's error is |s - t|^2 / |t|^2, averaged over the layers: later layers have larger states, and no layer may
-        drown the others. The first token of a row does not count: it is the attention sink, with states a thousand times
-        as large and nothing to learn.
+        A token's error is ``relative_error``, averaged over the layers. The first token of a row does not count: it is the
+        attention sink, with states a thousand times as large and nothing to learn.
         """
-        read = batch
-        if self.tokens is not None:
-            read = replace(batch, input_ids=self.tokens.to(batch.input_ids.device)[batch.input_ids])
-        with torch.no_grad(), packed_mode(self.teacher):
-            completion_states(self.teacher, read)
+        if read:
+            self.read(batch)
         weights = state_weights(batch).to(self._students[0].device)
         total = torch.zeros((), device=weights.device)
-        for at, matched in enumerate(self.matched):
-            student, teacher = self._students[at].float(), self._teachers[matched].float()
-            relative = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-6)
+        for matched, at in self.pairs:
+            relative = relative_error(self._students[at].float(), self._teachers[matched].float())
             total = total + (relative * weights).sum()
-        return total / len(self.matched)
+        return total / len(self.pairs)
+
+
+def relative_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return |s - t|^2 / |t|^2 of states [..., H]: later layers have larger states, and none may drown the others."""
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-6)
 
 
 def tokens_of(examples: Sequence[Example]) -> int:

@@ -160,6 +160,8 @@ class HeadLoss(torch.autograd.Function):
         head_bias = None if bias is None else bias[:vocab_size]
         train_head = ctx.needs_input_grad[1]
         sparse = None if isinstance(targets, DenseTargets) else targets
+        known = targets.known if isinstance(targets, DenseTargets) else None
+        kd_weights = weights if known is None else weights * known
         grads = [torch.empty_like(hidden) for _ in range(2 if separate else 1)]
         head_grad = torch.zeros_like(weight, dtype=torch.float32) if train_head else None
         totals = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -178,6 +180,7 @@ class HeadLoss(torch.autograd.Function):
                     logits[place],
                     labels[low:high],
                     weights[low:high],
+                    kd_weights[low:high],
                     sparse if whole is None else whole[place],
                     low,
                     high,
@@ -222,13 +225,14 @@ def _terms(
     logits: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
+    kd_weights: torch.Tensor,
     targets: BatchTargets | torch.Tensor | None,
     low: int,
     high: int,
     terms: LossTerms,
 ) -> tuple[float | torch.Tensor, float | torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return (kd sum, ce sum, gradient of kd, gradient of ce) of some positions; the gradients are weighted, [n, V]
-    float32. ``targets`` are the batch's, or the teacher's logits of these positions [n, V].
+    float32. ``targets`` are the batch's, or the teacher's logits of these positions [n, V] (for ``uld`` of its own V).
     """
     kd = ce = 0.0
     kd_grad = ce_grad = None
@@ -247,8 +251,8 @@ def _terms(
             values = _dense_values(scaled - scaled_lse[:, None], kd_grad, logq, terms.divergence)
         else:
             values = _kd_values(scaled, scaled_lse, kd_grad, targets, terms.divergence, low, high)
-        kd = (values * weights).sum().double() * terms.temperature**2
-        kd_grad.mul_((terms.kd * terms.temperature * weights)[:, None])
+        kd = (values * kd_weights).sum().double() * terms.temperature**2
+        kd_grad.mul_((terms.kd * terms.temperature * kd_weights)[:, None])
     if terms.ce != 0.0:
         rows = torch.arange(len(labels), device=logits.device)
         ce = ((lse - z[rows, labels]) * weights).sum().double()

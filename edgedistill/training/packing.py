@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -291,10 +291,12 @@ def packable(model: Any) -> bool:
 
 
 @contextmanager
-def packed_mode(model: Any) -> Iterator[bool]:
-    """Switch the model to packed attention while inside, where it can; yields whether it did."""
+def packed_mode(model: Any, *beside: Any) -> Iterator[bool]:
+    """Switch the model to packed attention while inside, where it and those that read its batches can; yields whether it
+    did.
+    """
     causal = causal_lm(model)
-    if not packable(causal):
+    if not all(map(packable, (causal, *beside))):
         yield False
         return
     register()
@@ -345,3 +347,13 @@ def completion_states(model: Any, batch: PackedBatch | PaddedBatch) -> torch.Ten
             use_cache=False,
         )
     return batch.select(out.last_hidden_state)
+
+
+def read_beside(teacher: Any, batch: PackedBatch | PaddedBatch, tokens: torch.Tensor | None) -> torch.Tensor:
+    """Run a teacher over a batch of its student, without gradients: its ``completion_states``. ``tokens`` are the teacher's
+    numbers of the student's tokens, where they have others.
+    """
+    if tokens is not None:
+        batch = replace(batch, input_ids=tokens.to(batch.input_ids.device)[batch.input_ids])
+    with torch.no_grad(), packed_mode(teacher) if isinstance(batch, PackedBatch) else nullcontext():
+        return completion_states(teacher, batch)

@@ -17,6 +17,7 @@ from edgedistill.training.data import Example, encode_example
 from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
+from edgedistill.training.objectives import FeatureTerms
 from edgedistill.training.settings import LATER, TrainSettings
 from edgedistill.training.targets import SparseTargets, find_targets, read_header, read_targets, tokenizer_hash
 from edgedistill.training.vocabulary import read_origin
@@ -45,12 +46,28 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         warmup=table["warmup"],
         weight_decay=table["weight_decay"],
         clip=table["max_grad_norm"],
-        **{name: table[name] for name in LATER if name in table},  # left out of a key at their default
+        # Left out of a key at their default.
+        **{name: table[name] for name in LATER if name in table and name != "features"},
+        features=_features(table.get("features")),
         loss=LossTerms(**terms),
         hidden=table.get("hidden", 0.0),
         freeze_embeddings=table.get("freeze_embeddings", True),
         seed=seed,
         checkpoint_seconds=float(os.environ.get("EDGEDISTILL_CHECKPOINT_SECONDS", "60")),
+    )
+
+
+def _features(table: Mapping[str, Any] | None) -> FeatureTerms | None:
+    """Translate ``distill.features``."""
+    if table is None:
+        return None
+    pairs = table["pairs"]
+    return FeatureTerms(
+        weight=table["weight"],
+        pairs=None if pairs == "even" else tuple((of_teacher, at) for of_teacher, at in pairs),
+        distance=table["distance"],
+        project=table["project"],
+        **table["relations"],
     )
 
 
@@ -78,6 +95,11 @@ def load_kept(
                 one = weigh_thinking(tokenizer, one, row[text], think_weight, whole=rationale)
             examples.append(one)
     return examples, tokenizer
+
+
+def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
+    """Return the completions of the rows that ``load_kept`` encodes, in their order."""
+    return [row[text] for row in map(json.loads, kept.read_text().splitlines()) if row[text]]
 
 
 def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:

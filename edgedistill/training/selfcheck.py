@@ -18,6 +18,7 @@ import torch
 from edgedistill.errors import StepFailed
 from edgedistill.training.data import Example, collate, counter_rng
 from edgedistill.training.draws import sparse_from_logits, uniforms
+from edgedistill.training.features import Features
 from edgedistill.training.losses import LossTerms, batch_targets, completion_loss, dense_kl
 from edgedistill.training.packing import causal_lm, completion_states, make_batch, packed_mode
 from edgedistill.training.targets import SparseTargets
@@ -46,8 +47,9 @@ def selfcheck(
     *,
     terms: LossTerms,
     vocab_size: int,
+    guide: Features | None = None,
 ) -> SelfCheckReport:
-    """Check loss, shift, mask, accumulation and sparse targets on a few short rows of the real data.
+    """Check loss, shift, mask, accumulation, sparse targets and hidden states on a few short rows of the real data.
 
     The model keeps its weights and its gradients. Raises StepFailed naming what does not hold.
     """
@@ -63,6 +65,8 @@ def selfcheck(
             _loss_and_layout(check, model, few, plain, vocab_size)
             _accumulation(check, model, few, vocab_size)
             _identity(check, plain, terms.temperature)
+            if guide is not None:
+                _features(check, model, few, guide)
         _gradient(check, model, few[:2], vocab_size)
         if targets is not None:
             _targets(check, few, [targets[at] for at in chosen], vocab_size)
@@ -182,6 +186,30 @@ def _accumulation(check: _Check, model: Any, few: Sequence[Example], vocab_size:
     check.within(
         "accumulation", abs(whole - parts) / count, _rounding(model), "the loss depends on how the batch is cut"
     )
+
+
+def _features(check: _Check, model: Any, few: Sequence[Example], guide: Features) -> None:
+    """Compare the states' error of a batch with the sum over each row alone; of a student from itself there is none."""
+    guide.watch(model)
+
+    def sums(rows: Sequence[Example]) -> dict[str, float]:
+        with packed_mode(model, guide.teacher) as packed:
+            batch = make_batch(rows, packed=packed)
+            completion_states(model, batch)
+            own.update({name: float(value) for name, value in guide.of_itself(batch, rows).items()})
+            return {name: float(value) for name, value in guide.sums(batch, rows).items()}
+
+    own: dict[str, float] = {}
+    alone = [sums([one]).get("features", 0.0) for one in few]
+    together = sums(few).get("features", 0.0)
+    check.within(
+        "features",
+        abs(together - sum(alone)) / max(abs(together), 1e-6),
+        _rounding(model),
+        "the error of the hidden states depends on how the batch is cut",
+    )
+    each = max(map(abs, own.values())) / sum(one.length for one in few)
+    check.within("own features", each, 1e-5, "the hidden states of a model differ from themselves")
 
 
 def _gradient(check: _Check, model: Any, few: Sequence[Example], vocab_size: int) -> None:

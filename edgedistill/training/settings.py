@@ -15,7 +15,7 @@ from edgedistill.training.checkpoint import State
 from edgedistill.training.data import Example, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
-from edgedistill.training.objectives import problem
+from edgedistill.training.objectives import FeatureTerms, problem
 from edgedistill.training.targets import SparseTargets
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
-LATER = ("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature")
+LATER = ("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature", "features")
 """Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
 """By transformers' names; all of torch's own, whose state is tensors and nothing else."""
@@ -37,9 +37,10 @@ class TrainSettings:
 
     ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
     computation; weights in training are kept in float32 beside it. ``hidden`` is the weight of the hidden states' mean
-    relative error (``hidden.py``). ``on_policy`` is the share of rows that the student writes itself (``on_policy.py``), up to
-    ``on_policy_tokens`` tokens drawn at ``on_policy_temperature``. ``gradient_norms`` is every how many steps the norms
-    of the kd and ce gradients are taken apart (0: never).
+    relative error (``hidden.py``), ``features`` what else is compared of them (``features.py``). ``on_policy`` is the share of
+    rows that the student writes itself (``on_policy.py``), up to ``on_policy_tokens`` tokens drawn at
+    ``on_policy_temperature``. ``gradient_norms`` is every how many steps the norms of the kd, ce and features gradients are
+    taken apart (0: never).
     """
 
     method: Literal["lora", "qlora", "full", "norms"] = "lora"
@@ -62,12 +63,19 @@ class TrainSettings:
     gradient_checkpointing: bool = False
     loss: LossTerms = field(default_factory=LossTerms)
     hidden: float = 0.0
+    features: FeatureTerms | None = None
     freeze_embeddings: bool = True
     dtype: str = "auto"
     seed: int = 0
     checkpoint_steps: int = 0
     checkpoint_seconds: float = 60.0
     gradient_norms: int = 25
+
+    @property
+    def guided(self) -> dict[str, float]:
+        """Return the weights of the terms that compare hidden states, by their names in the log."""
+        of_features = self.features.weights if self.features else {}
+        return {"hidden": self.hidden} if self.hidden else of_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +173,7 @@ def check_settings(
         )
     if settings.loss.kd and targets is None and not dense:
         raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")
-    if not settings.loss.kd and not settings.loss.ce and not settings.hidden:
+    if not settings.loss.kd and not settings.loss.ce and not settings.guided:
         raise UsageError("loss.kd, loss.ce and hidden are all 0: there is nothing to learn from")
     if targets is not None:
         one = settings.loss.divergence

@@ -25,7 +25,7 @@ from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, l
 from edgedistill.training.data import Example
 from edgedistill.training.dense import DenseTeacher
 from edgedistill.training.fast_lora import restore, speed_up
-from edgedistill.training.hidden import HiddenStates, tokens_of
+from edgedistill.training.hidden import Guide, tokens_of
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
 from edgedistill.training.norms import is_norm, save_norms
@@ -58,7 +58,7 @@ def train(
     settings: TrainSettings,
     out: Path,
     vocab_size: int | None = None,
-    guide: HiddenStates | None = None,
+    guide: Guide | None = None,
     teacher: DenseTeacher | None = None,
     writer: OnPolicy | None = None,
     progress: Progress | None = None,
@@ -69,8 +69,9 @@ def train(
     ``out/log.jsonl``; checkpoints live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on
     from the last checkpoint and ends with the same weights (same machine and thread count). ``model`` is used up.
     ``vocab_size`` is the tokenizer's.
-    ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` is set; ``teacher`` the one whose
-    whole distributions stand in for ``targets``; ``writer`` how the student writes where ``settings.on_policy`` is set.
+    ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` or ``settings.features`` is set;
+    ``teacher`` the one whose whole distributions stand in for ``targets``; ``writer`` how the student writes where
+    ``settings.on_policy`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
     run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, writer, progress)
@@ -86,16 +87,18 @@ class _Run:
         settings: TrainSettings,
         out: Path,
         vocab_size: int | None,
-        guide: HiddenStates | None,
+        guide: Guide | None,
         teacher: DenseTeacher | None,
         writer: OnPolicy | None,
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
         check_settings(settings, examples, targets, self.device, dense=teacher is not None)
-        if settings.hidden and guide is None:
-            raise UsageError("hidden is set, but there is no teacher whose states could be matched")
-        self.guide = guide if settings.hidden else None
+        if settings.guided and guide is None:
+            raise UsageError(
+                f"{next(iter(settings.guided))} is set, but there is no teacher whose states could be matched"
+            )
+        self.guide = guide if settings.guided else None
         self.teacher = teacher if settings.loss.kd else None
         if settings.on_policy and writer is None:
             raise UsageError("on_policy is set, but nothing says how the student writes")
@@ -147,7 +150,8 @@ class _Run:
         peak = 0
         tail: list[dict[str, Any]] = []
         try:
-            with torch.random.fork_rng(devices=[]), packed_mode(self.model) as self.packed:
+            beside = [one.teacher for one in (self.guide, self.teacher) if one is not None and one.reads_along]
+            with torch.random.fork_rng(devices=[]), packed_mode(self.model, *beside) as self.packed:
                 for step in range(state.step, total):
                     started = time.monotonic()
                     record = self._step(step, total)
@@ -235,6 +239,9 @@ class _Run:
             elif settings.method == "full":
                 # Saved as it came: a pass through bf16 would change weights that were never trained.
                 self.frozen[name] = exact
+        self.beside = self.guide.parameters() if self.guide is not None else {}
+        for name, parameter in self.beside.items():  # matrices of the guide: trained, resumed, and not shipped
+            self.trained[name], self.masters[name] = parameter, parameter.detach().clone()
         decay = [master for master in self.masters.values() if master.ndim > 1]
         rest = [master for master in self.masters.values() if master.ndim <= 1]
         groups: list[dict[str, Any]] = []
@@ -285,54 +292,52 @@ class _Run:
         groups = [[row for row in rows if row not in own], [row for row in rows if row in own]]
         micro = [rows[at : at + size] for rows in groups for at in range(0, len(rows), size)]
         terms = settings.loss
+        named = [name for name, on in (("kd", terms.kd), ("ce", terms.ce), ("features", settings.guided)) if on]
         apart = bool(
             settings.gradient_norms
             and step % settings.gradient_norms == 0
-            and terms.kd
-            and terms.ce
-            and self.guide is None
+            and len(named) > 1
+            and not settings.hidden
             and self.writer is None
             and self.world == 1
         )
         compared = tokens_of(list(examples.values()))
-        kd = ce = hidden = 0.0
-        norms: dict[str, float] = {}
-        pending: list[torch.Tensor] = []
+        over = {name: len(rows) if name in ("distances", "angles") else compared for name in settings.guided}
+        kd = ce = 0.0
+        more = dict.fromkeys(over, 0.0)
+        pending: list[dict[str, torch.Tensor]] = []
         for at, part in enumerate(micro):
             if at % self.world != self.rank:
                 continue
             if settings.lora.dropout and settings.method != "full":
                 torch.manual_seed((settings.seed * 1_000_003 + step) * 1009 + at)
             judged = replace(terms, ce=0.0) if part[0] in own else terms
-            one_kd, one_ce, one_hidden = self._forward(part, [examples[row] for row in part], judged, apart)
+            separate = apart and {"kd", "ce"} <= set(named)
+            one_kd, one_ce, sums = self._forward(part, [examples[row] for row in part], judged, separate)
             kd, ce = kd + float(one_kd.detach()), ce + float(one_ce.detach())
-            hidden += float(one_hidden.detach())
+            for name, one in sums.items():
+                more[name] += float(one.detach())
+            guided: Any = sum(weight * sums[name] / over[name] for name, weight in settings.guided.items())
             if apart:
-                (one_kd / mass).backward(retain_graph=True)
+                text = {"kd": one_kd / mass, "ce": one_ce / mass} if separate else {named[0]: (one_kd + one_ce) / mass}
+                parts = text | ({"features": guided} if settings.guided else {})
+                parts[named[0]].backward(retain_graph=True)
                 self._collect()
-                pending.append(one_ce)
+                pending.append(parts)
             else:
-                ((one_kd + one_ce) / mass + settings.hidden * one_hidden / compared).backward()
+                ((one_kd + one_ce) / mass + guided).backward()
                 self._collect()
-        if apart:
-            norms["gradient_kd"] = float(self._norm())
-            of_kd = [None if one.grad is None else one.grad.clone() for one in self.masters.values()]
-            for one_ce in pending:
-                (one_ce / mass).backward()
-                self._collect()
-            squares = 0.0
-            for master, before in zip(self.masters.values(), of_kd, strict=True):
-                if master.grad is not None:
-                    squares += float(((master.grad - before) if before is not None else master.grad).square().sum())
-            norms["gradient_ce"] = math.sqrt(squares)
+        norms = self._norms_apart(named, pending) if apart else {}
         if self.world > 1:
-            kd, ce, hidden = self._sum_over_processes(kd, ce, hidden)
+            kd, ce, *summed = self._sum_over_processes(kd, ce, *more.values())
+            more = dict(zip(more, summed, strict=True))
         total_norm = self._norm()
         norm = float(total_norm)
         if settings.clip and math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
-        loss = (kd + ce) / mass + settings.hidden * hidden / compared
+        more = {name: value / over[name] for name, value in more.items()}
+        loss = (kd + ce) / mass + sum(weight * more[name] for name, weight in settings.guided.items())
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -344,7 +349,7 @@ class _Run:
             "loss": loss,
             "kd": kd / mass / terms.kd if terms.kd else 0.0,
             "ce": ce / offline / terms.ce if terms.ce else 0.0,
-            **({"hidden": hidden / compared} if self.guide is not None else {}),
+            **more,
             "gradient": norm,
             **norms,
             "lr": rate,
@@ -352,6 +357,22 @@ class _Run:
             "completion_tokens": completion,
             **({"written_rows": len(own)} if self.writer is not None else {}),
         }
+
+    def _norms_apart(self, names: Sequence[str], pending: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Return the norm of each term's gradient. That of the first is there already; the others' are added to it."""
+        norms = {f"gradient_{names[0]}": float(self._norm())}
+        for name in names[1:]:
+            before = [None if one.grad is None else one.grad.clone() for one in self.masters.values()]
+            for parts in pending:
+                if parts[name].requires_grad:  # a row that is computed alone has no relations
+                    parts[name].backward(retain_graph=name != names[-1])
+                    self._collect()
+            squares = 0.0
+            for master, old in zip(self.masters.values(), before, strict=True):
+                if master.grad is not None:
+                    squares += float((master.grad if old is None else master.grad - old).square().sum())
+            norms[f"gradient_{name}"] = math.sqrt(squares)
+        return norms
 
     def _examples(self, step: int) -> tuple[dict[int, Example], set[int]]:
         """Return the rows of a step with their examples, and which of them the student has just written."""
@@ -375,19 +396,23 @@ class _Run:
 
     def _forward(
         self, rows: Sequence[int], examples: Sequence[Example], terms: LossTerms, separate: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the sums of kd and ce over completion tokens, and that of the hidden states' errors over tokens."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the sums of kd and ce over completion tokens, and those of what is compared of the hidden states."""
         batch = make_batch(examples, packed=self.packed)
         soft = None
         if self.teacher is not None:
-            soft = self.teacher.targets(batch)
+            soft = self.teacher.targets(batch, rows)
         elif self.targets is not None and terms.kd:
             soft = batch_targets([self.targets[row] for row in rows], terms.temperature)
         states = completion_states(self.model, batch)
         nothing = states.new_zeros((), dtype=torch.float32)
-        hidden = self.guide.error(batch) if self.guide is not None else nothing
+        sums: dict[str, torch.Tensor] = {}
+        if self.guide is not None:
+            also = self.teacher
+            seen = also is not None and also.reads_along and also.teacher is self.guide.teacher
+            sums = self.guide.sums(batch, examples, read=not seen)
         if not (terms.kd or terms.ce):
-            return nothing, nothing, hidden
+            return nothing, nothing, sums
         kd, ce = completion_loss(
             self.model,
             states,
@@ -398,7 +423,7 @@ class _Run:
             vocab_size=self.vocab_size,
             separate=separate,
         )
-        return kd, ce, hidden
+        return kd, ce, sums
 
     def _sum_over_processes(self, *sums: float) -> tuple[float, ...]:
         """Add gradients and losses of all processes: each has divided by the tokens' weights of the whole step."""
@@ -426,7 +451,7 @@ class _Run:
             causal_lm(self.model).gradient_checkpointing_disable()
         self.model.config.use_cache = True
         if self.settings.method == "norms":
-            save_norms(self.masters, partial)
+            save_norms({name: one for name, one in self.masters.items() if name not in self.beside}, partial)
         else:
             with quiet():
                 self.model.save_pretrained(partial)

@@ -12,8 +12,9 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
-from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
+from edgedistill.inputs import cut_rows, read_inputs, refuse, student_facts, taught_rows
 from edgedistill.models import ModelFacts, Resolved
+from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
@@ -25,6 +26,8 @@ FACTS = {
     "tied": True, "context": 8192, "tokenizer": "t", "quantized_from": "Q4_1", "licence": "apache-2.0",
     "size": 98362432,
 }  # fmt: skip
+
+ULD: dict[str, Any] = {"score__kind": "dense", "distill__loss__divergence": "uld"}
 
 
 @pytest.fixture
@@ -356,7 +359,19 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
 @pytest.mark.parametrize(
     ("overrides", "student", "message"),
     [
-        ({}, {"tokenizer": "other"}, "different tokenizers"),
+        ({}, {"tokenizer": "other"}, "different tokenizers.*token by token"),
+        ({"score__kind": "sampled", "distill__loss__divergence": "uld"}, {}, "sorts the teacher's whole distribution"),
+        ({**ULD, "heal__hidden": 1.0}, {"tokenizer": "other"}, "have different tokenizers: their hidden states"),
+        ({**ULD, "distill__on_policy": 0.5}, {}, "cannot read what the student writes"),
+        ({**ULD, "heal__hidden": 0.0, "distill__features": {}}, {"tokenizer": "other"}, "stand at other places"),
+        ({"distill__features__pairs": [[30, 0]]}, {}, r"\[30, 0\] is no pair of layers: the teacher's are 0 to 29"),
+        ({"distill__features__pairs": [[0, 9]], "student__layers": 9}, {}, "the student's 0 to 8"),
+        (
+            {"distill__features__relations__angles": 1.0, "distill__accumulate": 4},
+            {},
+            "between 3 rows of a micro-batch",
+        ),
+        ({"distill__features__relations__distances": 1.0, "distill__batch_size": 1}, {}, "there the most are 1"),
         ({"distill__lora__targets": ["lm_head"]}, {}, "ties its head"),
         ({"adapt__lora__targets": ["q_proj", "embed_tokens"]}, {}, "ties its head"),
         ({"distill__method": "qlora"}, {}, "QLoRA needs a CUDA device"),
@@ -384,6 +399,82 @@ def test_what_cannot_work_is_refused_with_the_file_and_the_key(
     with pytest.raises(RecipeError, match=message) as caught:
         make(folder, student=student, **overrides)
     assert "recipe.toml" in str(caught.value)
+    assert caught.value.hint
+
+
+def test_features_keep_the_teacher_beside_the_student_and_plan_says_what_that_takes(folder: Path) -> None:
+    plain, plan = make(folder), make(folder, distill__features__weight=2.0)
+    (adapt,), (distill,), (before,) = (
+        one.match(name) for one, name in ((plan, "adapt"), (plan, "distill/1"), (plain, "distill/1"))
+    )
+    assert adapt.key in distill.stage.inputs() and adapt.key not in before.stage.inputs()
+    assert plan.match("score")[0].key in distill.stage.inputs()  # the distributions are still the stored draws
+    assert distill.memory > before.memory and distill.work.amount > before.work.amount
+    assert any("distill.features keeps the teacher beside the student: about 256.6 MiB" in one for one in plan.warnings)
+    names = changed(plain, plan)
+    assert "distill/1" in names and "distill/gold-sft" not in names
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
+    assert changed(plan, make(folder, distill__features__weight=2.0, distill__features__distance="cosine")) >= {
+        "distill/1"
+    }
+    off = make(folder, distill__features={"weight": 0.0, "pairs": [[99, 99]]})
+    assert changed(plain, off) == set() and not any("features" in one for one in off.warnings)
+    related = make(folder, distill__features={"weight": 0.0, "relations": {"distances": 25.0, "angles": 50.0}})
+    assert adapt.key in related.match("distill/1")[0].stage.inputs()
+
+
+def test_features_are_matched_in_every_link_of_a_chain(folder: Path) -> None:
+    chain: dict[str, Any] = {"chain": [{"layers": 20}], "student__layers": 10}
+    plan = make(folder, **chain, distill__features__pairs=[[19, 9]])
+    (one,), (two,) = plan.match("distill/1"), plan.match("distill/2")
+    assert plan.match("adapt")[0].key in one.stage.inputs() and plan.match("merge/1")[0].key in two.stage.inputs()
+    with pytest.raises(
+        RecipeError, match=r"\[20, 9\] is no pair of layers: the teacher's are 0 to 19, the student's 0 to 9"
+    ):
+        make(folder, **chain, distill__features__pairs=[[20, 9]])
+
+
+def test_a_teacher_whose_layers_nobody_knows_has_no_features(folder: Path) -> None:
+    """A server tells no layers, nor does a config.json in other words."""
+    given = make_inputs(folder, distill__features={})
+    facts = dataclasses.replace(given.teacher.facts, layers=0)
+    teacher = dataclasses.replace(given.teacher, facts=facts)
+    with pytest.raises(RecipeError, match=r"are not known, and distill\.features compares") as error:
+        refuse(dataclasses.replace(given, teacher=teacher))
+    assert error.value.key == "distill.features"
+
+
+def test_other_tokens_are_compared_by_rank_and_the_remedy_says_so(folder: Path) -> None:
+    other = {"tokenizer": "other"}
+    with pytest.raises(RecipeError) as error:
+        make(folder, student=other)
+    assert 'distill.loss.divergence = "uld"' in error.value.hint and 'score.kind = "none"' in error.value.hint
+    plan = make(folder, student=other, **ULD, heal__hidden=0.0)
+    (distill,) = plan.match("distill/1")
+    assert plan.match("adapt")[0].key in distill.stage.inputs()
+    assert make(folder, student=other, score__kind="none", distill__loss={"kd": 0.0, "ce": 1.0}, heal__hidden=0.0)
+
+
+def test_the_same_tokens_cut_in_another_way_are_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """A tokenizer that was rebuilt without the rule that splits digits: the same vocabulary, other tokens for numbers."""
+    from tests.unit.formats.gguf.conftest import make_tokenizer
+
+    given = make_inputs(folder, heal__hidden=0.0)
+    models = []
+    for name, pre in (("teacher", "smollm"), ("student", "gpt-2"), ("copy", "smollm")):
+        make_tokenizer(tmp_path / name, pre)
+        path = tmp_path / name / "tokenizer.json"
+        data = json.loads(path.read_text())
+        data["model"]["vocab"]["20"] = len(data["model"]["vocab"])
+        data["model"]["merges"].append(["2", "0"])
+        path.write_text(json.dumps(data))
+        models.append(dataclasses.replace(given.teacher, path=tmp_path / name))
+    rows = [dataclasses.replace(given.prompts[0], id="r", messages=({"role": "user", "content": text},)) for text in
+            ("no number", "in 2030")]  # fmt: skip
+    assert tokens_differ(models[0], models[2], rows) == ""
+    said = tokens_differ(models[0], models[1], rows)
+    assert said == "have the same tokens, but cut the text of row 'r' differently"
+    assert tokens_differ(models[0], models[1], []) == ""
 
 
 def test_a_limit_that_no_type_can_meet_is_refused(folder: Path) -> None:
@@ -414,6 +505,12 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
         (("[score]", "[scores]"), r"scores.*score"),
         (("seed    = 0", "seed    = "), r"recipe\.toml:\d+"),
         (('kind = "sampled"', 'kind = "sampel"'), r"score\.kind.*sampled"),
+        (
+            ("[calibrate]", '[distill.features]\ndistance = "l2"\n[calibrate]'),
+            r"recipe\.toml:\d+: distill\.features\.distance.*mse",
+        ),
+        (("[calibrate]", "[distill.features]\npair = 1\n[calibrate]"), r"distill\.features\.pair\b.*pairs"),
+        (("[calibrate]", "[distill.features]\npairs = [[1, -1]]\n[calibrate]"), r"distill\.features\.pairs"),
         (("n    = 12", "n    = 256"), r"score\.n.*255"),
         (('kind = "sampled"\nn    = 12', 'kind = "top-sampled"\nn    = 2'), "top-sampled needs an n of 3 or more"),
         (("beta2      = 0.95", 'optimizer  = "lion"'), r"heal\.optimizer.*adafactor"),
