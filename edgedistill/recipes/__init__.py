@@ -1,8 +1,16 @@
-"""Recipes that ``edgedistill init`` copies: each a folder with ``recipe.toml`` and its data."""
+"""Recipes that ``edgedistill init`` copies: each a folder with ``recipe.toml`` and its data.
+
+Each data file is in the package once. A recipe that learns from the data of another says so in its ``__init__.py``::
+
+    TAKES = {"quickstart": ("data/train.jsonl", "data/holdout.jsonl")}
+
+and ``init`` copies these files beside its own: what a user gets is complete by itself.
+"""
 
 from __future__ import annotations
 
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 from edgedistill.errors import UsageError
@@ -15,6 +23,12 @@ def packaged() -> list[str]:
     return sorted(path.parent.name for path in HERE.glob("*/recipe.toml"))
 
 
+def taken(name: str) -> dict[str, Path]:
+    """Return what a packaged recipe takes from others: path in its own folder -> the packaged file."""
+    takes: dict[str, tuple[str, ...]] = getattr(import_module(f"{__name__}.{name}"), "TAKES", {})
+    return {file: HERE / other / file for other, files in takes.items() for file in files}
+
+
 def copy_recipe(name: str, folder: Path) -> Path:
     """Copy a packaged recipe to a new folder and return it; a folder with something in it is never written over."""
     if name not in packaged():
@@ -24,4 +38,7 @@ def copy_recipe(name: str, folder: Path) -> Path:
     shutil.copytree(
         HERE / name, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py", "*.txt"), dirs_exist_ok=True
     )
+    for file, source in taken(name).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, folder / file)
     return folder
