@@ -34,6 +34,7 @@ class Manifest:
     size: int
     example: list[dict[str, Any]]
     tools: dict[str, str]
+    draft: dict[str, Any] = field(default_factory=dict)  # what the draft brings; "refused" says why it is not here
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     edgedistill: str = __version__
@@ -69,6 +70,8 @@ def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
     (out / "README.md").write_text(model_card(manifest, grammar=bool(grammar)))
     files = {path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
     body = {**asdict(manifest), "files": files}
+    if not manifest.draft:
+        del body["draft"]
     (out / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
@@ -100,7 +103,15 @@ def commands(manifest: Manifest) -> list[str]:
     user = next((m["content"] for m in manifest.example if m["role"] == "user"), "Hello")
     if manifest.format == "gguf":
         grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
+        drafted = []
+        if manifest.draft and not manifest.draft["refused"]:
+            drafted = [
+                f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple "
+                f"--spec-draft-n-max {manifest.draft['tokens']} --spec-draft-p-min {manifest.draft['min_probability']:g} "
+                f"--jinja -c {manifest.generation['context']}  # with the draft"
+            ]
         return [
+            *drafted,
             f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar} -p {user!r}",
             f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}",
             "ollama create my-model -f Modelfile && ollama run my-model",
@@ -157,6 +168,8 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), "
             f"{measured.get('settings', {}).get('threads')} threads"
         )
+    if manifest.draft:
+        lines += ["", "## Draft", "", *_draft_lines(manifest.draft)]
     lines += ["", "## Gates", "", "| gate | wanted | found | status |", "|---|---|---|---|"]
     for line in manifest.gates:
         sign = "at least" if line["at_least"] else "at most"
@@ -172,3 +185,27 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
     lines += ["", "The licence of the source covers these derived weights too.", "", "## Run it", "", "```sh"]
     lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
     return "\n".join(lines)
+
+
+def _draft_lines(draft: dict[str, Any]) -> list[str]:
+    """Say what the draft model brings, or why it is not in the package."""
+    found = draft["drafting"]
+    kept, check = found["acceptance"], found["tokens_per_check"]
+    lines = [
+        f"- up to {draft['tokens']} tokens are drafted: {kept['value']:.3f} [{kept['low']:.3f}, {kept['high']:.3f}] of them kept "
+        f"(n = {kept['n']} tokens), {check['value']:.2f} [{check['low']:.2f}, {check['high']:.2f}] tokens a check"
+    ]
+    for name, label in (("answer", "whole answers"), ("decode", "generation")):
+        ratio = found[name]
+        bounds = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        lines.append(f"- {label}: {bounds} as fast as without, n = {ratio['n']} prompts")
+    if draft["unproved"]:
+        lines.append(f"- speeds are unproved for the target: {draft['unproved']}")
+    if draft["refused"]:
+        return [f"None is in this package: {draft['refused']}.", "", *lines]
+    return [
+        f"`draft.gguf` ({draft['size'] / 1e6:.1f} MB) writes ahead of the model, which checks it: the answers stay the same. "
+        f"Measured with {found['runner'].get('version', 'llama.cpp')}; memory of both: {found['peak_rss'] / 1e6:.0f} MB.",
+        "",
+        *lines,
+    ]

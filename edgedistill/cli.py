@@ -145,6 +145,10 @@ def _force(session: Any, patterns: list[str] | None) -> list[str]:
     return [step.id for pattern in patterns or [] for step in session.plan.match(pattern)]
 
 
+def _speeds(session: Any) -> list[str]:
+    return sorted({step.stage.name for step in session.plan.steps} & {"measure", "speculate"})
+
+
 @app.command()
 def build(
     recipe: RecipeArgument = Path(),
@@ -168,7 +172,7 @@ def build(
     from edgedistill.ui import TerminalReporter
 
     session = _cut(_session(recipe, target, set_, ship_anyway=ship_anyway), until)
-    forced = _force(session, force) + (_force(session, ["measure"]) if remeasure else [])
+    forced = _force(session, force) + (_force(session, _speeds(session)) if remeasure else [])
     check_disk(rows_of(session, forced), session.store)
     for warning in session.plan.warnings:
         _note(f"warning: {warning}")

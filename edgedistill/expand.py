@@ -13,6 +13,7 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
 from edgedistill.evals.metrics import AFTER_THINKING
+from edgedistill.expand_draft import DraftSteps
 from edgedistill.expand_rounds import RoundSteps
 from edgedistill.fingerprint import Key, digest
 from edgedistill.inputs import (
@@ -31,7 +32,7 @@ from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.filter import Filter, ThinkingFilter
 from edgedistill.stages.generate import Generate
 from edgedistill.stages.measure import Measure
-from edgedistill.stages.package import Package
+from edgedistill.stages.package import DraftedPackage, Package
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
@@ -44,7 +45,7 @@ def expand(inputs: Inputs) -> Plan:
     return _Expander(inputs).plan()
 
 
-class _Expander(RoundSteps):
+class _Expander(RoundSteps, DraftSteps):
     """Adds the steps of one recipe, from the base models to the packages."""
 
     def plan(self) -> Plan:
@@ -186,10 +187,31 @@ class _Expander(RoundSteps):
         measured = [
             self._measure(f"measure/{target.name}", key, file, teacher_gguf, target) for target, key, file in quantized
         ]
+        wanted = self.recipe.draft.targets if self.recipe.draft else ()
+        drafts = {
+            target.name: self._draft(target, key, student) for target, key, _ in quantized if target.name in wanted
+        }
         for (target, key, file), evaluation, measurement in zip(quantized, evaluations, measured, strict=True):
             self.packages[target.name] = self._package(
-                target, key, file, evaluation, measurement, scores, student_scores, teacher_gguf
+                target,
+                key,
+                file,
+                evaluation,
+                measurement,
+                scores,
+                student_scores,
+                teacher_gguf,
+                drafts.get(target.name),
             )
+
+    def _draft(self, target: Target, shipped: Key, student: Key) -> tuple[Key, Key]:
+        """Add the draft of one target; return the keys of its file and of what it brings."""
+        assert self.recipe.draft is not None
+        trained, params = self._train_draft(target, shipped, student)
+        gguf = self._convert(f"convert/draft-{target.name}", trained, self.inputs.student, params)
+        types = Types(type=self.recipe.draft.type)
+        file = self._quantize(f"quantize/draft-{target.name}", gguf, None, "gguf", types, params)
+        return file, self._speculate(target, shipped, file)
 
     def _calibrate(self, name: str, gguf: Key, kept: Key, params: int) -> Key:
         rows = min(self.recipe.calibrate.rows, len(self.inputs.prompts))
@@ -337,6 +359,7 @@ class _Expander(RoundSteps):
         scores: Key,
         student: Key,
         reference: Key,
+        draft: tuple[Key, Key] | None = None,
     ) -> Key:
         gates = self.recipe.gates.model_dump()
         for name in ("min_speedup", "min_shrink"):
@@ -356,27 +379,28 @@ class _Expander(RoundSteps):
             for model in (self.inputs.teacher, self.inputs.student)
         }
         tokens = [s.max_new_tokens for s in self.recipe.suites.values() if s.metric != "perplexity"]
-        stage = Package(
-            model=key,
-            file=file,
-            evaluation=evaluation,
-            measurement=measurement,
-            teacher=scores,
-            student=student,
-            reference=reference,
-            recipe=self.recipe.name,
-            target={"name": target.name, **target.model_dump(mode="json")},
-            unproved="" if same else why,
-            gates=gates,
-            sources=tuple(sources.values()),
-            generation={
+        fields: dict[str, Any] = {
+            "model": key,
+            "file": file,
+            "evaluation": evaluation,
+            "measurement": measurement,
+            "teacher": scores,
+            "student": student,
+            "reference": reference,
+            "recipe": self.recipe.name,
+            "target": {"name": target.name, **target.model_dump(mode="json")},
+            "unproved": "" if same else why,
+            "gates": gates,
+            "sources": tuple(sources.values()),
+            "generation": {
                 "temperature": 0.0,
                 "max_new_tokens": max(tokens, default=64),
                 "context": target.runtime.context,
             },
-            grammar=grammar,
-            ship_anyway=self.inputs.ship_anyway,
-            all_keys={name: str(step.key) for step in self.graph.steps() for name in step.ids},
-            example=tuple(self.inputs.prompts[0].messages),
-        )
+            "grammar": grammar,
+            "ship_anyway": self.inputs.ship_anyway,
+            "all_keys": {name: str(step.key) for step in self.graph.steps() for name in step.ids},
+            "example": tuple(self.inputs.prompts[0].messages),
+        }
+        stage: Package = DraftedPackage(**fields, draft=draft[0], drafting=draft[1]) if draft else Package(**fields)
         return self.graph.add(f"package/{target.name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))

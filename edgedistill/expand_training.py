@@ -165,8 +165,11 @@ class TrainingSteps:
         *,
         teacher: Key | None = None,
         gold: bool = False,
+        beside: type[DistillBeside] = DistillBeside,
     ) -> Key:
-        """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``."""
+        """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``. With a ``teacher`` beside the
+        student the stage is ``beside``.
+        """
         settings = self.recipe.distill
         loss = (
             {"kd": 0.0, "ce": 1.0, "divergence": "forward-kl", "temperature": 1.0}
@@ -187,7 +190,7 @@ class TrainingSteps:
             "loss": loss,
             "seed": self.recipe.seed if settings.seed is None else settings.seed,
         }
-        stage = Distill(**fields) if teacher is None else DistillBeside(**fields, teacher=teacher)
+        stage = Distill(**fields) if teacher is None else beside(**fields, teacher=teacher)
         tokens = self.tokens * settings.epochs
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:

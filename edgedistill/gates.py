@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedistill.target import format_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
@@ -126,6 +128,25 @@ def check_gates(
         )
     lines += _limits(limits, size, measurement.get("measurement", {}), unproved)
     return GateReport(lines=tuple(lines))
+
+
+def draft_refused(drafting: Mapping[str, Any], limits: Mapping[str, Any], size: int) -> str:
+    """Say why a draft does not ship beside its model, "" if it does: it must bring something, and both must fit the target.
+
+    ``drafting`` is what was measured, ``size`` the bytes of both files. Memory is judged by this machine, whatever the target is:
+    a draft can always be left out.
+    """
+    answer = drafting["answer"]
+    bounds = f"{answer['value']:.2f}x [{answer['low']:.2f}, {answer['high']:.2f}], n = {answer['n']}"
+    if drafting["verdict"] == "hurt":
+        return f"answers come later with it: {bounds}"
+    if drafting["verdict"] == "undecided":
+        return f"answers come no sooner with it, as far as can be told: {bounds}"
+    found = {"file_size": ("files have", size), "peak_rss": ("process takes", drafting["peak_rss"])}
+    for name, (what, value) in found.items():
+        if (bound := limits.get(name)) is not None and value > bound:
+            return f"with it the {what} {format_size(value)}, and limits.{name} is {format_size(bound)}"
+    return ""
 
 
 def _limits(limits: Mapping[str, Any], size: int, measured: Mapping[str, Any], unproved: str) -> list[Line]:

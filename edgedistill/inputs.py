@@ -14,7 +14,7 @@ from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
-from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Tune
+from edgedistill.recipe import Adapt, Distill, Draft, Heal, Prompts, Recipe, Shaped, Student, Training, Tune
 from edgedistill.target import Target, format_size
 from edgedistill.training.objectives import WHOLE
 from edgedistill.training.shaping import choose_layers
@@ -39,6 +39,7 @@ class Inputs:
     gold: tuple[Row, ...]
     healing: tuple[Row, ...]
     tuning: tuple[Row, ...]
+    drafting: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     ship_anyway: bool = False
 
@@ -105,7 +106,7 @@ def read_inputs(
     need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
 
     def read(
-        section: Prompts | Adapt | Heal | Tune | None, name: str, *, reference: bool = True, skip: Any = 0
+        section: Prompts | Adapt | Heal | Tune | Draft | None, name: str, *, reference: bool = True, skip: Any = 0
     ) -> tuple[Row, ...]:
         if section is None:
             return ()
@@ -124,6 +125,7 @@ def read_inputs(
         gold=read(recipe.adapt, "adapt"),
         healing=read(recipe.heal, "heal"),
         tuning=read(recipe.tune, "tune", skip=recipe.tune.skip if recipe.tune else 0),
+        drafting=read(recipe.draft, "draft", reference=False, skip=recipe.draft.skip if recipe.draft else 0),
         suites={
             name: with_block(
                 _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True),
@@ -191,7 +193,8 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    taught = {id(row): row for row in (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning)}  # shared
+    told = (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning, *inputs.drafting)
+    taught = {id(row): row for row in told}  # shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
@@ -201,6 +204,7 @@ def refuse(inputs: Inputs) -> list[str]:
         )
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
+    _refuse_draft(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
 
 
@@ -258,6 +262,28 @@ def _refuse_tuning(inputs: Inputs) -> list[str]:
     ]
 
 
+def _refuse_draft(inputs: Inputs) -> None:
+    """Refuse a draft of what llama.cpp does not run, of a shape or type that there is not, and without a suite to measure it on."""
+    from edgedistill.formats.gguf.types import file_type
+
+    draft = inputs.recipe.draft
+    if draft is None:
+        return
+    told: tuple[str, str, str] | None = None
+    for target in inputs.targets:
+        if target.name in draft.targets and target.runtime.format != "gguf":
+            told = (f"{target.name} is an ONNX target: drafts run in llama.cpp", "take it out", "targets")
+    if not any(suite.metric != "perplexity" for suite in inputs.recipe.suites.values()):
+        told = ("a draft is measured on the prompts of a suite, and none is answered", "add one to [suites]", "targets")
+    try:
+        file_type(draft.type)
+    except UsageError as error:
+        told = (error.message, error.hint, "type")
+    if told is not None:
+        raise RecipeError(told[0], told[1], key=f"draft.{told[2]}", file=inputs.path)
+    _refuse_shape(draft_inputs(inputs), "draft")
+
+
 def _refuse_shape(inputs: Inputs, section: str) -> None:
     """Refuse layers, neurons and tokens that the model which is cut does not have; ``section`` is named in errors."""
     student, facts = inputs.recipe.student, inputs.student.facts
@@ -265,7 +291,7 @@ def _refuse_shape(inputs: Inputs, section: str) -> None:
     if (isinstance(layers, int) and layers > facts.layers) or (
         isinstance(layers, tuple) and max(layers) >= facts.layers
     ):
-        whole = student.model if section == "student" else "the model before this link"
+        whole = {"student": student.model, "draft": "the student"}.get(section, "the model before this link")
         raise RecipeError(
             f"{whole} has {facts.layers} layers", "keep fewer of them", key=f"{section}.layers", file=inputs.path
         )
@@ -300,7 +326,8 @@ def _gaps(links: Sequence[Inputs]) -> list[str]:
 
 def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
     """Refuse a width of the FFN that the model does not have, that no block type divides, or that no row can tell."""
-    model, facts = inputs.recipe.student.model, inputs.student.facts
+    facts = inputs.student.facts
+    model = "the student" if key == "draft.ffn" else inputs.recipe.student.model
     told: tuple[str, str] | None = None
     if facts.architecture not in NARROWABLE:
         told = (f"the FFN of {model} ({facts.architecture}) cannot be made narrower", "set student.layers instead")
@@ -414,6 +441,25 @@ def student_facts(inputs: Inputs) -> ModelFacts:
         layers=len(chosen_layers(inputs)),
         ffn=student.ffn or facts.ffn,
         vocab=student.vocabulary or facts.vocab,
+    )
+
+
+def draft_inputs(inputs: Inputs) -> Inputs:
+    """Return the inputs as if the student were the teacher, and its draft the student."""
+    draft, facts = inputs.recipe.draft, student_facts(inputs)
+    assert draft is not None
+    shape = {name: getattr(draft, name) for name in Shaped.model_fields}
+    training = {name: getattr(draft, name) for name in (*Training.model_fields, "loss")}
+    changes = {
+        "student": Student(model="teacher", **shape),
+        "chain": (),
+        "distill": Distill(method="full", **training),
+    }
+    return replace(
+        inputs,
+        recipe=inputs.recipe.model_copy(update=changes),
+        teacher=replace(inputs.teacher, facts=facts),
+        student=replace(inputs.student, facts=facts),
     )
 
 

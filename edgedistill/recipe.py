@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.toml_source import key_error, load_toml
@@ -29,6 +29,13 @@ Skip = Annotated[
     Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...],
     Field(description="leave out the first so many rows of each file: one count for all, or a list of one for each"),
 ]
+
+UNLOADABLE = {
+    "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
+    'be neither run nor measured here; take kind = "model"',
+    "medusa": 'llama.cpp cannot load Medusa heads; take kind = "model"',
+}
+"""Heads for speculative decoding that people ask for by name, and why they are refused (llama-cpp-python 0.3.36)."""
 
 
 class Section(BaseModel):
@@ -366,6 +373,49 @@ class Tune(Training):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
+class Draft(Shaped, Training):
+    """A draft model for speculative decoding: cut out of the merged student, trained in full on what the quantized file of each
+    target writes, with the student's distributions; then measured beside that file. One that brings nothing is not shipped.
+    """
+
+    LATER = Training.LATER
+
+    kind: Literal["model"] = "model"
+    targets: Annotated[tuple[str, ...], Field(min_length=1, description="whose files: GGUF targets of this recipe")]
+    layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 2
+    files: tuple[Path, ...] = Field(
+        default=(),
+        description="rows whose prompts the file answers for the draft to learn from; none: those of [prompts]",
+    )
+    rows: Rows = None
+    skip: Skip = 0
+    loss: Loss = Loss()
+    epochs: Positive = 3.0
+    lr: Positive = 6e-4
+    type: str = Field(default="Q8_0", description="GGUF type of the draft")
+    tokens: Count = Field(default=3, description="the most tokens that it writes before they are checked")
+    min_probability: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="it stops before a token that it gives less"
+    )
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _loadable(cls, kind: Any) -> Any:
+        if str(kind).lower().rstrip("0123456789") in UNLOADABLE:
+            raise ValueError(UNLOADABLE[str(kind).lower().rstrip("0123456789")])
+        return kind
+
+    @model_validator(mode="after")
+    def _a_draft(self) -> Draft:
+        if self.vocabulary is not None:
+            raise key_error("vocabulary", "a draft writes the tokens of the model that checks it: leave the key out")
+        if self.layers == "all" and self.ffn is None:
+            raise ValueError("a draft with all layers and neurons is as slow as the model itself: set layers, or ffn")
+        if self.files == () and (self.rows is not None or self.skip != 0):
+            raise ValueError("rows and skip count rows of draft.files, and there are none")
+        return self
+
+
 class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
@@ -427,6 +477,7 @@ class Recipe(Section):
     calibrate: Calibrate = Calibrate()
     quantize: dict[str, QuantizeOverride] = {}
     tune: Tune | None = None
+    draft: Draft | None = None
     suites: dict[str, Suite] = {}
     gates: Gates = Gates()
     baselines: Baselines = Baselines()
@@ -443,9 +494,16 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.tune and isinstance(self.tune.skip, tuple) and len(self.tune.skip) != len(self.tune.files):
-            raise ValueError(f"tune.skip has {len(self.tune.skip)} counts for {len(self.tune.files)} files")
-        sections = {"adapt": self.adapt, "heal": self.heal, "prompts": self.prompts, "tune": self.tune}
+        for place, section in {"tune": self.tune, "draft": self.draft}.items():
+            if section and isinstance(section.skip, tuple) and len(section.skip) != len(section.files):
+                raise ValueError(f"{place}.skip has {len(section.skip)} counts for {len(section.files)} files")
+        sections = {
+            "adapt": self.adapt,
+            "heal": self.heal,
+            "prompts": self.prompts,
+            "tune": self.tune,
+            "draft": self.draft,
+        }
         for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
                 raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")
@@ -470,9 +528,12 @@ class Recipe(Section):
             for name in names if isinstance(names, dict) else ():
                 if name not in self.targets:
                     raise ValueError(f"{place} names the target {name!r}; targets has {', '.join(self.targets)}")
-        for name in self.tune.targets if self.tune else ():
-            if name not in self.targets:
-                raise ValueError(f"tune.targets names the target {name!r}; targets has {', '.join(self.targets)}")
+        for place, section in {"tune": self.tune, "draft": self.draft}.items():
+            for name in section.targets if section else ():
+                if name not in self.targets:
+                    raise ValueError(
+                        f"{place}.targets names the target {name!r}; targets has {', '.join(self.targets)}"
+                    )
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets names one target twice")
         if self.chain and self.student.model != "teacher":

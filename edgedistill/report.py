@@ -149,6 +149,24 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DraftLine:
+    """What a draft model brings to one target: ratios are of speed with it over without, in one session."""
+
+    target: str
+    size: int
+    tokens: int
+    acceptance: Figure
+    tokens_per_check: Figure
+    answer: Figure
+    decode: Figure
+    verdict: str  # of whole answers: "helped", "hurt" or "undecided"
+    refused: str  # why it does not ship, or ""
+    unproved: str  # why speeds measured here say nothing of the target, or ""
+    ties: int
+    noise: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """A symptom that the figures show: what is likely, what mends it, and the recipe key to change."""
 
@@ -184,6 +202,7 @@ class ReportData:
     missing: list[str]  # steps that are missing though their inputs are there
     waiting: int  # steps that cannot run before those
     warnings: list[str]
+    drafts: list[DraftLine] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def diagnose(data: ReportData) -> list[Finding]:
         _cut,
         _thinking,
         _gradients,
+        _draft,
     )
     return [finding for check in checks for finding in check(data)]
 
@@ -354,3 +355,18 @@ def _gradients(data: ReportData) -> Iterator[Finding]:
                 remedy="move the weights toward each other",
                 key="distill.loss.kd, distill.loss.ce, distill.loss.temperature",
             )
+
+
+def _draft(data: ReportData) -> Iterator[Finding]:
+    for line in data.drafts:
+        if not line.refused:
+            continue
+        yield Finding(
+            symptom=f"the draft of {line.target} is not shipped",
+            figure=f"{line.refused}; {line.acceptance.text(n=True)} of its tokens kept",
+            likely="it guesses too little right for what it takes"
+            if line.verdict != "helped"
+            else "no room for two models",
+            remedy="a smaller draft, more rows to learn from, fewer tokens at a time; or none: this target is fast enough alone",
+            key="draft.layers, draft.ffn, draft.rows, draft.tokens, draft.min_probability",
+        )

@@ -17,6 +17,7 @@ from edgedistill.report_sheets import (
     details_sheet,
     differences_sheet,
     divergence_sheet,
+    drafts_sheet,
     forgetting_sheet,
     gates_sheet,
     machine_notes,
@@ -156,6 +157,7 @@ def page(data: ReportData) -> str:
         *_section("Training", _training(data)),
         *_section("Quantization", [_table(types_sheet(data))] if data.fallbacks else []),
         *_section("Speed and memory", [_table(speeds_sheet(data))] if any(m.speed for m in data.models) else []),
+        *_section("Speculative decoding", [_table(drafts_sheet(data))] if data.drafts else []),
         *_section("Time per step", _times(data)),
         *_section("Where the numbers come from", _origins(data)),
     ]

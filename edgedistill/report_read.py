@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
-from edgedistill.report import Comparison, Difference, Figure, Model, ReportData, Round, Speed, SuiteLine
+from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def read(session: Session) -> ReportData:
         missing=missing,
         waiting=waiting,
         warnings=list(session.plan.warnings),
+        drafts=_drafts(reader),
     )
 
 
@@ -314,6 +315,35 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
         student=known[stage.student].path if stage.student else None,
         unproved=stage.unproved,
     ).to_json()
+
+
+def _drafts(reader: _Reader) -> list[DraftLine]:
+    """Read what each draft model brings, and whether it ships."""
+    from edgedistill.gates import draft_refused
+
+    found = []
+    for target in reader.session.inputs.targets:
+        facts, stage = reader.facts(f"speculate/{target.name}"), f"quantize/draft-{target.name}"
+        own, whole = reader.size(stage), reader.size(f"quantize/{target.name}")
+        if not facts or own is None or whole is None:
+            continue
+        measured = facts["drafting"]
+        package: Package = reader.steps[f"package/{target.name}"].stage  # type: ignore[assignment]
+        figures = {name: Figure.read(measured[name]) for name in ("acceptance", "tokens_per_check", "answer", "decode")}
+        found.append(
+            DraftLine(
+                target=target.name,
+                size=own,
+                tokens=facts["tokens"],
+                verdict=measured["verdict"],
+                refused=draft_refused(measured, target.limits.model_dump(), own + whole),
+                unproved=package.unproved,
+                ties=measured["ties"],
+                noise=tuple(measured["noise"]),
+                **{name: figure for name, figure in figures.items() if figure},
+            )
+        )
+    return found
 
 
 def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:

@@ -152,7 +152,14 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
     sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
-    sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
+    sheets += [
+        speeds_sheet(data),
+        drafts_sheet(data),
+        training_sheet(data),
+        types_sheet(data),
+        times_sheet(data),
+        findings_sheet(data),
+    ]
     return [sheet for index, sheet in enumerate(sheets) if sheet.rows or index == 0]
 
 
@@ -347,6 +354,43 @@ def speeds_sheet(data: ReportData) -> Sheet:
             notes=machine_notes(data),
         )
     )
+
+
+def drafts_sheet(data: ReportData) -> Sheet:
+    """Lay out what each draft model brings."""
+    rows = [
+        [
+            line.target,
+            format_size(line.size),
+            str(line.tokens),
+            _text(line.acceptance),
+            _count(line.acceptance.n),
+            _text(line.tokens_per_check, 2),
+            _text(line.answer, 2),
+            _text(line.decode, 2),
+            _count(line.answer.n),
+            line.verdict,
+            f"not shipped: {line.refused}" if line.refused else "shipped",
+        ]
+        for line in data.drafts
+    ]
+    columns = (
+        *("target", "draft", "tokens", "kept", "of drafted", "tokens a check", "whole answers", "decode", "prompts"),
+        *("verdict", "package"),
+    )
+    notes = [
+        "kept: share of the drafted tokens; whole answers, decode: speed with the draft over that without, turn by turn in one "
+        "session; greedy, and token for token the same answers"
+    ]
+    for line in data.drafts:
+        if line.unproved:
+            notes.append(f"{line.target}: speeds are unproved: {line.unproved}")
+        if line.ties:
+            notes.append(f"{line.target}: {line.ties} answers part where two tokens are equal to rounding")
+        if line.noise:
+            notes.append(f"NOISY {line.target}: {'; '.join(line.noise)}")
+    title = "speculative decoding"
+    return Sheet(title=title, columns=columns, rows=rows, right=frozenset(range(1, 9)), notes=notes if rows else [])
 
 
 def training_sheet(data: ReportData) -> Sheet:

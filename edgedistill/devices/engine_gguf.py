@@ -136,13 +136,7 @@ class GgufEngine:
             self.api.llama_free(self.context)
             self.context = None
         if not self.context:
-            params = self.api.llama_context_default_params()
-            params.n_ctx, params.n_batch, params.n_ubatch = room, BATCH, MICRO_BATCH
-            params.n_threads = params.n_threads_batch = self.threads
-            params.type_k = params.type_v = _TYPE_F16
-            params.flash_attn_type = _FLASH_ATTENTION_AUTO
-            params.op_offload, params.swa_full = True, False
-            self.context = self.api.llama_init_from_model(self.model, params)
+            self.context = self.api.llama_init_from_model(self.model, self._params(room))
             if not self.context:
                 raise StepFailed(f"llama.cpp could not make a context of {room} tokens", "lower the target's context")
             self.test, self.room = test, room
@@ -150,6 +144,16 @@ class GgufEngine:
             attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
             attach(self.context, self.pool, None)
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), False)
+
+    def _params(self, room: int) -> Any:
+        """Return a context's settings: llama-bench's."""
+        params = self.api.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = room, BATCH, MICRO_BATCH
+        params.n_threads = params.n_threads_batch = self.threads
+        params.type_k = params.type_v = _TYPE_F16
+        params.flash_attn_type = _FLASH_ATTENTION_AUTO
+        params.op_offload, params.swa_full = True, False
+        return params
 
     def _feed(self, tokens: list[int]) -> None:
         for at in range(0, len(tokens), BATCH):

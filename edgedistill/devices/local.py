@@ -49,7 +49,7 @@ def measure(
     """
     file_size = artifact_size(artifact)
     asked = list(prompts or [])[: settings.ttft_prompts]
-    say = _Steps(progress, total=3 + len(asked) + 2 * (settings.reps + settings.warmup))
+    say = Steps(progress, total=3 + len(asked) + 2 * (settings.reps + settings.warmup))
     load_before = load_average()
     say("memory bandwidth")
     ceiling = bandwidth(settings.threads)
@@ -59,7 +59,7 @@ def measure(
         say("memory")
         peak = worker.ask("fill", context=settings.context, prompt=settings.pp)["peak_rss"]
         first, last, prompt_tokens = [], [], []
-        others = _Others()
+        others = Others()
         for index, messages in enumerate(asked):
             say(f"prompt {index + 1}/{len(asked)}")
             with others.watch(worker):
@@ -115,8 +115,8 @@ def measure_ratio(
     `measure`.
     """
     pairs = max(_PAIRS, settings.reps)
-    say = _Steps(progress, total=2 + 2 * (pairs + settings.warmup))
-    others = _Others()
+    say = Steps(progress, total=2 + 2 * (pairs + settings.warmup))
+    others = Others()
     times: dict[str, tuple[list[float], list[float]]] = {"generate": ([], []), "prompt": ([], [])}
     say(f"loading {ours.name}")
     with Worker(ours, settings.threads) as left:
@@ -134,7 +134,7 @@ def measure_ratio(
                         with others.watch(worker):
                             kept.append(n / worker.ask(test, n=n)["seconds"])
             runners = (left.loaded["runner"], right.loaded["runner"])
-    tg, pp = (_ratio(*times[test]) for test in ("generate", "prompt"))
+    tg, pp = (ratio_of(*times[test]) for test in ("generate", "prompt"))
     samples = {"tg": tg.ours, "tg of the baseline": tg.baseline, "pp": pp.ours, "pp of the baseline": pp.baseline}
     return RatioMeasurement(
         ours=str(ours),
@@ -205,9 +205,9 @@ def noise_of(samples: dict[str, Samples], load_of_others: float | None, threads:
 class Worker:
     """A process that has one artifact loaded; `edgedistill.devices.worker` is its other end."""
 
-    def __init__(self, artifact: Path, threads: int) -> None:
+    def __init__(self, artifact: Path, threads: int, *, draft: dict[str, Any] | None = None) -> None:
         artifact_size(artifact)
-        self.artifact, self.threads = artifact, threads
+        self.artifact, self.threads, self.draft = artifact, threads, draft
         self.loaded: dict[str, Any] = {}
         self.cpu_seconds = 0.0
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would fill up while nobody reads it
@@ -224,7 +224,7 @@ class Worker:
             env={**os.environ, "PYTHONPATH": path},
         )
         try:
-            self.loaded = self.ask("load", path=str(self.artifact.resolve()), threads=self.threads)
+            self.loaded = self.ask("load", path=str(self.artifact.resolve()), threads=self.threads, draft=self.draft)
         except BaseException:
             self.__exit__()
             raise
@@ -265,7 +265,7 @@ class Worker:
 
 
 @dataclass
-class _Others:
+class Others:
     """Sum up how long and how hard other processes worked while we were sampling."""
 
     wall: float = 0.0
@@ -273,6 +273,7 @@ class _Others:
     known: bool = field(default=True)
 
     def watch(self, worker: Worker) -> _Watch:
+        """Count what happens in a ``with`` block."""
         return _Watch(self, worker)
 
     @property
@@ -282,7 +283,7 @@ class _Others:
 
 
 class _Watch:
-    def __init__(self, others: _Others, worker: Worker) -> None:
+    def __init__(self, others: Others, worker: Worker) -> None:
         self.others, self.worker = others, worker
 
     def __enter__(self) -> None:
@@ -297,7 +298,9 @@ class _Watch:
         self.others.busy += busy - self.busy - (self.worker.cpu_seconds - self.ours)
 
 
-class _Steps:
+class Steps:
+    """Tell how far a measurement is."""
+
     def __init__(self, progress: Progress | None, total: int) -> None:
         self.progress, self.total, self.done = progress, total, 0
 
@@ -312,7 +315,8 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-def _ratio(ours: list[float], baseline: list[float]) -> Ratio:
+def ratio_of(ours: list[float], baseline: list[float]) -> Ratio:
+    """Return how many times as fast ``ours`` is, paired by place."""
     from edgedistill.evals.statistics import median_ratio
 
     estimate = median_ratio(ours, baseline, paired=True)

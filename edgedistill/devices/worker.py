@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def _load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         __import__("llama_cpp")
     before = _resident()
     start = time.perf_counter()
-    engine = Engine(path, threads)
+    if draft := request.get("draft"):
+        from edgedistill.devices.engine_draft import DraftedEngine
+
+        options = {name: draft[name] for name in ("tokens", "min_probability")}
+        engine: Any = DraftedEngine(path, Path(draft["path"]), threads, **options)
+    else:
+        engine = Engine(path, threads)
     seconds = time.perf_counter() - start
     size, exact = engine.bytes_per_token()
     return engine, {
@@ -70,6 +77,11 @@ def _serve(engine: Any, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "answer":
         first, last, prompt, made = engine.answer(request["messages"], request["limit"], request["context"])
         return {"first": first, "last": last, "prompt_tokens": prompt, "tokens": made, "peak_rss": _peak_resident()}
+    if request["do"] == "draft":
+        spoken = engine.answer(request["messages"], request["limit"], request["context"], drafted=request["drafted"])
+        return {**asdict(spoken), "peak_rss": _peak_resident()}
+    if request["do"] == "gap":
+        return {"gap": engine.gap(*(request[name] for name in ("messages", "before", "one", "other", "context")))}
     return {"seconds": getattr(engine, request["do"])(request["n"])}
 
 

@@ -44,7 +44,6 @@ class Distill(Stage):
             train_settings,
         )
         from edgedistill.training.selfcheck import selfcheck
-        from edgedistill.training.thinking import watch_thinking
         from edgedistill.training.trainer import train
         from edgedistill.training.vocabulary import origin_towards
 
@@ -96,9 +95,16 @@ class Distill(Stage):
             writer=writer,
             progress=ctx.progress,
         )
-        watched = watch_thinking(kept_rows, source, result, text=self.text, progress=ctx.progress)
+        watched = self.watch(ctx, result)
         take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out, **watched}
+
+    def watch(self, ctx: Context, result: Any) -> Mapping[str, Any]:
+        """Look at the trained student; raises StepFailed where it has stopped thinking."""
+        from edgedistill.training.thinking import watch_thinking
+
+        source, kept_rows = ctx.path(self.student, "model"), ctx.path(self.kept, "kept.jsonl")
+        return watch_thinking(kept_rows, source, result, text=self.text, progress=ctx.progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,3 +114,12 @@ class DistillBeside(Distill):
     """
 
     teacher: Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDraft(DistillBeside):
+    """Train a draft: what it writes by itself nobody reads."""
+
+    def watch(self, ctx: Context, result: Any) -> Mapping[str, Any]:
+        """Look at nothing."""
+        return {}

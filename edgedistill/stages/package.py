@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from edgedistill.artifact import Manifest, write_files
 from edgedistill.errors import GateMissed
 from edgedistill.fingerprint import Key
-from edgedistill.gates import check_gates
+from edgedistill.gates import check_gates, draft_refused
 from edgedistill.step import Context, Stage, unkeyed
 
 
@@ -85,9 +85,33 @@ class Package(Stage):
             size=size,
             example=[dict(message) for message in self.example],
             tools=dict(ctx.entries[self.model].versions),
+            draft=self.add_draft(ctx, size),
         )
         write_files(ctx.out, manifest, grammar=self.grammar)
-        return {"gates": verdict.to_json(), "size": size}
+        shipped = {"draft": manifest.draft} if manifest.draft else {}
+        return {"gates": verdict.to_json(), "size": size, **shipped}
+
+    def add_draft(self, ctx: Context, size: int) -> dict[str, Any]:
+        """Put a draft beside the model of ``size`` bytes, where there is one that brings something; return what it brings."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftedPackage(Package):
+    """Write the package of a target that has a draft."""
+
+    draft: Key
+    drafting: Key  # what it brings, measured
+
+    def add_draft(self, ctx: Context, size: int) -> dict[str, Any]:
+        """Put the draft beside the model, unless it brings nothing."""
+        file, found = ctx.path(self.draft, "model.gguf"), ctx.facts(self.drafting)
+        own = file.stat().st_size
+        refused = draft_refused(found["drafting"], self.target["limits"], size + own)
+        if not refused:
+            _link(file, ctx.out / "draft.gguf")
+        digest = ctx.entries[self.draft].files["model.gguf"].sha256
+        return {**found, "size": own, "digest": digest, "refused": refused, "unproved": self.unproved}
 
 
 def _link(source: Path, target: Path) -> None:

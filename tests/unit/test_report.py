@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgedistill.report import collect, gate_lines, write_html
-from edgedistill.report_sheets import types_sheet
+from edgedistill.report_sheets import drafts_sheet, types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
 
@@ -270,3 +270,26 @@ def test_a_browser_draws_the_page_without_sideways_scrolling(session: Session, t
     ).stdout
     title = re.search(r"<title>(\d+)</title>", found)
     assert title and int(title.group(1)) <= width
+
+
+def test_a_draft_is_shown_with_what_it_brings_and_a_finding_where_it_brings_nothing(tmp_path: Path) -> None:
+    data = collect(make_session(tmp_path, draft={"targets": ["phone-midrange", "laptop-x86"]}))
+    phone, laptop = data.drafts
+    assert (phone.target, phone.verdict, phone.refused, phone.tokens) == ("phone-midrange", "helped", "", 3)
+    assert (laptop.target, laptop.verdict) == ("laptop-x86", "hurt")
+    assert "answers come later with it: 0.90x [0.80, 0.95], n = 64" in laptop.refused
+    sheet = drafts_sheet(data)
+    assert [row[-2:] for row in sheet.rows] == [["helped", "shipped"], ["hurt", f"not shipped: {laptop.refused}"]]
+    assert any("2 answers part where two tokens are equal to rounding" in note for note in sheet.notes)
+    assert any(note.startswith("NOISY phone-midrange: other processes") for note in sheet.notes)
+    assert any(note.startswith("phone-midrange: speeds are unproved: ") for note in sheet.notes)
+    (finding,) = [one for one in data.findings if one.key.startswith("draft.")]
+    assert finding.symptom == "the draft of laptop-x86 is not shipped"
+    write_html(data, tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Speculative decoding" in page.text and "1.20" in " ".join(page.text)
+
+
+def test_without_a_draft_nothing_is_said_of_one(session: Session) -> None:
+    data = collect(session)
+    assert data.drafts == [] and drafts_sheet(data).rows == []

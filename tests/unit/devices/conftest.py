@@ -26,10 +26,18 @@ def larger_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("gguf") / "larger.gguf", layers=24, untied=True)
 
 
-def write_tiny(path: Path, *, layers: int = LAYERS, untied: bool = False, template: str = TEMPLATE) -> Path:
+def write_tiny(
+    path: Path,
+    *,
+    layers: int = LAYERS,
+    untied: bool = False,
+    template: str = TEMPLATE,
+    word: str = "word",
+    seed: int = 0,
+) -> Path:
     import gguf
 
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
@@ -40,7 +48,7 @@ def write_tiny(path: Path, *, layers: int = LAYERS, untied: bool = False, templa
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(HIDDEN // HEADS)
     letters = [chr(33 + i) for i in range(94)] + ["\u0120", "\u010a"]  # GPT-2's bytes for a blank and a line break
-    tokens = letters + [f"word{i}" for i in range(VOCABULARY - 2 - len(letters))] + ["<|im_start|>", "<|im_end|>"]
+    tokens = letters + [f"{word}{i}" for i in range(VOCABULARY - 2 - len(letters))] + ["<|im_start|>", "<|im_end|>"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)

@@ -1,0 +1,59 @@
+"""speculate: what a draft model brings beside the artifact that it serves, on this machine.
+
+In: the artifact, the quantized draft, prompts of a suite. Out: ``drafting.json``: acceptance, tokens a check, and the speed of
+whole answers and of decoding with the draft over that without, turn by turn in one session. Both must say the same, token by
+token. Cached as `measure` is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speculate(Stage):
+    """Answer prompts with a draft of up to ``tokens`` tokens a time, and without."""
+
+    name: ClassVar[str] = "speculate"
+    deterministic: ClassVar[bool] = False
+    model: Key
+    draft: Key
+    tokens: int
+    min_probability: float
+    max_new_tokens: int
+    threads: int
+    context: int
+    device: str  # digest of the host's fingerprint
+    build: str
+    prompts_digest: str
+    prompts: tuple[Row, ...] = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Measure; once more where the machine was noisy."""
+        from edgedistill.devices.drafting import measure_draft
+        from edgedistill.devices.protocol import Settings
+
+        facts: dict[str, Any] = {}
+        for attempt in range(2):
+            found = measure_draft(
+                ctx.path(self.model, "model.gguf"),
+                ctx.path(self.draft, "model.gguf"),
+                Settings(threads=self.threads, context=self.context, answer_tokens=self.max_new_tokens),
+                prompts=[[dict(message) for message in row.messages] for row in self.prompts],
+                tokens=self.tokens,
+                min_probability=self.min_probability,
+                progress=ctx.progress,
+            )
+            facts = found.to_json()
+            if not found.noise:
+                break
+            if attempt == 0:
+                ctx.note("the machine is noisy; measuring again")
+        (ctx.out / "drafting.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
+        return {"drafting": facts, "tokens": self.tokens, "min_probability": self.min_probability}
