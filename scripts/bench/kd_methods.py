@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "12 draws, T = 3": {"score.kind": "sampled", "score.n": 12, "distill.loss.temperature": 3.0},
     "dense, reverse KL": {"score.kind": "dense", "distill.loss.divergence": "reverse-kl"},
     "dense, JSD": {"score.kind": "dense", "distill.loss.divergence": "jsd"},
+    "12 draws, hidden states": {"score.kind": "sampled", "score.n": 12, "distill.features.weight": 1.0},
 }
 QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
 
