@@ -31,6 +31,8 @@ from edgedistill.report_sheets import (
 from edgedistill.tables import Sheet, duration
 from edgedistill.target import format_size
 
+STATES = {"hidden": "kd", "features": "features", "distances": "distances", "angles": "angles"}
+"""What training logs of the hidden states, and the colours of their curves."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6575; --line: #dde2ea; --page: #ffffff;
   --card: #f6f8fb; --teacher: #6b3fa0; --baseline: #7a8494; --student: #0b6bcb; --artifact: #c2410c;
@@ -82,6 +84,9 @@ svg .raw { fill: none; stroke-width: 1; opacity: .22; }
 .loss { --of: var(--student); }
 .kd { --of: var(--artifact); }
 .ce { --of: var(--teacher); }
+.features { --of: var(--baseline); }
+.distances { --of: var(--good); }
+.angles { --of: var(--wait); }
 svg .mark { fill: var(--of); stroke: var(--page); }
 svg .bar, svg .curve, svg .raw { stroke: var(--of); }
 .found dt { font-weight: 600; margin-top: 10px; }
@@ -370,12 +375,12 @@ def _training(data: ReportData) -> list[Html]:
     plots = []
     for step, lines in data.curves.items():
         soft = any(line.get("kd") for line in lines)
-        guided = any(line.get("hidden") for line in lines)
+        guided = [key for key in STATES if any(line.get(key) for line in lines)]
         shown = []
-        for key in ("loss", "kd", "ce") if soft else ("ce", "hidden") if guided else ("loss",):
+        for key in [*(("loss", "kd", "ce") if soft else ("ce",) if guided else ("loss",)), *guided]:
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            shown.append(Line(label=key, kind="kd" if key == "hidden" else key, points=points))
-        unit = "nats a token, relative error" if guided else "nats a token"
+            shown.append(Line(label=key, kind=STATES.get(key, key), points=points))
+        unit = "nats a token, error of states and relations" if guided else "nats a token"
         svg = curves(shown, title=f"loss of {step}", x_label="optimiser step", y_label=unit)
         plots.append(_figure(step, svg))
     parts = [h("div", *plots, cls="plots")] if plots else []

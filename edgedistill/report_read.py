@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
 CURVE_KEYS = (
-    *("step", "loss", "kd", "ce", "hidden", "gradient", "gradient_kd", "gradient_ce"),
+    *("step", "loss", "kd", "ce", "hidden", "features", "distances", "angles"),
+    *("gradient", "gradient_kd", "gradient_ce", "gradient_features"),
     *("lr", "tokens_per_s", "seconds"),
 )
 

@@ -56,6 +56,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "dense, reverse KL": {"score.kind": "dense", "distill.loss.divergence": "reverse-kl"},
     "dense, JSD": {"score.kind": "dense", "distill.loss.divergence": "jsd"},
     "dense, half on-policy": {"score.kind": "dense", "distill.on_policy": 0.5},
+    "12 draws, hidden states": {"score.kind": "sampled", "score.n": 12, "distill.features.weight": 1.0},
 }
 QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
 

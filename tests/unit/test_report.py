@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from edgedistill import report_html
 from edgedistill.report import collect, gate_lines, write_html
 from edgedistill.report_sheets import drafts_sheet, types_sheet
 from edgedistill.session import Session
@@ -134,6 +136,16 @@ def test_training_yields_fallbacks_and_times_are_read(session: Session) -> None:
     assert data.hops["convert/student"]["max_diff"] == 0.0312
     assert len(data.times) == len(session.plan.steps) and all(line["seconds"] for line in data.times)
     assert data.sources[0]["quantized_from"] == "Q4_1" and data.versions["torch"] == "2.13.0"
+
+
+def test_what_is_compared_of_the_hidden_states_is_drawn_beside_the_loss(session: Session) -> None:
+    data = collect(session)
+    plain = report_html.page(data)
+    assert ">features<" not in plain and "error of states" not in plain
+    lines = [{**line, "features": 0.4, "distances": 0.1} for line in data.curves["distill/1"]]
+    html = report_html.page(dataclasses.replace(data, curves={**data.curves, "distill/1": lines}))
+    assert 'class="curve features"' in html and 'class="curve distances"' in html and "error of states" in html
+    assert 'class="curve angles"' not in html
 
 
 def test_long_logs_are_thinned_and_keep_their_last_step(tmp_path: Path) -> None:

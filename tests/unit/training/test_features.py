@@ -207,6 +207,18 @@ def test_models_in_any_layout_give_the_sums_of_one_row_at_a_time(packed: bool, m
     )
 
 
+def test_the_batch_may_lie_on_another_device_than_the_models() -> None:
+    """Batches are made on the CPU: on a GPU (here the meta device stands for it) weights and matrices must follow."""
+    teacher, student, examples = wide().to("meta"), make_llama(2).to("meta"), make_examples(3)
+    guide = Features(teacher, student, FeatureTerms())
+    guide.to("meta", torch.float32)
+    guide.watch(student)
+    with packed_mode(student, teacher), torch.no_grad():
+        batch = make_batch(examples, packed=True)
+        completion_states(student, batch)
+        assert guide.sums(batch, examples)["features"].device.type == "meta"
+
+
 # ── relations ──
 
 

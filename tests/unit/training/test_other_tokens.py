@@ -157,6 +157,16 @@ def test_the_teacher_reads_its_own_tokens_of_the_same_rows(
     assert at == len(found.states)
 
 
+@pytest.mark.parametrize("divergence", ["uld", "gold"])
+def test_the_rows_may_lie_on_another_device_than_the_teacher(pair: SimpleNamespace, divergence: str) -> None:
+    """Places and orders are made on the CPU: on a GPU (here the meta device stands for it) they must follow."""
+    teacher = teacher_of(pair, divergence)
+    teacher.to("meta", torch.float32)
+    found = teacher.targets(make_batch(pair.examples[:2], packed=True), [0, 1])
+    assert found.known is not None and found.known.device.type == "meta"
+    assert found.logits(0, 2).device.type == "meta"
+
+
 def test_one_step_is_the_plain_one_however_it_is_cut(pair: SimpleNamespace, tmp_path: Path) -> None:
     """Value and gradient norm of a step against each row's own forward in float64, in one batch and in two."""
     chosen = replace(SETTINGS, steps=1, batch_size=8, freeze_embeddings=False)
