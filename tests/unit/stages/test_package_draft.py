@@ -99,6 +99,7 @@ def test_manifest_and_card_say_what_the_draft_brings_and_how_to_run_both(tmp_pat
         "size": 5,
         "digest": "e",
         "refused": "",
+        "unproved": "measured on x86_64",
     }
     write_files(tmp_path, manifest(brought), grammar=None)
     read = read_manifest(tmp_path)
