@@ -71,21 +71,35 @@ class Guide:
 class HiddenStates(Guide):
     """Compare a student's hidden states with those of the teacher that it was cut from, over the same batch.
 
-    ``kept`` are the teacher's layers that the student was cut from, ascending. Raises UsageError where the two do not
-    fit: other widths, or another number of layers.
+    ``kept`` are the teacher's layers that the student was cut from, ascending; ``basis`` [teacher's width, student's] is what
+    the student's states are written in, where its residual stream was narrowed. Raises UsageError where the two do not fit:
+    other widths, or another number of layers.
     """
 
-    def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        kept: Sequence[int],
+        *,
+        tokens: Sequence[int] | None = None,
+        basis: torch.Tensor | None = None,
+    ) -> None:
         matched = [at - 1 for at in kept[1:]] + [len(layers_of(teacher)) - 1]
         super().__init__(teacher, [(of_teacher, at) for at, of_teacher in enumerate(matched)], tokens=tokens)
+        self.basis = basis
+
+    def to(self, device: Any, dtype: torch.dtype) -> None:
+        super().to(device, dtype)
+        if self.basis is not None:
+            self.basis = self.basis.to(device)
 
     def watch(self, student: Any) -> None:
         layers = layers_of(student)
-        if len(layers) != len(self.pairs) or student.config.hidden_size != self.teacher.config.hidden_size:
+        width = self.teacher.config.hidden_size if self.basis is None else self.basis.shape[1]
+        if len(layers) != len(self.pairs) or student.config.hidden_size != width:
             raise UsageError(
                 f"hidden states cannot be matched: the student has {len(layers)} layers of width "
-                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.pairs)} of width "
-                f"{self.teacher.config.hidden_size}",
+                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.pairs)} of width {width}",
                 hint="cut the student from the teacher (student.layers), or set heal.hidden = 0",
             )
         super().watch(student)
@@ -106,7 +120,10 @@ class HiddenStates(Guide):
         weights = state_weights(batch).to(self._students[0].device)
         total = torch.zeros((), device=weights.device)
         for matched, at in self.pairs:
-            relative = relative_error(self._students[at].float(), self._teachers[matched].float())
+            teacher = self._teachers[matched].float()
+            if self.basis is not None:
+                teacher = teacher @ self.basis
+            relative = relative_error(self._students[at].float(), teacher)
             total = total + (relative * weights).sum()
         return total / len(self.pairs)
 
