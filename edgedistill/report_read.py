@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,7 @@ def read(session: Session) -> ReportData:
         shipped=shipped,
         differences=_differences(reader, models),
         curves={name: curve for name, curve in curves.items() if curve},
+        learnt=_learnt(session, curves),
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
         fallbacks=_fallbacks(entries),
@@ -192,9 +194,44 @@ def _models(reader: _Reader) -> list[Model]:
                 suites=suites,
                 divergence=divergence,
                 speed=speed,
+                calibration=_calibration(reader, name),
             )
         )
     return found
+
+
+def _calibration(reader: _Reader, name: str) -> dict[str, Figure]:
+    """Return how sure a model is: an artifact's own figures, or those that an artifact's evaluation took of its reference."""
+    artifacts = reader.session.plan.packages
+    for artifact in [name] if name in artifacts else artifacts:
+        likelihood = reader.facts(f"evaluate/{artifact}").get("likelihood", {})
+        of = next(iter(likelihood.values()), {}) if name == artifact else likelihood.get(name, {})
+        found = of.get("calibration", {}).get("candidate" if name == artifact else "reference", {})
+        if found:
+            return {key: f for key in ("error", "gap", "nll") if (f := Figure.read(found.get(key)))}
+    return {}
+
+
+def last_link(curves: Iterable[str]) -> str:
+    """Return the id of the step that trained the student that ships."""
+    links = [step for step in curves if re.fullmatch(r"distill/\d+", step)]
+    return max(links, key=lambda step: int(step.partition("/")[2]), default="distill/1")
+
+
+def _learnt(session: Session, curves: Mapping[str, list[dict[str, float]]]) -> Figure | None:
+    """Return the cross-entropy of the last tenth of the training, where the text is what the suites' references are: checked
+    against references, every token counting the same.
+    """
+    recipe = session.recipe
+    if recipe.distill.think_weight != 1.0 or not any(one.kind == "reference" for one in recipe.filter):
+        return None
+    losses = [line["ce"] for line in curves.get(last_link(curves), ()) if line.get("ce")]
+    tenth = losses[-(len(losses) // 10) :] if len(losses) >= 30 else []
+    if not tenth:
+        return None
+    from edgedistill.evals.statistics import mean
+
+    return Figure.read(mean(tenth))
 
 
 def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:

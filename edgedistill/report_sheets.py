@@ -140,7 +140,7 @@ def machine_notes(data: ReportData) -> list[str]:
 def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
     sheets = [models_sheet(data), gates_sheet(data), differences_sheet(data), details_sheet(data)]
-    sheets += [forgetting_sheet(data), divergence_sheet(data)]
+    sheets += [forgetting_sheet(data), divergence_sheet(data), calibration_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [speeds_sheet(data), training_sheet(data), types_sheet(data), times_sheet(data), findings_sheet(data)]
     return [sheet for index, sheet in enumerate(sheets) if sheet.rows or index == 0]
@@ -230,6 +230,18 @@ def forgetting_sheet(data: ReportData) -> Sheet:
     ]
     columns = ("model", "suite", "perplexity", "times the base's", "n")
     return Sheet(title="what was forgotten", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
+
+
+def calibration_sheet(data: ReportData) -> Sheet:
+    """Lay out how sure each model is of its tokens, and how right."""
+    rows = []
+    for model in data.models:
+        found = model.calibration
+        if found:
+            cells = [_text(found.get(name), 4) for name in ("error", "gap", "nll")]
+            rows.append([model.label, *cells, _count(found["gap"].n)])
+    columns = ("model", "expected calibration error", "confidence above accuracy", "nats a token", "rows")
+    return Sheet(title="how sure they are", columns=columns, rows=rows, right=frozenset({1, 2, 3, 4}))
 
 
 def divergence_sheet(data: ReportData) -> Sheet:

@@ -300,6 +300,11 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
                 "tokens": 900,
                 "rows": 64,
             }
+            sure = {"error": estimate(0.031, 64, 0.01), "gap": {**estimate(0.01, 64), "low": -0.02}, "tokens": 900}
+            both = {
+                name: {**sure, "nll": estimate(nll, 64)} for name, nll in (("candidate", 0.09), ("reference", 0.08))
+            }
+            kld["calibration"] = both
             return {"suites": found, "likelihood": {"student": kld, "teacher": kld}}
         return {"suites": found, "likelihood": {}}
     if stage == "measure":
