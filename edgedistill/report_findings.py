@@ -7,6 +7,7 @@ wrong.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 
@@ -190,8 +191,8 @@ def _form_without_content(data: ReportData) -> Iterator[Finding]:
 
 def _forgetting(data: ReportData) -> Iterator[Finding]:
     for name, keys in (
-        ("teacher", "adapt.lr, adapt.epochs"),
-        ("student", "heal.lr, heal.epochs, distill.lr, distill.epochs"),
+        ("teacher", "adapt.files, adapt.lr, adapt.epochs"),
+        ("student", "heal.files, heal.lr, heal.epochs, distill.keep, distill.lr, distill.epochs"),
     ):
         model = data.model(name)
         for suite, line in model.suites.items() if model else ():
@@ -202,9 +203,19 @@ def _forgetting(data: ReportData) -> Iterator[Finding]:
                     figure=f"perplexity {ratio.text(2)} times the base model's"
                     + (f" (n = {line.perplexity.n})" if line.perplexity else ""),
                     likely="forgetting" + (", and what pruning took away" if name == "student" else ""),
-                    remedy="if the target needs it: lower learning rates, fewer epochs, general prompts mixed in",
-                    key=f"{keys}, prompts.files",
+                    remedy="if the target needs it: general rows mixed in, lower learning rates, fewer epochs",
+                    key=keys,
                 )
+    for step, facts in data.training.items():
+        rise = Figure.read((facts.get("general") or {}).get("rise"))
+        if rise and rise.low is not None and rise.low > math.log(FORGOTTEN):
+            yield Finding(
+                symptom=f"{step} forgets in spite of its general rows",
+                figure=f"{_signed(rise)} rows held out, nats a token",
+                likely="the task pulls harder than the rows hold",
+                remedy="hold harder, or more rows; a bound that stops training",
+                key="distill.keep.kl, distill.keep.share, distill.keep.stop",
+            )
 
 
 def _teachers_errors(data: ReportData) -> Iterator[Finding]:

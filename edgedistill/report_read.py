@@ -152,6 +152,7 @@ def _models(reader: _Reader) -> list[Model]:
     session, base = reader.session, reader.session.recipe.baselines
     rows = [
         ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
+        ("base", "base, untaught", "baseline", "", ""),
         ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
         (
             "quantized-teacher",
@@ -234,11 +235,22 @@ def _learnt(session: Session, curves: Mapping[str, list[dict[str, float]]]) -> F
     return Figure.read(mean(tenth))
 
 
+def _base(reader: _Reader, name: str) -> str:
+    """Return whose evaluation is that of what a model was before it was cut and taught."""
+    session = reader.session
+    same = session.inputs.student.digest == session.inputs.teacher.digest
+    if not same and name not in ("teacher", "quantized-teacher", "base-few-shot"):
+        return "base"
+    if session.recipe.baselines.few_shot:
+        return "base-few-shot"
+    return "base" if same and session.recipe.adapt else "teacher" if session.recipe.adapt is None else ""
+
+
 def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
     if facts.get("perplexity"):
         from edgedistill.evals.statistics import perplexity_over
 
-        base = reader.facts("evaluate/base-few-shot").get("suites", {}).get(suite, {}).get("perplexity")
+        base = reader.facts(f"evaluate/{_base(reader, name)}").get("suites", {}).get(suite, {}).get("perplexity")
         whole = base or reader.facts("evaluate/teacher").get("suites", {}).get(suite, {}).get("perplexity")
         mine = Figure.read(perplexity_over(facts["perplexity"], whole))
         assert mine is not None

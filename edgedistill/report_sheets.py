@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,15 +222,30 @@ def details_sheet(data: ReportData) -> Sheet:
 
 
 def forgetting_sheet(data: ReportData) -> Sheet:
-    """Lay out perplexities on the suites that have one, and how many times the base model's they are."""
+    """Lay out perplexities on the suites that have one, and how many times the base model's they are; then those of the general
+    rows that a training held out, before and after it.
+    """
     rows = [
         [model.label, suite, line.perplexity.text(2), _text(line.against_base, 2), _count(line.perplexity.n)]
         for model in data.models
         for suite, line in model.suites.items()
         if line.perplexity
     ]
+    for step, facts in data.training.items():
+        general = facts.get("general") or {}
+        for when, rise in (("before", None), ("after", "rise")) if general else ():
+            found, times = _power(general[when]), _power(general[rise]) if rise else None
+            rows.append(
+                [f"{when} {step}", "distill.keep", _text(found, 2), _text(times, 2), _count(general[when]["n"])]
+            )
     columns = ("model", "suite", "perplexity", "times the base's", "n")
     return Sheet(title="what was forgotten", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
+
+
+def _power(estimate: Mapping[str, Any]) -> Figure | None:
+    """Turn nats a token into a perplexity, a difference of them into a ratio: exp is monotone, and takes the interval along."""
+    found = {key: math.exp(estimate[key]) for key in ("value", "low", "high") if estimate.get(key) is not None}
+    return Figure.read({**found, "n": estimate["n"]})
 
 
 def calibration_sheet(data: ReportData) -> Sheet:

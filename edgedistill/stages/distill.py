@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage
+from edgedistill.step import Context, Stage, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,20 @@ class Distill(Stage):
     training: Mapping[str, Any]
     loss: Mapping[str, Any]
     seed: int
+    general: tuple[Row, ...] = unkeyed(default=())  # training["keep"] has their digest
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Check the losses, train, save."""
         from edgedistill.teachers.writer import student_writer
         from edgedistill.training.dense import DenseTeacher
-        from edgedistill.training.recipe import load_kept, load_model, load_targets, take_results, train_settings
+        from edgedistill.training.recipe import (
+            encode_rows,
+            load_kept,
+            load_model,
+            load_targets,
+            take_results,
+            train_settings,
+        )
         from edgedistill.training.selfcheck import selfcheck
         from edgedistill.training.thinking import watch_thinking
         from edgedistill.training.trainer import train
@@ -68,6 +77,7 @@ class Distill(Stage):
             vocab_size=vocab_size,
             teacher=teacher,
             writer=writer,
+            general=encode_rows(self.general, source) if self.general else (),
             progress=ctx.progress,
         )
         watched = watch_thinking(kept_rows, source, result, text=self.text, progress=ctx.progress)
