@@ -252,6 +252,9 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="the HTML page; dist/<recipe>/report.html when left out")
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="write the training logs to this folder as event files too")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the build as a table and write one self-contained HTML page."""
@@ -259,6 +262,11 @@ def report(
     from edgedistill.tables import print_table, report_tables
 
     session = _session(recipe, None, set_)
+    if tensorboard is not None:
+        from edgedistill.tensorboard import write_events
+
+        count = len(write_events(session, tensorboard))
+        _note(f"{count} training logs: tensorboard --logdir {tensorboard}")
     data = collect(session)
     page = output or session.path.parent / "dist" / session.recipe.name / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)
