@@ -10,8 +10,8 @@ from edgedistill.target import format_size
 
 
 def advise(inputs: Inputs) -> list[str]:
-    """Say what score to expect of a student of this size, and where quantizing the teacher alone might do."""
-    return [*_expected(inputs), *_quantizing_alone(inputs)]
+    """Say what score to expect of a student of this size, where quantizing the teacher alone might do, and what no suite tells."""
+    return [*_expected(inputs), *_quantizing_alone(inputs), *_forgetting(inputs)]
 
 
 def _expected(inputs: Inputs) -> list[str]:
@@ -51,3 +51,9 @@ def _quantizing_alone(inputs: Inputs) -> list[str]:
         f"the teacher itself fits {', '.join(fits)}: where it is fast enough there, quantizing it alone may do; "
         "baselines.quantized_teacher shows it beside the student"
     ]
+
+
+def _forgetting(inputs: Inputs) -> list[str]:
+    if any(suite.metric == "perplexity" for suite in inputs.recipe.suites.values()):
+        return []
+    return ['no suite has metric = "perplexity": nothing will tell what the student forgets of ordinary text']

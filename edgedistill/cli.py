@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedistill import __version__
+from edgedistill.cli_exchange import app as exchange_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app.add_typer(targets_app, name="targets")
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe learns from.")
 app.add_typer(store_app, name="store")
 app.add_typer(data_app, name="data")
+app.add_typer(exchange_app)
 
 _verbose = False
 
@@ -256,6 +258,9 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="the HTML page; dist/<recipe>/report.html when left out")
     ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="write the training logs to this folder as event files too")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the build as a table and write one self-contained HTML page."""
@@ -263,6 +268,11 @@ def report(
     from edgedistill.tables import print_table, report_tables
 
     session = _session(recipe, None, set_)
+    if tensorboard is not None:
+        from edgedistill.tensorboard import write_events
+
+        count = len(write_events(session, tensorboard))
+        _note(f"{count} training logs: tensorboard --logdir {tensorboard}")
     data = collect(session)
     page = output or session.path.parent / "dist" / session.recipe.name / "report.html"
     page.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ special cases.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +100,7 @@ class _Expander(RoundSteps, DraftSteps):
             before, above = student, before
         student = self._rounds(student, kept, teacher=teacher, params=whole[2], above=above, done=len(links))
         self.inputs, self.recipe, self.t_params = whole
+        self._unpruned(teacher, base_teacher, base_teacher if from_teacher else base_student)
         self._artifacts(teacher, base_teacher, student, healed, kept, scores)
         if recipe.round:
             # As evaluate/student of the recipe without rounds: what was built of it before is found again.
@@ -113,6 +114,16 @@ class _Expander(RoundSteps, DraftSteps):
         )
         check_machine(plan)
         return plan
+
+    def _unpruned(self, teacher: Key, base_teacher: Key, base: Key) -> None:
+        """Evaluate what the student was before it was cut and taught, where suites tell what was forgotten and nothing else
+        evaluates it.
+        """
+        told = {name for name, suite in self.recipe.suites.items() if suite.metric == "perplexity"}
+        known = base == teacher or (base == base_teacher and self.recipe.baselines.few_shot > 0)
+        if told and not known:
+            params = self.inputs.student.facts.params()
+            self._evaluate("evaluate/base", base, "model", params, kind="decode", only=told)
 
     # artifacts
 
@@ -282,8 +293,10 @@ class _Expander(RoundSteps, DraftSteps):
         references: Mapping[str, Key] | None = None,
         grammar: bool = False,
         shots: int = 0,
+        only: Collection[str] | None = None,
     ) -> Key:
         thinks = self.recipe.generate.style in BLOCKS
+        suites = {name: rows for name, rows in self.inputs.suites.items() if only is None or name in only}
         specs = tuple(
             SuiteSpec(
                 name=suite,
@@ -292,12 +305,12 @@ class _Expander(RoundSteps, DraftSteps):
                 max_new_tokens=spec.max_new_tokens,
                 grammar=self._grammar(spec) if grammar else None,
             )
-            for suite, rows in self.inputs.suites.items()
+            for suite, rows in suites.items()
             for spec in [self.recipe.suites[suite]]
         )
         kind = kind or ("decode-onnx" if file == "onnx" else "decode-gguf")
-        tokens = sum(sum(map(row_tokens, rows)) for rows in self.inputs.suites.values())
-        tokens += sum(sum(map(row_tokens, self.inputs.suites[spec.name])) for spec in specs if spec.grammar)
+        tokens = sum(sum(map(row_tokens, rows)) for rows in suites.values())
+        tokens += sum(sum(map(row_tokens, suites[spec.name])) for spec in specs if spec.grammar)
         stage = Evaluate(
             model=model,
             file=file,
@@ -306,14 +319,14 @@ class _Expander(RoundSteps, DraftSteps):
             references=dict(references or {}),
             build={"decode": "transformers", "decode-onnx": self.onnx}.get(kind, self.llama),
             isa=self.isa,
-            rows=self.inputs.suites,
+            rows=suites,
         )
         return self.graph.add(
             name,
             stage,
             Work(kind=kind, amount=2 * params * tokens),
             memory=4 * params + bool(references) * 2 * (self.t_params + self.s_params) + RUNTIME_MIB * MIB,
-            disk=sum(len(rows) for rows in self.inputs.suites.values()) * 400,
+            disk=sum(len(rows) for rows in suites.values()) * 400,
         )
 
     def _grammar(self, suite: Suite) -> str | None:

@@ -183,30 +183,41 @@ class TrainingSteps:
             if gold
             else settings.loss.model_dump(exclude_none=True)
         )
-        full = settings.method == "full"
+        full, keep = settings.method == "full", settings.keep
         unused = (
             *(() if settings.on_policy and not gold else ON_POLICY),
             *(() if settings.features and settings.features.on and not gold else ("features",)),
         )
+        training = settings.keyed("loss", "seed", "keep", *unused)
+        if keep is not None:
+            training["keep"] = {**keep.keyed("files", "rows"), "rows_digest": rows_digest(self.inputs.general)}
         fields: dict[str, Any] = {
             "student": student,
             "kept": kept,
             "text": "reference" if gold else "text",
             "targets": None if gold else targets,
-            "training": settings.keyed("loss", "seed", *unused),
+            "training": training,
             "loss": loss,
             "seed": self.recipe.seed if settings.seed is None else settings.seed,
+            "general": self.inputs.general,
         }
         stage = Distill(**fields) if teacher is None else beside(**fields, teacher=teacher)
         tokens = self.tokens * settings.epochs
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:
             work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
+        memory = train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params
+        if keep is not None:
+            rows = len(self.inputs.prompts) * self.recipe.generate.samples * settings.epochs * keep.share
+            general = rows * sum(map(row_tokens, self.inputs.general)) / len(self.inputs.general)
+            more = train_work(self.s_params, general, full=full).amount + 2 * self.s_params * general
+            work = replace(work, amount=work.amount + more)
+            memory += full * 2 * self.s_params  # the start; that of an adapter is the model without it
         trained = self.graph.add(
             name,
             stage,
             work,
-            memory=train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params,
+            memory=memory,
             disk=(16 if full else 1) * self.s_params,
         )
         if full:

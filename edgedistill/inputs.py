@@ -29,6 +29,7 @@ ROTATABLE = ("llama", "mistral")
 """
 GAP = 4.0  # times fewer parameters than the teacher that one step of distillation mostly recovers
 TOKENS_A_WORD = 1.4  # English prose, in the tokenizers of small models
+FEWEST = 10  # general rows: one in five is held out, and an interval needs two
 BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
 
 
@@ -47,6 +48,7 @@ class Inputs:
     tuning: tuple[Row, ...]
     drafting: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
+    general: tuple[Row, ...] = ()
     ship_anyway: bool = False
 
 
@@ -139,8 +141,25 @@ def read_inputs(
             )
             for name, suite in recipe.suites.items()
         },
+        general=_general(source, recipe),
         ship_anyway=ship_anyway,
     )
+
+
+def _general(source: _Files, recipe: Recipe) -> tuple[Row, ...]:
+    """Read the rows of ``distill.keep``: as they are, for they are no task and have no style of answering."""
+    keep = recipe.distill.keep
+    if keep is None:
+        return ()
+    rows = _read_rows(source, keep.files, keep.rows, "distill.keep.files", reference=True)
+    if len(rows) < FEWEST:
+        raise RecipeError(
+            f"{len(rows)} general rows are too few to keep anything by",
+            f"give at least {FEWEST}, of many kinds",
+            key="distill.keep.rows" if keep.rows else "distill.keep.files",
+            file=source.recipe_path,
+        )
+    return rows
 
 
 def refuse(inputs: Inputs) -> list[str]:
@@ -199,8 +218,8 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    told = (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning, *inputs.drafting)
-    taught = {id(row): row for row in told}  # shared
+    every = (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning, *inputs.drafting, *inputs.general)
+    taught = {id(row): row for row in every}  # files may be shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
             f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",

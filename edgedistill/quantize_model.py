@@ -117,7 +117,7 @@ def _plan(
         stage = Base(source_digest=resolved.digest, dtype="float32", tool=tool, path=resolved.path.absolute())
         base = graph.add("base", stage, size, disk=4 * params)
         if any(format_ == "gguf" for _, format_, _ in wanted):
-            rows = _sample_rows()
+            rows = sample_rows()
             title = Path(resolved.source.split(":", 1)[-1]).name
             convert = Convert(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
@@ -142,7 +142,7 @@ def _plan(
             output_type=choice.output_type,
             rounding=choice.rounding,
             tool=f"onnxruntime-genai {package_version('onnxruntime-genai')}" if onnx else llama,
-            rows=_sample_rows(),
+            rows=sample_rows(),
         )
         work = Work(kind="build-onnx" if onnx else "quantize", amount=2 * params)
         keys.append(graph.add(f"quantize/{name}", stage, work, disk=2 * params))
@@ -163,7 +163,7 @@ def _calibration_text(path: Path) -> tuple[str, ...]:
     return tuple(text[start : start + 2000] for start in range(0, min(len(text), 800_000), 2000))
 
 
-def _sample_rows() -> tuple[Row, ...]:
+def sample_rows() -> tuple[Row, ...]:
     """Return ordinary text to check a hop on, where no recipe brings the user's own."""
     texts = (
         "Wake me at 6:45 tomorrow, please.",

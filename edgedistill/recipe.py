@@ -304,10 +304,39 @@ class Features(Section):
         return bool(self.weight or self.relations.distances or self.relations.angles)
 
 
+class Keep(Section):
+    """General rows beside the task's, so that the student keeps what it knew (``training/keeping.py``). One in five is held out:
+    the loss on these, before and after, is what was forgotten.
+    """
+
+    files: Annotated[tuple[Path, ...], Field(min_length=1, description="rows with references, of no suite")]
+    rows: Rows = None
+    share: Annotated[float, Field(gt=0, le=4)] = Field(
+        default=0.25, description="so many of them in each step, as a share of batch_size"
+    )
+    kl: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="weight of the mean divergence from the student's own start"
+    )
+    ce: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the mean cross-entropy on references")
+    stop: Positive | None = Field(
+        default=None,
+        description="rise of the loss on rows held out, nats a token, that ends training; the last weights within it ship",
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Keep:
+        if not (self.kl or self.ce or self.stop):
+            raise ValueError("kl and ce are both 0, and nothing stops training: nothing would be kept")
+        return self
+
+
 class Distill(Training):
     """Train the student on the kept rows and their distributions. Another ``seed`` trains anew on the same targets."""
 
-    LATER = (*Training.LATER, "think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature", "features")
+    LATER = (
+        *Training.LATER,
+        *("think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature", "features", "keep"),
+    )
 
     method: Literal["lora", "qlora", "full"] = "lora"
     lora: Lora = Lora()
@@ -324,6 +353,7 @@ class Distill(Training):
         default=1.0, description="what a token of thinking counts in the loss, against 1 of the answer; 0: not at all"
     )
     features: Features | None = Field(default=None, description="hidden states to be matched, too; none: no")
+    keep: Keep | None = None
 
 
 class Round(Section):
@@ -510,6 +540,7 @@ class Recipe(Section):
             "tune": self.tune,
             "draft": self.draft,
         }
+        sections["distill.keep"] = self.distill.keep
         for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
                 raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")

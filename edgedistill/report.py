@@ -103,6 +103,8 @@ class Model:
     suites: dict[str, SuiteLine]
     divergence: dict[str, dict[str, Figure]]
     speed: Speed | None
+    calibration: dict[str, Figure] = field(default_factory=dict)
+    """On the references of the first scored suite: ``error`` (ECE), ``gap`` (confidence less accuracy), ``nll`` (nats a token)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +192,9 @@ class ReportData:
     differences: list[Difference]
     comparisons: list[Comparison]
     curves: dict[str, list[dict[str, float]]]
+    learnt: (
+        Figure | None
+    )  # cross-entropy at the end of the last training, nats a token of text that is like the suites'
     training: dict[str, dict[str, Any]]
     yields: dict[str, Any]
     rounds: list[Round]

@@ -1,19 +1,27 @@
 """Symptoms that a build's figures show, each with what is likely and the recipe key that mends it.
 
-A finding needs evidence: intervals that do not overlap, a paired difference whose interval leaves out 0. Silence means
-that nothing was seen, not that nothing is wrong.
+A finding needs evidence: intervals that do not overlap, a paired difference whose interval leaves out 0, or an interval
+beyond a threshold, which says where it stands why it is this one. Silence means that nothing was seen, not that nothing is
+wrong.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import statistics
 from collections.abc import Iterator
 
 from edgedistill.report import Figure, Finding, Model, ReportData
+from edgedistill.report_read import last_link
 from edgedistill.target import format_size
 
 EXPECTED = 0.85  # what a student of the same family keeps on a narrow task
+FORMED = 0.95  # of answers that parse: the form is learnt
+FORGOTTEN = 1.1  # times the base's perplexity; a tenth is what a change of precision or of engine may do
+SHARED = 0.5  # of the wrong answers: most of them
+OVERSURE = 0.02  # confidence above accuracy; less moves no decision that an application takes by it
+EMPTY = 0.2  # of the blocks of thinking: a tenth are short because the question is easy
+UNSEEN = 1.5  # times the loss of training: suites hold harder text than the rows that are learnt, on purpose
 
 
 def diagnose(data: ReportData) -> list[Finding]:
@@ -24,8 +32,10 @@ def diagnose(data: ReportData) -> list[Finding]:
         _capacity,
         _not_trained_out,
         _new_prompts,
+        _train_and_held_out,
         _form_without_content,
         _forgetting,
+        _confident_and_wrong,
         _teachers_errors,
         _comparisons,
         _soft_targets,
@@ -93,9 +103,7 @@ def _capacity(data: ReportData) -> Iterator[Finding]:
 
 
 def _not_trained_out(data: ReportData) -> Iterator[Finding]:
-    links = [step for step in data.curves if re.fullmatch(r"distill/\d+", step)]
-    last = max(links, key=lambda step: int(step.partition("/")[2]), default="distill/1")
-    for step, key in (("heal", "heal.epochs"), (last, "distill.epochs")):
+    for step, key in (("heal", "heal.epochs"), (last_link(data.curves), "distill.epochs")):
         losses = [line["loss"] for line in data.curves.get(step, ())]
         tenth = len(losses) // 10
         if tenth < 3:
@@ -132,53 +140,116 @@ def _new_prompts(data: ReportData) -> Iterator[Finding]:
         )
 
 
+def _train_and_held_out(data: ReportData) -> Iterator[Finding]:
+    """Compare the loss at the end of training with the same student's on references that it never saw, token by token."""
+    student, learnt = _student(data), data.learnt
+    held = student.calibration.get("nll") if student else None
+    if not (held and learnt and held.low is not None and learnt.high is not None):
+        return
+    if held.low > UNSEEN * learnt.high:
+        yield Finding(
+            symptom="good on the training text, poor on new text",
+            figure=f"cross-entropy {learnt.text(n=True)} steps at the end of training, {held.text(n=True)} rows of "
+            f"{data.suites[0]} that were held out, nats a token",
+            likely="overfitting to the training prompts, or prompts that are of another kind than the suite's",
+            remedy="more diverse prompts, weight decay or dropout, fewer epochs",
+            key="prompts.files, distill.weight_decay, distill.lora.dropout, distill.epochs, heal.epochs",
+        )
+
+
+def _confident_and_wrong(data: ReportData) -> Iterator[Finding]:
+    student, teacher = _student(data), data.model("teacher")
+    gap = student.calibration.get("gap") if student else None
+    if not (student and gap and gap.low is not None and gap.low > OVERSURE):
+        return
+    error, other = student.calibration["error"], teacher.calibration.get("gap") if teacher else None
+    yield Finding(
+        symptom="the student is surer of its tokens than it is right",
+        figure=f"confidence above accuracy {_signed(gap)} rows of {data.suites[0]}, expected calibration error {error.text()}"
+        + (f"; the teacher's gap: {_signed(other)}" if other else ""),
+        likely="calibration was lost on the way"
+        if other and _under(other, gap.low)
+        else "the text is harder than what was learnt, or the teacher is too sure as well",
+        remedy="weigh the teacher's distribution more and the text less, at a higher temperature; fewer epochs",
+        key="distill.loss.kd, distill.loss.ce, distill.loss.temperature, distill.epochs",
+    )
+
+
 def _form_without_content(data: ReportData) -> Iterator[Finding]:
     student, teacher = _student(data), data.model("teacher")
     for suite, line in student.suites.items() if student and teacher else ():
         known = teacher.suites.get(suite) if teacher else None
-        if not (line.score and line.valid and known and known.score):
+        if not (line.score and line.valid and line.retention and known and known.score):
             continue
-        if line.valid.value >= 0.95 and known.score.value - line.score.value > 0.2:
+        if line.valid.value >= FORMED and _under(line.retention, EXPECTED):
             yield Finding(
                 symptom=f"the teacher's form without its content on {suite}",
-                figure=f"{line.valid.value:.1%} valid JSON, but {line.score.text(n=True)} right "
-                f"(teacher {known.score.value:.3f})",
+                figure=f"{line.valid.text(n=True)} valid JSON, but {line.score.text(n=True)} right "
+                f"(teacher {known.score.text()})",
                 likely="surface patterns were learnt",
-                remedy="more kept rows, checked against references; more of the teacher's distribution",
-                key="[[filter]], prompts.files, score.n",
+                remedy="more kept rows, checked against references; more of the teacher's distribution; rationales",
+                key='[[filter]], prompts.files, score.n, generate.style = "rationale"',
             )
 
 
 def _forgetting(data: ReportData) -> Iterator[Finding]:
     for name, keys in (
-        ("teacher", "adapt.lr, adapt.epochs"),
-        ("student", "heal.lr, heal.epochs, distill.lr, distill.epochs"),
+        ("teacher", "adapt.files, adapt.lr, adapt.epochs"),
+        ("student", "heal.files, heal.lr, heal.epochs, distill.keep, distill.lr, distill.epochs"),
     ):
         model = data.model(name)
         for suite, line in model.suites.items() if model else ():
             ratio = line.against_base
-            if ratio and (ratio.low if ratio.low is not None else ratio.value) > 1.1:
+            if ratio and (ratio.low if ratio.low is not None else ratio.value) > FORGOTTEN:
                 yield Finding(
                     symptom=f"the {name} is worse than the base model on {suite}",
                     figure=f"perplexity {ratio.text(2)} times the base model's"
                     + (f" (n = {line.perplexity.n})" if line.perplexity else ""),
                     likely="forgetting" + (", and what pruning took away" if name == "student" else ""),
-                    remedy="if the target needs it: lower learning rates, fewer epochs, general prompts mixed in",
-                    key=f"{keys}, prompts.files",
+                    remedy="if the target needs it: general rows mixed in, lower learning rates, fewer epochs",
+                    key=keys,
                 )
+    for step, facts in data.training.items():
+        rise = Figure.read((facts.get("general") or {}).get("rise"))
+        if rise and rise.low is not None and rise.low > math.log(FORGOTTEN):
+            yield Finding(
+                symptom=f"{step} forgets in spite of its general rows",
+                figure=f"{_signed(rise)} rows held out, nats a token",
+                likely="the task pulls harder than the rows hold",
+                remedy="hold harder, or more rows; a bound that stops training",
+                key="distill.keep.kl, distill.keep.share, distill.keep.stop",
+            )
 
 
 def _teachers_errors(data: ReportData) -> Iterator[Finding]:
-    student = _student(data)
+    """Find errors that are the teacher's, word for word. Rows may simply be hard in one way: where a student that was trained on
+    references alone errs as often like the teacher, nothing came from the teacher's text.
+    """
+    student, control = _student(data), data.model("gold-sft")
     for suite, line in student.suites.items() if student else ():
-        if line.errors and line.shared is not None and line.errors >= 10 and line.shared / line.errors > 0.5:
-            yield Finding(
-                symptom=f"the teacher's own errors come back on {suite}",
-                figure=f"{line.shared} of the student's {line.errors} wrong answers are the teacher's, word for word",
-                likely="contamination by wrong answers",
-                remedy="filter by reference, mix in gold text",
-                key='[[filter]] kind = "reference", otherwise = "gold"; distill.loss.ce',
-            )
+        share = _share(line.shared, line.errors)
+        other = control.suites.get(suite) if control else None
+        beside = _share(other.shared, other.errors) if other else None
+        if not share or share.low is None or share.low <= SHARED:
+            continue
+        if beside and not _under(beside, share.low):
+            continue
+        yield Finding(
+            symptom=f"the teacher's own errors come back on {suite}",
+            figure=f"{share.text(2, n=True)} of the student's wrong answers are the teacher's, word for word"
+            + (f"; of the one that learnt from references alone: {beside.text(2, n=True)}" if beside else ""),
+            likely="contamination by wrong answers",
+            remedy="filter by reference, mix in gold text",
+            key='[[filter]] kind = "reference", otherwise = "gold"; distill.loss.ce',
+        )
+
+
+def _share(part: int | None, whole: int | None) -> Figure | None:
+    if part is None or not whole:
+        return None
+    from edgedistill.evals.statistics import proportion
+
+    return Figure.read(proportion(part, whole))
 
 
 def _comparisons(data: ReportData) -> Iterator[Finding]:
@@ -326,7 +397,9 @@ def _thinking(data: ReportData) -> Iterator[Finding]:
     for model in data.models:
         for suite, line in model.suites.items():
             found = line.thinking
-            if not found or not found["blocks"] or found["empty"] <= 0.2:
+            blocks = round(found["blocks"] * found["n"]) if found else 0
+            empty = _share(round(found["empty"] * blocks), blocks) if found else None
+            if not empty or empty.low is None or empty.low <= EMPTY:
                 continue
             other = (
                 teacher.suites[suite].thinking if teacher and model is not teacher and suite in teacher.suites else None
@@ -334,7 +407,7 @@ def _thinking(data: ReportData) -> Iterator[Finding]:
             beside = f", the teacher's: {other['empty']:.0%}" if other else ""
             yield Finding(
                 symptom=f"{model.label} thinks less than it writes on {suite}",
-                figure=f"{found['empty']:.0%} of its blocks are empty (n = {found['n']:.0f}){beside}",
+                figure=f"{empty.text(2, n=True)} of its blocks are empty{beside}",
                 likely="thinking collapses: an empty block costs little, and the answer is guessed",
                 remedy="weigh thinking up, and leave short traces out",
                 key="distill.think_weight, [[filter]] kind = 'thinking'",

@@ -13,6 +13,7 @@ from edgedistill import __version__
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
 from edgedistill.report_sheets import (
+    calibration_sheet,
     comparisons_sheet,
     details_sheet,
     differences_sheet,
@@ -449,8 +450,10 @@ def _plain(value: float | str) -> str:
 def _details(data: ReportData) -> list[Html]:
     notes = {
         details_sheet: "Wrong as the teacher: wrong answers that are the teacher's, word for word.",
-        forgetting_sheet: "Perplexity of the references. Its ratio to the base model's is unpaired, hence wide.",
+        forgetting_sheet: "Perplexity of the references. Its ratio to the base model's is unpaired, hence wide; that of "
+        "distill.keep is to the student before training, paired by row.",
         divergence_sheet: "On the same tokens: mean KL divergence, and how often both choose the same next token.",
+        calibration_sheet: "On the references of the first scored suite, token by token; below 0 is too modest.",
     }
     parts = []
     for make, note in notes.items():

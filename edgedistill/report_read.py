@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,7 @@ def read(session: Session) -> ReportData:
         differences=_differences(reader, models),
         comparisons=_comparisons(reader),
         curves={name: curve for name, curve in curves.items() if curve},
+        learnt=_learnt(session, curves),
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
         rounds=_rounds(reader),
@@ -156,6 +158,7 @@ def _models(reader: _Reader) -> list[Model]:
     session, base = reader.session, reader.session.recipe.baselines
     rows = [
         ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
+        ("base", "base, untaught", "baseline", "", ""),
         ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
         (
             "quantized-teacher",
@@ -203,16 +206,62 @@ def _models(reader: _Reader) -> list[Model]:
                 suites=suites,
                 divergence=divergence,
                 speed=speed,
+                calibration=_calibration(reader, name),
             )
         )
     return found
+
+
+def _calibration(reader: _Reader, name: str) -> dict[str, Figure]:
+    """Return how sure a model is: an artifact's own figures, or those that an artifact's evaluation took of its reference."""
+    artifacts = reader.session.plan.packages
+    for artifact in [name] if name in artifacts else artifacts:
+        likelihood = reader.facts(f"evaluate/{artifact}").get("likelihood", {})
+        of = next(iter(likelihood.values()), {}) if name == artifact else likelihood.get(name, {})
+        found = of.get("calibration", {}).get("candidate" if name == artifact else "reference", {})
+        if found:
+            return {key: f for key in ("error", "gap", "nll") if (f := Figure.read(found.get(key)))}
+    return {}
+
+
+def last_link(curves: Iterable[str]) -> str:
+    """Return the id of the step that trained the student that ships."""
+    links = [step for step in curves if re.fullmatch(r"distill/\d+", step)]
+    return max(links, key=lambda step: int(step.partition("/")[2]), default="distill/1")
+
+
+def _learnt(session: Session, curves: Mapping[str, list[dict[str, float]]]) -> Figure | None:
+    """Return the cross-entropy of the last tenth of the training, where the text is what the suites' references are: checked
+    against references, every token counting the same.
+    """
+    recipe = session.recipe
+    if recipe.distill.think_weight != 1.0 or not any(one.kind == "reference" for one in recipe.filter):
+        return None
+    losses = [line["ce"] for line in curves.get(last_link(curves), ()) if line.get("ce")]
+    tenth = losses[-(len(losses) // 10) :] if len(losses) >= 30 else []
+    if not tenth:
+        return None
+    from edgedistill.evals.statistics import mean
+
+    return Figure.read(mean(tenth))
+
+
+def _base(reader: _Reader, name: str) -> str:
+    """Return whose evaluation is that of what a model was before it was cut and taught."""
+    session = reader.session
+    same = session.inputs.student.digest == session.inputs.teacher.digest
+    if not same and name not in ("teacher", "quantized-teacher", "base-few-shot"):
+        return "base"
+    if session.recipe.baselines.few_shot:
+        return "base-few-shot"
+    return "base" if same and session.recipe.adapt else "teacher" if session.recipe.adapt is None else ""
 
 
 def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
     if facts.get("perplexity"):
         from edgedistill.evals.statistics import perplexity_over
 
-        base = reader.facts("evaluate/base-few-shot").get("suites", {}).get(suite, {}).get("perplexity")
+        base = reader.facts(f"evaluate/{_base(reader, name)}").get("suites", {}).get(suite, {}).get("perplexity")
         whole = base or reader.facts("evaluate/teacher").get("suites", {}).get(suite, {}).get("perplexity")
         mine = Figure.read(perplexity_over(facts["perplexity"], whole))
         assert mine is not None

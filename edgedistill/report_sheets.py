@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
     sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
+    sheets += [calibration_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [
         speeds_sheet(data),
@@ -272,15 +274,42 @@ def details_sheet(data: ReportData) -> Sheet:
 
 
 def forgetting_sheet(data: ReportData) -> Sheet:
-    """Lay out perplexities on the suites that have one, and how many times the base model's they are."""
+    """Lay out perplexities on the suites that have one, and how many times the base model's they are; then those of the general
+    rows that a training held out, before and after it.
+    """
     rows = [
         [model.label, suite, line.perplexity.text(2), _text(line.against_base, 2), _count(line.perplexity.n)]
         for model in data.models
         for suite, line in model.suites.items()
         if line.perplexity
     ]
+    for step, facts in data.training.items():
+        general = facts.get("general") or {}
+        for when, rise in (("before", None), ("after", "rise")) if general else ():
+            found, times = _power(general[when]), _power(general[rise]) if rise else None
+            rows.append(
+                [f"{when} {step}", "distill.keep", _text(found, 2), _text(times, 2), _count(general[when]["n"])]
+            )
     columns = ("model", "suite", "perplexity", "times the base's", "n")
     return Sheet(title="what was forgotten", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
+
+
+def _power(estimate: Mapping[str, Any]) -> Figure | None:
+    """Turn nats a token into a perplexity, a difference of them into a ratio: exp is monotone, and takes the interval along."""
+    found = {key: math.exp(estimate[key]) for key in ("value", "low", "high") if estimate.get(key) is not None}
+    return Figure.read({**found, "n": estimate["n"]})
+
+
+def calibration_sheet(data: ReportData) -> Sheet:
+    """Lay out how sure each model is of its tokens, and how right."""
+    rows = []
+    for model in data.models:
+        found = model.calibration
+        if found:
+            cells = [_text(found.get(name), 4) for name in ("error", "gap", "nll")]
+            rows.append([model.label, *cells, _count(found["gap"].n)])
+    columns = ("model", "expected calibration error", "confidence above accuracy", "nats a token", "rows")
+    return Sheet(title="how sure they are", columns=columns, rows=rows, right=frozenset({1, 2, 3, 4}))
 
 
 def divergence_sheet(data: ReportData) -> Sheet:

@@ -18,6 +18,7 @@ import numpy as np
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals.calibration import Calibration, RowConfidence, calibration, confidence
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate, clustered_mean, clustered_proportion
 
@@ -60,7 +61,9 @@ class Likelihood:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Hold how far a model is from its reference: KLD in nats a token, and the share of equal first choices."""
+    """Hold how far a model is from its reference: KLD in nats a token, and the share of equal first choices; and how sure each
+    of the two is on the same text.
+    """
 
     kld: Estimate
     standard_error: float
@@ -70,6 +73,8 @@ class Divergence:
     top1: Estimate
     tokens: int
     rows: int
+    candidate: Calibration
+    reference: Calibration
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict."""
@@ -82,6 +87,7 @@ class Divergence:
             "top1": self.top1.to_json(),
             "tokens": self.tokens,
             "rows": self.rows,
+            "calibration": {"candidate": self.candidate.to_json(), "reference": self.reference.to_json()},
         }
 
 
@@ -181,6 +187,8 @@ def divergences(
     ids, positions = [row.ids for row in own], [row.positions for row in own]
     klds: dict[str, list[np.ndarray]] = {name: [] for name in references}
     agree: dict[str, list[float]] = {name: [] for name in references}
+    sure: list[RowConfidence] = []
+    theirs: dict[str, list[RowConfidence]] = {name: [] for name in references}
     every = (
         reference.logprobs([others[name][at].ids for at in alike], positions) for name, reference in references.items()
     )
@@ -194,9 +202,12 @@ def divergences(
                 )
             klds[name].append(each)
             agree[name].append(float(same.sum()))
+            theirs[name].append(confidence(one, others[name][alike[done - 1]].ids[row.start :]))
+        sure.append(confidence(found, row.ids[row.start :]))
         if progress is not None:
             progress(done, len(own), "divergence")
-    return {name: _summed(klds[name], agree[name]) for name in references}
+    own_calibration = calibration(sure)
+    return {name: _summed(klds[name], agree[name], own_calibration, calibration(theirs[name])) for name in references}
 
 
 def shared_columns(
@@ -224,7 +235,9 @@ def cut_alike(own: TokenRow, other: TokenRow, columns: np.ndarray | None) -> boo
     return columns is None or (own.start == other.start and tuple(columns[list(own.ids)].tolist()) == other.ids)
 
 
-def _summed(klds: Sequence[np.ndarray], agree: Sequence[float]) -> Divergence:
+def _summed(
+    klds: Sequence[np.ndarray], agree: Sequence[float], candidate: Calibration, reference: Calibration
+) -> Divergence:
     counts = [len(each) for each in klds]
     every = np.concatenate(klds)
     kld, error = clustered_mean([float(each.sum()) for each in klds], counts)
@@ -237,6 +250,8 @@ def _summed(klds: Sequence[np.ndarray], agree: Sequence[float]) -> Divergence:
         top1=clustered_proportion(agree, counts),
         tokens=int(every.size),
         rows=len(klds),
+        candidate=candidate,
+        reference=reference,
     )
 
 

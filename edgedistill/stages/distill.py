@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage
+from edgedistill.step import Context, Stage, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class Distill(Stage):
     training: Mapping[str, Any]
     loss: Mapping[str, Any]
     seed: int
+    general: tuple[Row, ...] = unkeyed(default=())  # training["keep"] has their digest
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Check the losses, train, save."""
@@ -36,6 +38,7 @@ class Distill(Stage):
         from edgedistill.training.objectives import WHOLE
         from edgedistill.training.other_tokens import other_teacher
         from edgedistill.training.recipe import (
+            encode_rows,
             kept_texts,
             load_kept,
             load_model,
@@ -93,6 +96,7 @@ class Distill(Stage):
             guide=guide,
             teacher=teacher,
             writer=writer,
+            general=encode_rows(self.general, source) if self.general else (),
             progress=ctx.progress,
         )
         watched = self.watch(ctx, result)

@@ -108,9 +108,11 @@ class Evaluate(Stage):
 
 
 def _timeless(facts: Any) -> Any:
-    """Leave out how long it took: an evaluation done again has the same bytes, and nothing after it runs."""
+    """Leave out how long it took, and figures that came later and are for the report alone: an evaluation done again has the
+    same bytes, and nothing after it runs.
+    """
     if isinstance(facts, Mapping):
-        return {key: _timeless(value) for key, value in facts.items() if key != "seconds"}
+        return {key: _timeless(value) for key, value in facts.items() if key not in ("seconds", "calibration")}
     return facts
 
 

@@ -28,6 +28,10 @@ class State:
     seconds: float = 0.0
     best: float = 1e30
     last_losses: list[float] = field(default_factory=list)
+    within: int = (
+        0  # the last step whose loss on general rows was within its bound, and how many looks went beyond since
+    )
+    beyond: int = 0
 
 
 def save_checkpoint(

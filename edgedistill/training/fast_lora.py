@@ -50,6 +50,8 @@ class LoraLinear(torch.autograd.Function):
 
 def _forward(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     base = layer.base_layer
+    if layer.disable_adapters:
+        return base(x)
     flat = x.reshape(-1, x.shape[-1])
     y = LoraLinear.apply(
         flat, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]

@@ -18,7 +18,7 @@ from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.objectives import FeatureTerms
-from edgedistill.training.settings import LATER, TrainSettings
+from edgedistill.training.settings import LATER, KeepSettings, TrainSettings
 from edgedistill.training.targets import SparseTargets, find_targets, read_header, read_targets, tokenizer_hash
 from edgedistill.training.vocabulary import read_origin
 
@@ -34,6 +34,11 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         terms = {key: loss[key] for key in ("kd", "ce", "temperature")}
         terms["divergence"] = Divergence(loss["divergence"], loss.get("share"))
     targets = lora.get("targets", "all-linear")
+    later = {name: table[name] for name in LATER if name in table}  # left out of a key at their default
+    if "features" in later:
+        later["features"] = _features(later["features"])
+    if "keep" in later:
+        later["keep"] = KeepSettings(**{name: table["keep"][name] for name in ("share", "kl", "ce", "stop")})
     return TrainSettings(
         method=table.get("method", "full"),
         lora=LoraSettings(**{**lora, "targets": targets if isinstance(targets, str) else tuple(targets)}),
@@ -46,9 +51,7 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
         warmup=table["warmup"],
         weight_decay=table["weight_decay"],
         clip=table["max_grad_norm"],
-        # Left out of a key at their default.
-        **{name: table[name] for name in LATER if name in table and name != "features"},
-        features=_features(table.get("features")),
+        **later,
         loss=LossTerms(**terms),
         hidden=table.get("hidden", 0.0),
         freeze_embeddings=table.get("freeze_embeddings", True),
@@ -57,10 +60,8 @@ def train_settings(table: Mapping[str, Any], *, seed: int, loss: Mapping[str, An
     )
 
 
-def _features(table: Mapping[str, Any] | None) -> FeatureTerms | None:
+def _features(table: Mapping[str, Any]) -> FeatureTerms:
     """Translate ``distill.features``."""
-    if table is None:
-        return None
     pairs = table["pairs"]
     return FeatureTerms(
         weight=table["weight"],

@@ -23,12 +23,28 @@ if TYPE_CHECKING:
 
 WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
-LATER = ("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature", "features")
+LATER = (
+    *("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature"),
+    *("features", "keep"),
+)
 """Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
 """By transformers' names; all of torch's own, whose state is tensors and nothing else."""
 FIRST = 5
 """Steps at the start whose largest loss is what the first average is held against."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepSettings:
+    """How general rows hold the student to its start (``keeping.py``): ``share`` x batch_size of them in each step, by ``kl`` times
+    the mean divergence from the start and ``ce`` times the mean cross-entropy; ``stop`` is the rise of their loss, in nats a
+    token, that ends training.
+    """
+
+    share: float = 0.25
+    kl: float = 1.0
+    ce: float = 0.0
+    stop: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +75,7 @@ class TrainSettings:
     on_policy: float = 0.0
     on_policy_tokens: int = 64
     on_policy_temperature: float = 1.0
+    keep: KeepSettings | None = None
     optimizer: str = "adamw_torch"
     gradient_checkpointing: bool = False
     loss: LossTerms = field(default_factory=LossTerms)
@@ -95,6 +112,7 @@ class TrainResult:
     peak_memory: int
     resumed_at: int
     dtype: str
+    general: dict[str, Any] | None = None  # what was forgotten, where general rows were kept: keeping.Keeper.report
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -219,6 +237,7 @@ def run_digest(
     targets: Sequence[SparseTargets] | None,
     settings: TrainSettings,
     vocab_size: int,
+    general: Sequence[Example] = (),
 ) -> str:
     """Hash what a checkpoint must agree with: settings (but for how often to save), rows, targets, the model."""
     fields = asdict(settings)
@@ -234,7 +253,7 @@ def run_digest(
     digest.update(f"{vocab_size} {model.config.model_type}".encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {float(parameter.detach().flatten()[0])}".encode())
-    for example in examples:
+    for example in (*examples, *general):
         digest.update(example.token_hash + repr(example.weight).encode())
         if example.weights:
             digest.update(repr(example.weights).encode())

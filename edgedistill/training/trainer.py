@@ -26,6 +26,7 @@ from edgedistill.training.data import Example
 from edgedistill.training.dense import DenseTeacher
 from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.hidden import Guide, tokens_of
+from edgedistill.training.keeping import Keeper
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
 from edgedistill.training.norms import is_norm, save_norms
@@ -61,6 +62,7 @@ def train(
     guide: Guide | None = None,
     teacher: DenseTeacher | None = None,
     writer: OnPolicy | None = None,
+    general: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
@@ -71,10 +73,10 @@ def train(
     ``vocab_size`` is the tokenizer's.
     ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` or ``settings.features`` is set;
     ``teacher`` the one whose whole distributions stand in for ``targets``; ``writer`` how the student writes where
-    ``settings.on_policy`` is set.
+    ``settings.on_policy`` is set; ``general`` the rows that hold it to its start where ``settings.keep`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
-    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, writer, progress)
+    run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, writer, general, progress)
     return run.finished() or run.go()
 
 
@@ -90,6 +92,7 @@ class _Run:
         guide: Guide | None,
         teacher: DenseTeacher | None,
         writer: OnPolicy | None,
+        general: Sequence[Example],
         progress: Progress | None,
     ) -> None:
         self.device = pick_device()
@@ -117,7 +120,11 @@ class _Run:
         self.plan = plan_steps(examples, settings)
         head = model.get_output_embeddings()
         self.vocab_size = vocab_size or head.weight.shape[0]
-        self.digest = run_digest(model, examples, targets, settings, self.vocab_size)
+        self.keeper = None
+        if settings.keep is not None:
+            total = len(self.plan)
+            self.keeper = Keeper(general, settings, total=total, vocab_size=self.vocab_size, folder=out)
+        self.digest = run_digest(model, examples, targets, settings, self.vocab_size, general if self.keeper else ())
         self.dtype = torch_dtype(settings.dtype, self.device)
         self.final = out / {"full": "model", "norms": "norms"}.get(settings.method, "adapter")
 
@@ -153,6 +160,8 @@ class _Run:
             beside = [one.teacher for one in (self.guide, self.teacher) if one is not None and one.reads_along]
             with torch.random.fork_rng(devices=[]), packed_mode(self.model, *beside) as self.packed:
                 for step in range(state.step, total):
+                    if self.keeper is not None and self.keeper.stopped(state):
+                        break
                     started = time.monotonic()
                     record = self._step(step, total)
                     now = time.monotonic()
@@ -166,6 +175,8 @@ class _Run:
                         "seconds": round(state.seconds, 3),
                         "memory": memory,
                     }
+                    if self.keeper is not None and self.keeper.due(step + 1):
+                        record["general"] = self.keeper.look(self.model, state, self.masters, write=log is not None)
                     if log is not None:
                         log.write(record)
                     check_loss(record, state, settings)
@@ -183,13 +194,18 @@ class _Run:
             if log is not None:
                 log.close()
         seconds = time.monotonic() - begun
+        forgotten = None
+        if self.keeper is not None and self.rank == 0:
+            self.keeper.restore(state, self.masters)
+            self._publish()
+            forgotten = self.keeper.report(self.model, state)
         mean = {
             key: sum(one[key] for one in tail) / len(tail) if tail else float("nan") for key in ("loss", "kd", "ce")
         }
         result = TrainResult(
             path=self.final,
             method=settings.method,
-            steps=total,
+            steps=state.step,
             tokens=state.tokens,
             seconds=round(state.seconds, 3),
             tokens_per_s=round(tokens_here / seconds, 1),
@@ -198,10 +214,13 @@ class _Run:
             peak_memory=peak,
             resumed_at=resumed_at,
             dtype=str(self.dtype).removeprefix("torch."),
+            general=forgotten,
         )
         if self.rank == 0:
             self._finish(result)
             shutil.rmtree(checkpoints, ignore_errors=True)
+            if self.keeper is not None:
+                self.keeper.snapshot.unlink(missing_ok=True)
         return result
 
     def _prepare(self) -> None:
@@ -222,6 +241,8 @@ class _Run:
             self.model = attach(self.model, settings.lora, seed=settings.seed)
             speed_up(self.model)
         self.model.to(self.device).train()
+        if self.keeper is not None:
+            self.keeper.freeze(self.model)
         if self.guide is not None:
             self.guide.to(self.device, self.dtype)
             self.guide.watch(self.model)
@@ -250,6 +271,8 @@ class _Run:
         if rest:
             groups.append({"params": rest, "weight_decay": 0.0})
         self.optimizer = make_optimizer(settings, groups)
+        if self.keeper is not None:
+            self.keeper.begin(self.model, self.device, self.dtype)
         if settings.gradient_checkpointing:
             causal_lm(self.model).gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -328,16 +351,21 @@ class _Run:
                 ((one_kd + one_ce) / mass + guided).backward()
                 self._collect()
         norms = self._norms_apart(named, pending) if apart else {}
+        kept: tuple[float, ...] = ()
+        if self.keeper is not None:
+            part = self.rank, self.world
+            kept = self.keeper.backward(self.model, step, packed=self.packed, part=part, collect=self._collect)
+            tokens += sum(one.length for one in self.keeper.rows(step))
         if self.world > 1:
-            kd, ce, *summed = self._sum_over_processes(kd, ce, *more.values())
-            more = dict(zip(more, summed, strict=True))
+            kd, ce, *summed = self._sum_over_processes(kd, ce, *more.values(), *kept)
+            more, kept = dict(zip(more, summed, strict=False)), tuple(summed[len(more) :])
         total_norm = self._norm()
         norm = float(total_norm)
         if settings.clip and math.isfinite(norm):
             torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
         more = {name: value / over[name] for name, value in more.items()}
-        loss = (kd + ce) / mass + sum(weight * more[name] for name, weight in settings.guided.items())
+        loss = (kd + ce) / mass + sum(weight * more[name] for name, weight in settings.guided.items()) + sum(kept)
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -350,6 +378,7 @@ class _Run:
             "kd": kd / mass / terms.kd if terms.kd else 0.0,
             "ce": ce / offline / terms.ce if terms.ce else 0.0,
             **more,
+            **(self.keeper.words(*kept) if self.keeper is not None else {}),
             "gradient": norm,
             **norms,
             "lr": rate,

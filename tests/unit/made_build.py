@@ -23,6 +23,7 @@ FUNCTIONS = ("set_alarm", "set_timer", "create_event", "send_message", "navigate
 # model -> (holdout, ood, general perplexity, kilobytes of its file, tokens/s)
 FIGURES: dict[str, tuple[float, float, float, int, float]] = {
     "teacher": (0.975, 0.88, 11.2, 270, 101),
+    "base": (0, 0, 8.9, 0, 0),
     "base-few-shot": (0.32, 0.30, 8.9, 270, 0),
     "quantized-teacher": (0.97, 0.87, 11.6, 92, 214),
     "gold-sft": (0.93, 0.79, 31.0, 128, 0),
@@ -317,7 +318,7 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
         holdout, ood, perplexity, *_ = FIGURES[rest]
         engine, found = "transformers" if rest == "teacher" else "llama.cpp", {}
         (out / "answers").mkdir()
-        for suite, share in (("holdout", holdout), ("ood", ood)):
+        for suite, share in (("holdout", holdout), ("ood", ood)) if rest != "base" else ():
             lines = answers(random.Random(suite), share)  # the same rows are hard for every model, as in life
             (out / "answers" / f"{suite}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             found[suite] = suite_facts(lines, engine)
@@ -332,6 +333,11 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
                 "tokens": 900,
                 "rows": 64,
             }
+            sure = {"error": estimate(0.031, 64, 0.01), "gap": {**estimate(0.01, 64), "low": -0.02}, "tokens": 900}
+            both = {
+                name: {**sure, "nll": estimate(nll, 64)} for name, nll in (("candidate", 0.09), ("reference", 0.08))
+            }
+            kld["calibration"] = both
             return {"suites": found, "likelihood": {"student": kld, "teacher": kld}}
         return {"suites": found, "likelihood": {}}
     if stage == "measure":

@@ -48,3 +48,10 @@ def test_quantizing_alone_is_said_where_the_teacher_fits(tmp_path: Path) -> None
         "phone-midrange" in line and "of 600 MiB" in line and "quantizing it alone may do" in line for line in found
     )
     assert not any("laptop-x86-onnx" in line for line in found)
+
+
+def test_a_recipe_that_measures_no_forgetting_is_told(tmp_path: Path) -> None:
+    assert not any("forgets" in line for line in advise(inputs(tmp_path)))
+    suites = {"holdout": {"files": ["data/holdout.jsonl"], "metric": "exact"}}
+    found = advise(inputs(tmp_path, suites=suites, gates={}, teacher__min_score={}))
+    assert any('no suite has metric = "perplexity"' in line for line in found)

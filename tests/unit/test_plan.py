@@ -115,6 +115,55 @@ def test_a_key_that_came_later_changes_nothing_until_it_is_used(folder: Path) ->
     assert "heal" in changed(make(folder), make(folder, heal__gradient_checkpointing=True))
 
 
+def test_general_rows_rerun_from_distill_on_wherever_their_file_lies(folder: Path) -> None:
+    rows = [{"id": f"g{n}", "prompt": f"question {n}", "reference": f"answer {n}"} for n in range(20)]
+    for name in ("chat.jsonl", "moved.jsonl"):
+        (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
+    plain, kept = make(folder), make(folder, distill__keep={"files": ["chat.jsonl"]})
+    names = changed(plain, kept)
+    assert {"distill/1", "distill/gold-sft", "merge"} <= names  # both: they still differ by the soft targets alone
+    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
+    assert changed(kept, make(folder, distill__keep={"files": ["moved.jsonl"]})) == set()
+    assert "distill/1" in changed(kept, make(folder, distill__keep={"files": ["chat.jsonl"], "kl": 2.0}))
+    assert "distill/1" in changed(kept, make(folder, distill__keep={"files": ["chat.jsonl"], "rows": 15}))
+    (before,), (after,) = plain.match("distill/1"), kept.match("distill/1")
+    assert after.work.amount > before.work.amount and after.memory == before.memory
+    keeps: tuple[Any, ...] = (None, {"files": ["chat.jsonl"]})
+    full = [make(folder, distill__method="full", distill__keep=keep).match("distill/1")[0] for keep in keeps]
+    assert full[1].memory > full[0].memory  # the start, as a copy
+    for keep, key, message in (
+        ({"files": ["chat.jsonl"], "rows": 9}, "distill.keep.rows", "9 general rows are too few"),
+        ({"files": ["nothing.jsonl"]}, "distill.keep.files", "no such file"),
+        ({"files": ["data/general.jsonl"]}, "suites", "stands in the training rows and in a suite"),
+    ):
+        with pytest.raises(RecipeError, match=message) as error:
+            make(folder, distill__keep=keep)
+        assert error.value.key == key
+    with pytest.raises(RecipeError, match="nothing would be kept"):
+        make(folder, distill__keep={"files": ["chat.jsonl"], "kl": 0.0})
+    with pytest.raises(RecipeError, match=r"distill\.keep\.rows has 2 counts for 1 files"):
+        make(folder, distill__keep={"files": ["chat.jsonl"], "rows": [5, 5]})
+
+
+def test_what_was_forgotten_is_held_against_the_students_own_base(folder: Path) -> None:
+    def steps(**overrides: Any) -> dict[str, Any]:
+        return {name: step.stage for step in make(folder, **overrides).steps for name in step.ids}
+
+    assert "evaluate/base" not in steps()  # the base with examples in its prompt is evaluated already
+    alone = steps(baselines={})
+    assert [spec.name for spec in alone["evaluate/base"].suites] == ["general"]
+    assert set(alone["evaluate/base"].rows) == {"general"}
+    inputs = make_inputs(folder, student__model="path:other")
+    other = expand(dataclasses.replace(inputs, student=dataclasses.replace(inputs.student, digest="another")))
+    (base,) = other.match("evaluate/base")
+    assert other.match("base/student")[0].key in base.stage.inputs()
+    assert "evaluate/base" not in steps(adapt=None, baselines={}, heal__hidden=0.0)  # the teacher is the base
+    general = {"suites.general.files": ["data/general.jsonl"], "suites.general.metric": "exact"}
+    assert "evaluate/base" not in steps(
+        baselines={}, **{key.replace(".", "__"): value for key, value in general.items()}
+    )
+
+
 def test_thinking_is_a_style_with_rationales_in_the_gold_rows(folder: Path) -> None:
     plan = make(folder, generate__style="think")
     assert any("no row of adapt.files has a" in one and "rationale" in one for one in plan.warnings)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import subprocess
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 
 from edgedistill import report_html
 from edgedistill.report import collect, gate_lines, write_html
-from edgedistill.report_sheets import drafts_sheet, types_sheet
+from edgedistill.report_findings import diagnose
+from edgedistill.report_sheets import drafts_sheet, forgetting_sheet, types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
 
@@ -207,6 +209,27 @@ def test_symptoms_name_figure_and_key(session: Session) -> None:
     assert "heal.lr" in forgetting.key and "3.31" in forgetting.figure
     assert any(symptom.startswith("quantization alone fits") for symptom in found)
     assert all(finding.figure and finding.remedy and finding.key for finding in data.findings)
+
+
+def test_forgetting_is_told_without_a_few_shot_baseline_and_beside_general_rows(tmp_path: Path) -> None:
+    bare = make_session(tmp_path, baselines={})
+    data = collect(bare)
+    base, student = data.model("base"), data.model("student")
+    assert base and base.suites.keys() == {"general"} and base.suites["general"].perplexity
+    assert student and student.suites["general"].against_base
+    assert student.suites["general"].against_base.value == pytest.approx(29.5 / 8.9)
+    nats = {"value": 1.2, "low": 1.1, "high": 1.3, "n": 20}
+    rise = {"value": 0.3, "low": 0.2, "high": 0.4, "n": 20}
+    general = {"before": nats, "after": {**nats, "value": 1.5}, "rise": rise}
+    kept = replace(data, training={**data.training, "distill/1": {**data.training["distill/1"], "general": general}})
+    before, after = forgetting_sheet(kept).rows[-2:]
+    assert before == ["before distill/1", "distill.keep", "3.32 [3.00, 3.67]", "", "20"]
+    assert after[0] == "after distill/1" and after[3] == "1.35 [1.22, 1.49]"
+    (found,) = (one for one in diagnose(kept) if "in spite of its general rows" in one.symptom)
+    assert found.figure == "+0.300 [+0.200, +0.400], n = 20 rows held out, nats a token"
+    assert not [one for one in diagnose(data) if "in spite of" in one.symptom]
+    _, page = read_page(bare, tmp_path)
+    assert "base, untaught" in " ".join(page.text)
 
 
 def test_no_symptom_without_figures(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from edgedistill.recipe import Distill, Training
+from edgedistill.recipe import Distill, Keep, Training
 from edgedistill.training.recipe import strip_adapter, train_settings
-from edgedistill.training.settings import LATER, TrainSettings
+from edgedistill.training.settings import LATER, KeepSettings, TrainSettings
 
 
 def test_an_adapter_names_no_path_of_this_machine(tmp_path: Path) -> None:
@@ -42,3 +43,5 @@ def test_what_a_key_leaves_out_is_what_the_trainer_does_without_it() -> None:
     """Settings that came later are not in a key at the recipe's default: the trainer's own has to be the same."""
     fields = {**Training.model_fields, **Distill.model_fields}
     assert {name: fields[name].default for name in LATER} == {name: getattr(TrainSettings, name) for name in LATER}
+    general = asdict(KeepSettings())
+    assert {name: Keep.model_fields[name].default for name in general} == general
