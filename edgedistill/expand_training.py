@@ -94,28 +94,35 @@ class TrainingSteps:
         )
 
     def _shape(self, name: str, base: Key) -> Key:
-        width, vocabulary = self.recipe.student.ffn, self.recipe.student.vocabulary
-        if self.recipe.student.layers == "all" and width is None and vocabulary is None:
+        student = self.recipe.student
+        if student.layers == "all" and (student.hidden, student.ffn, student.vocabulary) == (None, None, None):
             return base
         rows, taught, whole = cut_rows(self.inputs), taught_rows(self.inputs), self.inputs.student.facts
-        measured = self.recipe.student.layers_by == "importance"
+        measured = student.layers_by == "importance"
         fields: dict[str, Any] = {
             "model": base,
             "layers": () if measured else chosen_layers(self.inputs),
-            "ffn": width,
+            "hidden": student.hidden,
+            "ffn": student.ffn,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "vocabulary": vocabulary,
+            "vocabulary": student.vocabulary,
             "taught_digest": rows_digest(taught),
             "taught": taught,
         }
         stage = MeasuredShape(**fields, keep=len(chosen_layers(self.inputs))) if measured else Shape(**fields)
-        narrow = ffn_work(whole.params(), whole.layers, whole.ffn, sum(map(row_tokens, rows)))
+        tokens = sum(map(row_tokens, rows))
+        work = Work(kind="bytes", amount=4 * self.s_params)
+        if student.ffn:
+            work = ffn_work(whole.params(), whole.layers, whole.ffn, tokens)
+        elif student.hidden:
+            work = Work(kind="shape", amount=tokens * (2 * whole.params() + 4 * whole.layers * whole.hidden**2))
         return self.graph.add(
             name,
             stage,
-            narrow if width else Work(kind="bytes", amount=4 * self.s_params),
-            memory=8 * whole.params() + ((RUNTIME_MIB + 1500) * MIB if width else 0),
+            work,
+            memory=(16 if student.hidden else 8) * whole.params()
+            + ((RUNTIME_MIB + 1500) * MIB if student.ffn or student.hidden else 0),
             disk=4 * self.s_params,
         )
 

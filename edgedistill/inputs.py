@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from edgedistill.data.prompts import Row, leaks, load_rows
 from edgedistill.data.thinking import BLOCKS, asking_why, split, two_tasks, with_block
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.families import of_any_width
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.plan import package_version
 from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Tune
@@ -19,6 +21,10 @@ from edgedistill.training.shaping import choose_layers
 
 NARROWABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
 """Architectures whose FFN ``student.ffn`` makes narrower, as GGUF and as config.json name them."""
+ROTATABLE = ("llama", "mistral")
+"""Architectures whose residual stream ``student.hidden`` makes narrower: RMS norms without offsets, before each half alone.
+(llama.cpp reads a Qwen 2 only where its heads are together as wide as the stream.)
+"""
 GAP = 4.0  # times fewer parameters than the teacher that one step of distillation mostly recovers
 TOKENS_A_WORD = 1.4  # English prose, in the tokenizers of small models
 BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
@@ -262,6 +268,8 @@ def _refuse_shape(inputs: Inputs, section: str) -> None:
             key=f"{section}.layers_by",
             file=inputs.path,
         )
+    if student.hidden is not None:
+        _refuse_hidden(inputs, student.hidden, f"{section}.hidden")
     if student.ffn is not None:
         _refuse_width(inputs, student.ffn, f"{section}.ffn")
     if student.vocabulary is not None:
@@ -282,6 +290,34 @@ def _gaps(links: Sequence[Inputs]) -> list[str]:
                 f"about {middle} million parameters would part it in two equal ones"
             )
     return found
+
+
+def _refuse_hidden(inputs: Inputs, width: int, key: str) -> None:
+    """Refuse a hidden size that the model does not have, that no block type divides, or that no row can tell."""
+    model, facts = inputs.recipe.student.model, inputs.student.facts
+    told: tuple[str, str] | None = None
+    if facts.architecture not in ROTATABLE:
+        told = (
+            f"the residual stream of {model} ({facts.architecture}) cannot be made narrower: only that of a Llama or Mistral can",
+            f"leave {key} out, and set layers or ffn instead",
+        )
+    elif width > facts.hidden:
+        told = (f"the hidden size of {model} is {facts.hidden}", f"take less, or leave {key} out")
+    elif width % BLOCK:
+        lower = max(BLOCK, width // BLOCK * BLOCK)
+        told = (
+            f"{width} is no multiple of {BLOCK}: the types of llama.cpp and ONNX pack {BLOCK} weights in a block",
+            f"take {lower} or {lower + BLOCK}; k-quants need a multiple of 256",
+        )
+    elif not (inputs.healing or inputs.gold):
+        told = ("no rows tell which directions the task needs", "give heal.files or adapt.files")
+    elif inputs.student.path.is_dir():  # of a GGUF, the shape step tells
+        try:
+            of_any_width({**json.loads((inputs.student.path / "config.json").read_text()), "hidden_size": width})
+        except UsageError as error:
+            told = (error.message, error.hint)
+    if told:
+        raise RecipeError(*told, key=key, file=inputs.path)
 
 
 def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
@@ -337,7 +373,8 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             )
         return []
     limit, warnings = target.limits.file_size, []
-    config = student_facts(inputs).config()
+    facts = student_facts(inputs)
+    config = facts.config()
     wanted = target.quantize.type
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
     size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
@@ -355,12 +392,18 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             warnings.append(
                 f"{target.name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}"
             )
-    base = file_type(wanted).base
-    if fits(base, inputs.student.facts.hidden) != base:
+    base, hidden = file_type(wanted).base, facts.hidden
+    odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]
+    if odd:
+        told = (
+            f"; hidden = {hidden // 256 * 256 or 256} would not"
+            if inputs.recipe.student.hidden and hidden in odd
+            else ""
+        )
         warnings.append(
-            f"{target.name}: {inputs.student.facts.hidden} columns are no multiple of 256, so much of {wanted} "
-            "falls back to "
-            f"larger types (quantize says which): about {format_size(size)}"
+            f"{target.name}: {', '.join(map(str, odd))} columns are no multiple of 256, so "
+            f"{'much' if hidden in odd else 'a part'} of {wanted} falls back to larger types (quantize says which): "
+            f"about {format_size(size)}{told}"
         )
     return warnings
 
@@ -398,6 +441,8 @@ def student_facts(inputs: Inputs) -> ModelFacts:
     return replace(
         facts,
         layers=len(chosen_layers(inputs)),
+        hidden=student.hidden or facts.hidden,
+        head_dim=facts.head,
         ffn=student.ffn or facts.ffn,
         vocab=student.vocabulary or facts.vocab,
     )
@@ -415,11 +460,11 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
 
 
 def cut_rows(inputs: Inputs) -> tuple[Row, ...]:
-    """Return the rows that tell which neurons, and which layers, the student needs: evenly spaced ones of those that heal it,
+    """Return the rows that tell which neurons, directions and layers the student needs: evenly spaced ones of those that heal it,
     else of those that the teacher is adapted on.
     """
     student = inputs.recipe.student
-    if student.ffn is None and student.layers_by != "importance":
+    if student.ffn is None and student.hidden is None and student.layers_by != "importance":
         return ()
     rows = inputs.healing or inputs.gold
     count = min(inputs.recipe.student.ffn_rows, len(rows))

@@ -43,16 +43,21 @@ class ModelFacts:
     quantized_from: str
     licence: str
     size: int
+    head_dim: int = 0  # 0: hidden / heads
 
     @property
     def embedding_params(self) -> int:
         """Parameters of the input embedding."""
         return self.vocab * self.hidden
 
+    @property
+    def head(self) -> int:
+        """Dimensions of one attention head."""
+        return self.head_dim or self.hidden // self.heads
+
     def block_params(self) -> int:
         """Parameters of one transformer block (llama family: attention with grouped keys, gated FFN, two norms)."""
-        head = self.hidden // self.heads
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * head * self.kv_heads
+        attention = 2 * self.hidden * self.head * (self.heads + self.kv_heads)
         return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
 
     def params(self) -> int:
@@ -67,6 +72,7 @@ class ModelFacts:
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head,
             "intermediate_size": self.ffn,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
@@ -273,6 +279,7 @@ def _gguf_facts(path: Path) -> ModelFacts:
         quantized_from=info.file_type if info.is_quantized else "",
         licence=info.license or (licence.read_text() if licence.is_file() else "") or "not stated",
         size=path.stat().st_size,
+        head_dim=int(info.of_arch("attention.key_length", 0)),
     )
 
 
@@ -316,6 +323,7 @@ def folder_facts(path: Path) -> ModelFacts:
         quantized_from="",
         licence=licences[0] if licences else "not stated",
         size=sum(f.stat().st_size for f in model_files(path)),
+        head_dim=int(config.get("head_dim") or 0),
     )
 
 

@@ -112,6 +112,8 @@ class Adapt(Training):
 class Shaped(Section):
     """What of a model is kept. ``layers``: "all", a count (evenly spaced, first and last kept; or, by ``layers_by``, those that
     change the states of the task's rows most) or a list of layer numbers.
+    ``hidden`` makes the residual stream, what every layer reads and writes, narrower: the directions that the task's rows use
+    most stay (``training/residual.py``).
     ``ffn`` makes every layer's FFN narrower: the neurons that the task's rows need stay, and their weights are fitted to do
     the others' work (``training/ffn.py``). ``vocabulary`` keeps so many tokens, those of the taught rows among them
     (``training/vocabulary.py``).
@@ -122,12 +124,16 @@ class Shaped(Section):
         default="spacing",
         description="which layers a count keeps: evenly spaced ones, or those that the rows need most",
     )
+    hidden: Count | None = Field(
+        default=None,
+        description="dimensions of the residual stream, best a multiple of 256 (k-quants); none: as many as it has",
+    )
     ffn: Count | None = Field(
         default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
     )
     ffn_rows: Count = Field(
         default=600,
-        description="rows of heal.files, else adapt.files, that choose the neurons, and layers by importance",
+        description="rows of heal.files, else adapt.files, that choose the neurons, what hidden keeps, and layers by importance",
     )
     vocabulary: Count | None = Field(
         default=None, description="tokens to keep, rarer words are spelt in pieces; none: all of them"

@@ -84,8 +84,8 @@ def _capacity(data: ReportData) -> Iterator[Finding]:
             symptom="the gap to the teacher stays on every suite",
             figure=", ".join(f"{suite}: keeps {figure.text(n=True)}" for suite, figure in kept.items()),
             likely="capacity: the loss no longer falls, yet the student stays behind",
-            remedy="more layers, wider FFNs, a larger student, or a narrower task",
-            key="student.layers, student.ffn, student.model",
+            remedy="more layers, wider FFNs, a larger hidden size, a larger student, or a narrower task",
+            key="student.layers, student.ffn, student.hidden, student.model",
         )
 
 

@@ -139,6 +139,7 @@ def _shape(session: Session) -> str:
     student, facts = student_facts(session.inputs), session.inputs.student.facts
     pairs = (
         (student.layers, facts.layers, "layers"),
+        (student.hidden, facts.hidden, "hidden dimensions"),
         (student.ffn, facts.ffn, "neurons of each FFN"),
         (student.vocab, facts.vocab, "tokens"),
     )

@@ -44,6 +44,7 @@ class Heal(Stage):
             take_results,
             train_settings,
         )
+        from edgedistill.training.residual import read_basis
         from edgedistill.training.trainer import train
         from edgedistill.training.vocabulary import origin_towards
 
@@ -57,7 +58,8 @@ class Heal(Stage):
             above = ctx.path(self.teacher, "model")
             origin, teacher = origin_towards(source, above), load_model(above)
             layers = self.layers or ctx.facts(self.student)["layers"]  # measured by the shape step
-            guide = HiddenStates(teacher, layers, tokens=origin.kept.tolist() if origin else None)
+            tokens, basis = origin.kept.tolist() if origin else None, read_basis(ctx.path(self.student))
+            guide = HiddenStates(teacher, layers, tokens=tokens, basis=basis)
         settings = train_settings(self.training, seed=self.seed)
         model = load_model(source)
         result = train(

@@ -1,12 +1,17 @@
-"""shape: cut layers, neurons of the FFNs and rows of the vocabulary out of the student.
+"""shape: cut layers, hidden dimensions, neurons of the FFNs and rows of the vocabulary out of the student.
 
-In: base checkpoint, what to keep; rows of the task, which tell what width and vocabulary must hold. Out: ``model/``, a
-checkpoint that transformers and the converter load. Without layers it is useless until it is healed; with narrower FFNs
-it is a little worse; with a smaller vocabulary the kept tokens have the logits that they had, on the rows that chose
-them."""
+In: base checkpoint, what to keep; rows of the task, which tell what widths and vocabulary must hold. Out: ``model/``, a
+checkpoint that transformers and the converter load, and ``basis.safetensors`` where the hidden size was cut. Without layers
+it is useless until it is healed; with a smaller hidden size or narrower FFNs it is worse; with a smaller vocabulary the kept
+tokens have the logits that they had, on the rows that chose them.
+
+Where several are cut, each is chosen on what the ones before it leave: the layers by the whole model; the directions of the
+residual stream by the states of these layers; the neurons of their FFNs by the states that run in it; the vocabulary last, by
+the text alone."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +24,8 @@ from edgedistill.step import Context, Stage, unkeyed
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Stage):
-    """Keep ``layers`` of the blocks, ``ffn`` neurons of each FFN (None: all), chosen by ``rows``, and ``vocabulary`` tokens
-    (None: all), those of ``taught`` among them.
+    """Keep ``layers`` of the blocks, ``hidden`` dimensions of the residual stream and ``ffn`` neurons of each FFN (None: all),
+    chosen by ``rows``, and ``vocabulary`` tokens (None: all), those of ``taught`` among them.
     """
 
     name: ClassVar[str] = "shape"
@@ -29,10 +34,18 @@ class Shape(Stage):
     layers: tuple[int, ...]
     ffn: int | None
     rows_digest: str
+    hidden: int | None = None
     vocabulary: int | None = None
     taught_digest: str = ""
     rows: tuple[Row, ...] = unkeyed()
     taught: tuple[Row, ...] = unkeyed(default=())
+
+    def fields(self) -> dict[str, Any]:
+        """Return the keyed fields; ``hidden`` came later, and without it a student is what it was."""
+        found = super().fields()
+        if self.hidden is None:
+            del found["hidden"]
+        return found
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prune and save."""
@@ -45,14 +58,20 @@ class Shape(Stage):
         facts: dict[str, Any] = {"params_before": sum(p.numel() for p in model.parameters())}
         layers, found = self.choose(model, source)
         facts |= found
+        if self.hidden is not None:
+            from edgedistill.training.residual import choose_basis, narrow_residual, write_basis
+
+            ctx.progress(0, 1, "choosing the directions")
+            examples = encode_rows(self.rows, source)
+            basis, facts["hidden_error"] = choose_basis(_to_run(model), examples, self.hidden, layers=layers)
+            write_basis(basis, ctx.out)
+            model = narrow_residual(model, basis)
         if self.ffn is not None:
             from edgedistill.training.ffn import prune_ffn
-            from edgedistill.training.precision import pick_device, torch_dtype
 
-            device = pick_device()
-            run = load_model(source).to(device, torch_dtype("auto", device))
+            examples = encode_rows(self.rows, source)
             facts["ffn_error"] = prune_ffn(
-                model, encode_rows(self.rows, source), self.ffn, layers=layers, run=run, progress=ctx.progress
+                model, examples, self.ffn, layers=layers, run=_to_run(model), progress=ctx.progress
             )
         pruned = prune_depth(model, layers)
         if self.vocabulary is not None:
@@ -73,6 +92,14 @@ class Shape(Stage):
     def choose(self, model: Any, source: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Return the layers to keep, and what was found on the way."""
         return self.layers, {}
+
+
+def _to_run(model: Any) -> Any:
+    """Copy a model to where, and in what type, this machine runs it."""
+    from edgedistill.training.precision import pick_device, torch_dtype
+
+    device = pick_device()
+    return copy.deepcopy(model).to(device, torch_dtype("auto", device))
 
 
 @dataclass(frozen=True, kw_only=True)

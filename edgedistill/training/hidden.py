@@ -25,14 +25,23 @@ class HiddenStates:
 
     ``kept`` are the teacher's layers that the student was cut from, ascending. Raises UsageError where the two do not
     fit: other widths, or another number of layers. ``tokens`` are the teacher's numbers of the student's tokens, where its
-    vocabulary was trimmed.
+    vocabulary was trimmed; ``basis`` [teacher's width, student's] is what the student's states are written in, where its
+    residual stream was narrowed.
     """
 
-    def __init__(self, teacher: Any, kept: Sequence[int], *, tokens: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Any,
+        kept: Sequence[int],
+        *,
+        tokens: Sequence[int] | None = None,
+        basis: torch.Tensor | None = None,
+    ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         layers = len(layers_of(teacher))
         self.matched = [at - 1 for at in kept[1:]] + [layers - 1]
         self.tokens = None if tokens is None else torch.as_tensor(tokens)
+        self.basis = basis
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
         for at in self.matched:
@@ -41,11 +50,11 @@ class HiddenStates:
     def watch(self, student: Any) -> None:
         """Keep the states of the student's layers from now on."""
         layers = layers_of(student)
-        if len(layers) != len(self.matched) or student.config.hidden_size != self.teacher.config.hidden_size:
+        width = self.teacher.config.hidden_size if self.basis is None else self.basis.shape[1]
+        if len(layers) != len(self.matched) or student.config.hidden_size != width:
             raise UsageError(
                 f"hidden states cannot be matched: the student has {len(layers)} layers of width "
-                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.matched)} of width "
-                f"{self.teacher.config.hidden_size}",
+                f"{student.config.hidden_size}, the teacher's kept layers are {len(self.matched)} of width {width}",
                 hint="cut the student from the teacher (student.layers), or set heal.hidden = 0",
             )
         for at, layer in enumerate(layers):
@@ -56,6 +65,8 @@ class HiddenStates:
         for parameter in self.teacher.parameters():
             parameter.data = parameter.data.to(dtype)
         self.teacher.to(device)
+        if self.basis is not None:
+            self.basis = self.basis.to(device)
 
     def error(self, batch: PackedBatch | PaddedBatch) -> torch.Tensor:
         """Run the teacher over the batch that the student has just seen; return the error summed over the tokens.
@@ -73,6 +84,8 @@ class HiddenStates:
         total = torch.zeros((), device=weights.device)
         for at, matched in enumerate(self.matched):
             student, teacher = self._students[at].float(), self._teachers[matched].float()
+            if self.basis is not None:
+                teacher = teacher @ self.basis
             relative = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-6)
             total = total + (relative * weights).sum()
         return total / len(self.matched)

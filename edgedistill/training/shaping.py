@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
+from edgedistill.families import of_any_width
 
 if TYPE_CHECKING:
     from edgedistill.training.data import Example
@@ -30,6 +31,20 @@ def choose_layers(total: int, layers: int | Sequence[int]) -> list[int]:
     if chosen != sorted(set(chosen)):
         raise UsageError(f"student.layers = {chosen}: name each layer once, in ascending order")
     return chosen
+
+
+def narrowed_config(config: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Return config.json with a residual stream of ``width`` dimensions: heads stay as many and as large as they are.
+
+    Raises UsageError as ``of_any_width`` does.
+    """
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    narrow = {
+        "hidden_size": width,
+        "head_dim": int(config.get("head_dim") or hidden // heads),
+        "rms_norm_eps": config["rms_norm_eps"] * hidden / width,  # of a mean over fewer squares
+    }
+    return of_any_width({**config, **narrow})
 
 
 def block_influence(model: Any, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
+from edgedistill.families import of_any_width
 from edgedistill.formats.gguf.pretokenizers import SPLITTERS, pre_tokenizer_json, splitter
 from edgedistill.formats.gguf.read import GgufInfo, read_info, read_tensor
 
@@ -150,7 +151,7 @@ def hf_config(info: GgufInfo, *, dtype: str, tied: bool) -> dict[str, Any]:
     for key, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         if (number := info.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[name] = int(number)
-    return config
+    return of_any_width(config)
 
 
 def tokenizer_json(info: GgufInfo) -> dict[str, Any]:

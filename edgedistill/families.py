@@ -1,0 +1,34 @@
+"""What transformers calls a decoder of the Llama kind whose width is no multiple of its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgedistill.errors import UsageError
+
+SHARED = frozenset({
+    "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
+    "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "use_cache", "vocab_size",
+})  # fmt: skip
+"""What a Llama's config.json has in common with a Mistral's."""
+
+
+def of_any_width(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json that transformers loads, whatever its hidden size.
+
+    transformers refuses a Llama whose hidden size is no multiple of its heads, though nothing in it needs that once the heads
+    have a size of their own. A Mistral without a sliding window is the same function and takes any width; llama.cpp calls
+    both llama. Raises UsageError for a Llama with biases, which a Mistral has not.
+    """
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    if config["model_type"] != "llama" or hidden % heads == 0:
+        return dict(config)
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise UsageError(
+            f"a Llama with biases whose hidden size of {hidden} is no multiple of its {heads} heads: transformers has none",
+            f"take a multiple of {heads}",
+        )
+    shared = {name: value for name, value in config.items() if name in SHARED}
+    return shared | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
