@@ -62,6 +62,21 @@ def test_every_precision_is_proved(tiny_hf: Path, tiny_onnx: Onnx, precision: st
         assert hop.kld > 1e-6
 
 
+def test_a_narrower_residual_stream_is_proved_too(tmp_path: Path) -> None:
+    """Its heads are together wider than what they read and write, which a Llama of the builder's kind seldom has."""
+    from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model
+    from edgedistill.training.residual import choose_basis, narrow_residual
+
+    shape = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+    folder, small = make_model(tmp_path / "whole", pre="gpt-2", **shape), tmp_path / "small"
+    whole = load_model(folder)
+    narrow_residual(whole, choose_basis(whole, encode_rows(ROWS, folder), 64)[0]).save_pretrained(small)
+    copy_tokenizer(folder, small)
+    build(small, tmp_path / "out" / "fp32", "fp32")
+    hop = compare(small, tmp_path / "out" / "fp32", PROMPTS)
+    assert hop.greedy_equal == 2 and hop.max_diff < 1e-3
+
+
 def test_another_model_is_refused(tiny_onnx: Onnx, tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", pre="gpt-2", hidden_size=96, num_attention_heads=6, head_dim=16, seed=1)
     for precision in ("fp32", "int4"):
