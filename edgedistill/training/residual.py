@@ -167,7 +167,7 @@ def narrow_residual(model: Any, basis: torch.Tensor) -> Any:
             new[name] = gain * (basis * (tensor.double()[:, None] * basis)).sum(0)
         elif name == last or block.rpartition(".")[2] in READERS.values():
             new[name] = torch.full((width,), gain)
-        elif name != head:  # of a head of its own size: biases of what reads, norms inside of the attention
+        elif name != head:  # biases of what reads the stream
             new[name] = tensor
         if name in new:
             new[name] = new[name].to(dtype)

@@ -400,7 +400,8 @@ def test_a_smaller_hidden_size_is_a_smaller_student_and_changes_no_key_until_it_
     (shape,) = plain.match("shape")
     assert "hidden" not in shape.stage.fields() and plan.match("shape")[0].memory > shape.memory
     chained = make(folder, chain=[{"hidden": 544}, {"layers": 20}], student__hidden=512)
-    widths = [chained.match(name)[0].stage.hidden for name in ("shape/1", "shape/2", "shape")]  # pyright: ignore[reportAttributeAccessIssue]
+    stages = {name: step.stage for step in chained.steps for name in step.ids}
+    widths = [stages[name].hidden for name in ("shape/1", "shape/2", "shape")]  # pyright: ignore[reportAttributeAccessIssue]
     assert widths == [544, None, 512]
     with pytest.raises(RecipeError, match="the hidden size of teacher is 512") as error:
         make(folder, chain=[{"hidden": 512}, {"hidden": 544}])

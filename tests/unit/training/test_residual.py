@@ -213,7 +213,7 @@ def test_llama_cpp_reads_it_as_transformers_does_and_gives_it_back(family: str, 
     from edgedistill.formats.gguf.dequantize import gguf_to_hf
     from edgedistill.training.recipe import copy_tokenizer, encode_rows
 
-    shape = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
     folder, out = make_model(tmp_path / "whole", family, **shape), tmp_path / "small"
     rows = [
         Row(id=str(at), messages=({"role": "user", "content": text},), reference="ok") for at, text in enumerate(TEXT)

@@ -67,7 +67,7 @@ def test_a_narrower_residual_stream_is_proved_too(tmp_path: Path) -> None:
     from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model
     from edgedistill.training.residual import choose_basis, narrow_residual
 
-    shape = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1}
     folder, small = make_model(tmp_path / "whole", pre="gpt-2", **shape), tmp_path / "small"
     whole = load_model(folder)
     narrow_residual(whole, choose_basis(whole, encode_rows(ROWS, folder), 64)[0]).save_pretrained(small)
