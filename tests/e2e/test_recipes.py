@@ -18,8 +18,11 @@ from edgedistill.runner import Runner
 from edgedistill.session import prepare
 from edgedistill.store import Store
 
-# Cutting FFNs is the slowest step, and as slow for few rows: `think`, `sweep` and test_build.py do it.
-WORDS = {"adapt.rows": 96, "heal.rows": 48, "prompts.rows": 12, "calibrate.rows": 8, "gates": {}}
+# Cutting FFNs is the slowest step, and as slow for few rows: `sweep` and test_build.py do it.
+WORDS: dict[str, Any] = {
+    **{"adapt.rows": 96, "heal.rows": 48, "prompts.rows": 12, "calibrate.rows": 8},
+    **{"student.ffn": None, "gates": {}},
+}
 # The recipes on the quickstart's task: the same teacher, so that the first one built adapts it for all.
 CALLS: dict[str, Any] = {
     **{"teacher.min_score": {}, "adapt.rows": 32, "heal.rows": 16, "prompts.rows": 6},
@@ -30,9 +33,9 @@ CUT = {"heal.rows": 32, "student.ffn_rows": 96}
 REDUCED: dict[str, dict[str, Any]] = {
     "answer": {**CALLS, "student.ffn": None},
     "chain": {**CALLS, "student.ffn": None, "chain.0.ffn": None},
-    "rationale": {**WORDS, "student.ffn": None},
+    "rationale": WORDS,
     "rounds": {**CALLS, "student.ffn": None},
-    "think": {**WORDS, "heal.rows": 96, "student.ffn_rows": 96},
+    "think": WORDS,
 }
 SWEPT = {**CALLS, **CUT, "sweep": {"student.ffn": [768], "distill.loss.kd": [0.0, 0.7]}}
 ROWS = 10  # of each suite

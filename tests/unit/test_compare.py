@@ -161,7 +161,8 @@ def test_the_verdict_is_what_the_interval_says(built: Session) -> None:
         folders = [
             built.store.entry_path(built.plan.match(f"evaluate/{name}")[0].key) for name in ("student", one.other)
         ]
-        expected = paired_difference(*(load_scores(folder, one.suite) for folder in folders))
+        mine, theirs = (load_scores(folder, one.suite) for folder in folders)
+        expected = paired_difference(mine, theirs)
         assert (one.figure.value, one.figure.low, one.figure.high) == (expected.value, expected.low, expected.high)
         assert one.figure.n == ROWS and one.verdict == expected.verdict
     assert found["worse"].keys == {"distill.lr": 1e-5} and found["references only"].keys == {}
