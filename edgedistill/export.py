@@ -135,6 +135,10 @@ def _lost(session: Session) -> list[str]:
         found.append(f"on_policy = {distill.on_policy:g}: rows that the student writes itself")
     if distill.think_weight != 1.0:
         found.append(f"think_weight = {distill.think_weight:g}: all tokens of a completion count the same")
+    if distill.features and distill.features.on:
+        found.append("features: hidden states and relations that are drawn to the teacher's")
+    if recipe.round:
+        found.append("[[round]]: these are the rows of the first distillation")
     if distill.keep:
         found.append("keep: general rows that hold the student to its start")
     if distill.method == "qlora":

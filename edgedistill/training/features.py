@@ -49,8 +49,7 @@ class Features(Guide):
 
     def to(self, device: Any, dtype: torch.dtype) -> None:
         super().to(device, dtype)
-        for matrix in self.projections:
-            matrix.data = matrix.data.to(device)
+        self.projections = [torch.nn.Parameter(matrix.data.to(device)) for matrix in self.projections]
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {f"projection.{at}": matrix for at, matrix in enumerate(self.projections)}
