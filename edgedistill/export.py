@@ -253,6 +253,7 @@ from unsloth import FastLanguageModel  # first: it changes what the others impor
 
 import json
 
+import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 from trl import SFTConfig, SFTTrainer
@@ -282,6 +283,7 @@ trainer = SFTTrainer(
         dataset_kwargs={{"skip_prepare_dataset": True}},
         remove_unused_columns=False,
         report_to="none",
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # SFTConfig's own default asks for a GPU
         {arguments}
     ),
 )
@@ -307,6 +309,7 @@ def _unsloth(job: Job) -> str:
         "adam_beta2": one.beta2,
         "max_grad_norm": one.max_grad_norm,
         "optim": one.optimizer,
+        "gradient_checkpointing": one.gradient_checkpointing,
         "seed": job.seed,
     }
     adapter = ""

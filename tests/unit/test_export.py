@@ -202,7 +202,9 @@ def test_adapters_that_do_not_fit_are_refused(tiny_folder: Path, adapter: Path, 
 
     assert check_adapter(tiny_folder, adapter)["r"] == 2
     other = make_model(tmp_path / "wider", hidden_size=128)
-    with pytest.raises(UsageError, match=r"has the shape \[2, 64\], and model\.layers\.0.* is \[128, 128\]"):
+    with pytest.raises(
+        UsageError, match=r"has the shape \[64, 2\], and model\.layers\.0\.mlp\.down_proj of .* is \[128, 128\]"
+    ):
         check_adapter(other, adapter)
     shallow = make_model(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(UsageError, match=r"model\.layers\.1\..* is no layer of"):
