@@ -5,7 +5,8 @@ The figures are the literature's rules of thumb for narrow and general tasks, no
 
 from __future__ import annotations
 
-from edgedistill.inputs import GAP, Inputs, student_facts
+from edgedistill.inputs import Inputs, student_facts
+from edgedistill.refusals import GAP
 from edgedistill.target import format_size
 
 

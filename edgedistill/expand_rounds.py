@@ -13,7 +13,7 @@ from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
-from edgedistill.recipe import Round
+from edgedistill.recipe_distill import Round
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.filter import RoundFilter, ThinkingRoundFilter
 from edgedistill.stages.generate import Generate, GenerateFailed

@@ -11,10 +11,11 @@ from typing import Any
 from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, refuse, student_facts, taught_rows
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, student_facts, taught_rows
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
+from edgedistill.refusals import refuse
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
 from edgedistill.stages.distill import Distill, DistillBeside

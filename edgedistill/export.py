@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgedistill.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgedistill.recipe import Distill
+    from edgedistill.recipe_distill import Distill
     from edgedistill.session import Session
     from edgedistill.stages.distill import Distill as DistillStage
 

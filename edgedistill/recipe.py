@@ -1,34 +1,22 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
-Every default lives here, once. A key that is not built does not exist, and is refused with its line and a suggestion.
+Every default lives in these classes, once (``recipe_base.py``: what the tables share, ``recipe_distill.py``: how the student is
+taught). A key that is not built does not exist, and is refused with its line and a suggestion.
 Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for editors.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from edgedistill.data.thinking import LEAST_WORDS
+from edgedistill.recipe_base import Count, Lora, Positive, Rows, Section, Shaped, Share, Skip, Training
+from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.toml_source import key_error, load_toml
-from edgedistill.training.objectives import WHOLE, DivergenceName, problem
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Layer = Annotated[int, Field(ge=0)]
-Rows = Annotated[
-    Count | tuple[Count, ...] | None,
-    Field(description="use the first so many rows of each file: one count for all, or a list of one for each"),
-]
-
-
-Skip = Annotated[
-    Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...],
-    Field(description="leave out the first so many rows of each file: one count for all, or a list of one for each"),
-]
+from edgedistill.training.objectives import WHOLE, problem
 
 UNLOADABLE = {
     "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
@@ -38,74 +26,12 @@ UNLOADABLE = {
 """Heads for speculative decoding that people ask for by name, and why they are refused (llama-cpp-python 0.3.36)."""
 
 
-class Section(BaseModel):
-    """Base of every table: unknown keys are errors, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    LATER: ClassVar[tuple[str, ...]] = ()
-    """Fields that came after the first release. At their default they are no part of a key: what was built before is
-    still what would be built."""
-
-    def keyed(self, *exclude: str) -> dict[str, Any]:
-        """Return the fields as plain values for a step's key, without those that stand for nothing new."""
-        fields = type(self).model_fields
-        found = self.model_dump(exclude=set(exclude))
-        for name in self.LATER:
-            if getattr(self, name) == fields[name].default:
-                found.pop(name, None)
-        for name in found:
-            value = getattr(self, name)
-            if isinstance(value, Section):
-                found[name] = value.keyed()
-        return found
-
-
-class Lora(Section):
-    """A low-rank adapter (arXiv:2106.09685) on every linear layer of the blocks; never on tied embeddings."""
-
-    LATER = ("dora", "rslora")
-
-    rank: Count = 16
-    alpha: Positive = 32
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
-    dora: bool = Field(
-        default=False, description="learn each weight's length apart from its direction (arXiv:2402.09353)"
-    )
-    rslora: bool = Field(
-        default=False,
-        description="scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732): for large ranks",
-    )
-
-
-class Training(Section):
-    """What every training step shares. Optimizers have transformers' names."""
-
-    LATER = ("optimizer", "gradient_checkpointing")
-
-    epochs: Positive = 2.0
-    batch_size: Count = 16
-    lr: Positive = 2e-4
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"
-    warmup: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Positive = 1.0
-    accumulate: Count = 1
-    optimizer: Literal["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch"
-    gradient_checkpointing: bool = Field(
-        default=False,
-        description="keep each layer's input only and compute the rest again: less memory, for one more forward",
-    )
-
-
 class Teacher(Section):
     """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated."""
 
     model: str
     backend: Literal["transformers"] = "transformers"
-    min_score: dict[str, Share] = {}
+    min_score: dict[str, Share] = Field(default={})
 
 
 class Adapt(Training):
@@ -115,43 +41,6 @@ class Adapt(Training):
     rows: Rows = None
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
-
-
-class Shaped(Section):
-    """What of a model is kept. ``layers``: "all", a count (evenly spaced, first and last kept; or, by ``layers_by``, those that
-    change the states of the task's rows most) or a list of layer numbers.
-    ``hidden`` makes the residual stream, what every layer reads and writes, narrower: the directions that the task's rows use
-    most stay (``training/residual.py``).
-    ``ffn`` makes every layer's FFN narrower: the neurons that the task's rows need stay, and their weights are fitted to do
-    the others' work (``training/ffn.py``). ``vocabulary`` keeps so many tokens, those of the taught rows among them
-    (``training/vocabulary.py``).
-    """
-
-    layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
-    layers_by: Literal["spacing", "importance"] = Field(
-        default="spacing",
-        description="which layers a count keeps: evenly spaced ones, or those that the rows need most",
-    )
-    hidden: Count | None = Field(
-        default=None,
-        description="dimensions of the residual stream, best a multiple of 256 (k-quants); none: as many as it has",
-    )
-    ffn: Count | None = Field(
-        default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
-    )
-    ffn_rows: Count = Field(
-        default=600,
-        description="rows of heal.files, else adapt.files, that choose the neurons, what hidden keeps, and layers by importance",
-    )
-    vocabulary: Count | None = Field(
-        default=None, description="tokens to keep, rarer words are spelt in pieces; none: all of them"
-    )
-
-    @model_validator(mode="after")
-    def _counted(self) -> Shaped:
-        if self.layers_by == "importance" and not isinstance(self.layers, int):
-            raise ValueError('layers_by = "importance" chooses so many layers: set layers to a count')
-        return self
 
 
 class Student(Shaped):
@@ -254,139 +143,6 @@ class Score(Section):
         return self
 
 
-class Loss(Section):
-    """``kd`` x divergence to the teacher + ``ce`` x cross-entropy on the kept text."""
-
-    kd: Annotated[float, Field(ge=0)] = 0.7
-    ce: Annotated[float, Field(ge=0)] = 0.3
-    divergence: DivergenceName = "forward-kl"
-    share: float | None = Field(
-        default=None,
-        description="of the distribution named first in the mixture of jsd (0.5) and the skewed ones (0.1)",
-    )
-    temperature: Positive = 1.0
-
-    @model_validator(mode="after")
-    def _something(self) -> Loss:
-        if self.kd + self.ce <= 0:
-            raise ValueError("kd and ce are both 0: nothing would be learnt")
-        if found := problem(self.divergence, self.share, "", self.temperature):
-            raise ValueError(f"{found[0]}: {found[1]}")
-        return self
-
-
-class Relations(Section):
-    """Weights of what is compared between the rows of a micro-batch (RKD, arXiv:1904.05068); 0: nothing."""
-
-    distances: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of every two rows, over their mean")
-    angles: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of every three rows")
-
-
-class Features(Section):
-    """Hidden states that are drawn to the teacher's, which runs beside the student. ``weight`` 0 compares relations alone."""
-
-    weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="of the mean error of a token's states")
-    pairs: Literal["even"] | Annotated[tuple[tuple[Layer, Layer], ...], Field(min_length=1)] = Field(
-        default="even",
-        description="[layer of the teacher, layer of the student], from 0; even: each of the student's, evenly spaced",
-    )
-    distance: Literal["mse", "cosine"] = Field(
-        default="mse", description="mse is relative to the teacher's mean square"
-    )
-    project: bool = Field(
-        default=False, description="through a matrix in training where the widths agree, too; it does not ship"
-    )
-    relations: Relations = Relations()
-
-    @property
-    def on(self) -> bool:
-        """Tell whether anything is compared."""
-        return bool(self.weight or self.relations.distances or self.relations.angles)
-
-
-class Keep(Section):
-    """General rows beside the task's, so that the student keeps what it knew (``training/keeping.py``). One in five is held out:
-    the loss on these, before and after, is what was forgotten.
-    """
-
-    files: Annotated[tuple[Path, ...], Field(min_length=1, description="rows with references, of no suite")]
-    rows: Rows = None
-    share: Annotated[float, Field(gt=0, le=4)] = Field(
-        default=0.25, description="so many of them in each step, as a share of batch_size"
-    )
-    kl: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="weight of the mean divergence from the student's own start"
-    )
-    ce: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the mean cross-entropy on references")
-    stop: Positive | None = Field(
-        default=None,
-        description="rise of the loss on rows held out, nats a token, that ends training; the last weights within it ship",
-    )
-
-    @model_validator(mode="after")
-    def _something(self) -> Keep:
-        if not (self.kl or self.ce or self.stop):
-            raise ValueError("kl and ce are both 0, and nothing stops training: nothing would be kept")
-        return self
-
-
-class Distill(Training):
-    """Train the student on the kept rows and their distributions. Another ``seed`` trains anew on the same targets."""
-
-    LATER = (
-        *Training.LATER,
-        *("think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature", "features", "keep"),
-    )
-
-    method: Literal["lora", "qlora", "full"] = "lora"
-    lora: Lora = Lora()
-    loss: Loss = Loss()
-    seed: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description="of the adapter and the order of rows; none: the recipe's"
-    )
-    on_policy: Share = Field(
-        default=0.0, description="share of the rows that the student writes itself, for the teacher beside it to judge"
-    )
-    on_policy_tokens: Count = Field(default=64, description="the longest answer that it writes")
-    on_policy_temperature: Positive = Field(default=1.0, description="of its draws")
-    think_weight: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="what a token of thinking counts in the loss, against 1 of the answer; 0: not at all"
-    )
-    features: Features | None = Field(default=None, description="hidden states to be matched, too; none: no")
-    keep: Keep | None = None
-
-
-class Round(Section):
-    """After the first distillation, and after the rounds before it: new answers, on which the last student is trained further, as
-    ``[distill]`` says. ``self``: it answers the prompts itself, and learns what the filters keep of that (STaR, arXiv:2203.14465;
-    ReST, arXiv:2308.08998). ``online``: the teacher answers anew the prompts that the student still gets wrong.
-    """
-
-    kind: Literal["self", "online"]
-    samples: Count = Field(default=4, description="answers to each prompt")
-    temperature: Annotated[float, Field(ge=0)] = 0.8
-    keep: Count = Field(
-        default=1,
-        description="learnt of the answers to one prompt that pass: the first so many that differ, which is a fair draw of them "
-        "(the shortest would make every round terser, the likeliest narrower)",
-    )
-    replay: Share = Field(
-        default=1.0, description="online: share of the rows taught before that are taught again, against forgetting"
-    )
-
-    @model_validator(mode="after")
-    def _works(self) -> Round:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples > 1 at temperature 0 are all the same: set temperature")
-        if self.kind == "online" and self.temperature == 0:
-            raise ValueError("at temperature 0 the teacher answers as it did before: set temperature")
-        if self.keep > self.samples:
-            raise ValueError(f"keep = {self.keep} of samples = {self.samples}: ask for more samples, or keep fewer")
-        if self.kind == "self" and self.replay != 1.0:
-            raise ValueError('replay is for kind = "online": a round of its own answers asks every prompt again')
-        return self
-
-
 class Calibrate(Section):
     """Rows of the training text that the importance matrix is measured on."""
 
@@ -468,8 +224,8 @@ class Gates(Section):
     far under the merged full-precision student, paired point estimate. ``min_speedup``: decode speed over the
     teacher's f16 GGUF in the same session. ``min_shrink``: the teacher's f16 GGUF over the artifact, in bytes."""
 
-    min_retention: dict[str, Positive] = {}
-    max_drop: dict[str, Annotated[float, Field(ge=0)]] = {}
+    min_retention: dict[str, Positive] = Field(default={})
+    max_drop: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     min_speedup: Positive | dict[str, Positive] | None = None
     min_shrink: Positive | dict[str, Positive] | None = None
 
@@ -511,10 +267,10 @@ class Recipe(Section):
     distill: Distill = Distill()
     round: tuple[Round, ...] = ()
     calibrate: Calibrate = Calibrate()
-    quantize: dict[str, QuantizeOverride] = {}
+    quantize: dict[str, QuantizeOverride] = Field(default={})
     tune: Tune | None = None
     draft: Draft | None = None
-    suites: dict[str, Suite] = {}
+    suites: dict[str, Suite] = Field(default={})
     gates: Gates = Gates()
     baselines: Baselines = Baselines()
     compare: dict[Annotated[str, Field(pattern=r"^\w[\w ,.+-]*$")], Annotated[dict[str, Any], Field(min_length=1)]] = (

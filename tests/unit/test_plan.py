@@ -12,12 +12,13 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
-from edgedistill.inputs import cut_rows, read_inputs, refuse, student_facts, taught_rows
+from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
+from edgedistill.refusals import refuse
 from edgedistill.stages.adapt import Adapt
 from edgedistill.target import find_target
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgedistill.fingerprint import Key
-from edgedistill.recipe import Distill as Settings
+from edgedistill.recipe_distill import Distill as Settings
 from edgedistill.stages.distill import DistillBeside
 from edgedistill.step import Context
 from tests.unit.formats.gguf.conftest import TEXT, make_model, make_tokenizer

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.recipe import Distill as Table
+from edgedistill.recipe_distill import Distill as Table
 from edgedistill.rows import RowStore
 from edgedistill.stages.distill import Distill
 from edgedistill.step import Context

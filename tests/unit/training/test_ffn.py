@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UsageError
-from edgedistill.inputs import NARROWABLE
+from edgedistill.refusals import NARROWABLE
 from edgedistill.training.ffn import RIDGE, choose_neurons, ffn_width, prune_ffn
 from edgedistill.training.shaping import prune_depth
 from tests.unit.training.tiny import make_examples, make_llama

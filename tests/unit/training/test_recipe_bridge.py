@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from edgedistill.recipe import Distill, Keep, Training
+from edgedistill.recipe_base import Training
+from edgedistill.recipe_distill import Distill, Keep
 from edgedistill.training.recipe import strip_adapter, train_settings
 from edgedistill.training.settings import LATER, KeepSettings, TrainSettings
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import UsageError
-from edgedistill.inputs import ROTATABLE
+from edgedistill.refusals import ROTATABLE
 from edgedistill.training.hidden import HiddenStates
 from edgedistill.training.packing import completion_states, make_batch, packed_mode
 from edgedistill.training.recipe import load_model

@@ -1,0 +1,119 @@
+"""What the tables of a recipe are made of: their base, the numbers that they take, and what several of them share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Layer = Annotated[int, Field(ge=0)]
+Rows = Annotated[
+    Count | tuple[Count, ...] | None,
+    Field(description="use the first so many rows of each file: one count for all, or a list of one for each"),
+]
+Skip = Annotated[
+    Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="leave out the first so many rows of each file: one count for all, or a list of one for each"),
+]
+
+
+class Section(BaseModel):
+    """Base of every table: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+    """Fields that came after the first release. At their default they are no part of a key: what was built before is
+    still what would be built."""
+
+    def keyed(self, *exclude: str) -> dict[str, Any]:
+        """Return the fields as plain values for a step's key, without those that stand for nothing new."""
+        fields = type(self).model_fields
+        found = self.model_dump(exclude=set(exclude))
+        for name in self.LATER:
+            if getattr(self, name) == fields[name].default:
+                found.pop(name, None)
+        for name in found:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                found[name] = value.keyed()
+        return found
+
+
+class Lora(Section):
+    """A low-rank adapter (arXiv:2106.09685) on every linear layer of the blocks; never on tied embeddings."""
+
+    LATER = ("dora", "rslora")
+
+    rank: Count = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    dora: bool = Field(
+        default=False, description="learn each weight's length apart from its direction (arXiv:2402.09353)"
+    )
+    rslora: bool = Field(
+        default=False,
+        description="scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732): for large ranks",
+    )
+
+
+class Training(Section):
+    """What every training step shares. Optimizers have transformers' names."""
+
+    LATER = ("optimizer", "gradient_checkpointing")
+
+    epochs: Positive = 2.0
+    batch_size: Count = 16
+    lr: Positive = 2e-4
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: Share = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Positive = 1.0
+    accumulate: Count = 1
+    optimizer: Literal["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"] = "adamw_torch"
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="keep each layer's input only and compute the rest again: less memory, for one more forward",
+    )
+
+
+class Shaped(Section):
+    """What of a model is kept. ``layers``: "all", a count (evenly spaced, first and last kept; or, by ``layers_by``, those that
+    change the states of the task's rows most) or a list of layer numbers.
+    ``hidden`` makes the residual stream, what every layer reads and writes, narrower: the directions that the task's rows use
+    most stay (``training/residual.py``).
+    ``ffn`` makes every layer's FFN narrower: the neurons that the task's rows need stay, and their weights are fitted to do
+    the others' work (``training/ffn.py``). ``vocabulary`` keeps so many tokens, those of the taught rows among them
+    (``training/vocabulary.py``).
+    """
+
+    layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = "all"
+    layers_by: Literal["spacing", "importance"] = Field(
+        default="spacing",
+        description="which layers a count keeps: evenly spaced ones, or those that the rows need most",
+    )
+    hidden: Count | None = Field(
+        default=None,
+        description="dimensions of the residual stream, best a multiple of 256 (k-quants); none: as many as it has",
+    )
+    ffn: Count | None = Field(
+        default=None, description="neurons of each FFN, a multiple of 32; none: as many as it has"
+    )
+    ffn_rows: Count = Field(
+        default=600,
+        description="rows of heal.files, else adapt.files, that choose the neurons, what hidden keeps, and layers by importance",
+    )
+    vocabulary: Count | None = Field(
+        default=None, description="tokens to keep, rarer words are spelt in pieces; none: all of them"
+    )
+
+    @model_validator(mode="after")
+    def _counted(self) -> Shaped:
+        if self.layers_by == "importance" and not isinstance(self.layers, int):
+            raise ValueError('layers_by = "importance" chooses so many layers: set layers to a count')
+        return self
