@@ -172,6 +172,25 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
+def _training(job: Job) -> dict[str, Any]:
+    """Return what transformers' TrainingArguments are told, by its names."""
+    one = job.distill
+    return {
+        "num_train_epochs": _whole(one.epochs),
+        "per_device_train_batch_size": job.micro,
+        "gradient_accumulation_steps": one.accumulate,
+        "learning_rate": one.lr,
+        "lr_scheduler_type": job.schedule,
+        "warmup_steps": job.warmup,
+        "weight_decay": one.weight_decay,
+        "adam_beta2": one.beta2,
+        "max_grad_norm": one.max_grad_norm,
+        "optim": one.optimizer,
+        "gradient_checkpointing": one.gradient_checkpointing,
+        "seed": job.seed,
+    }
+
+
 def _axolotl(job: Job) -> str:
     one, lora = job.distill, job.distill.lora
     fields: dict[str, Any] = {"base_model": "./model"}
@@ -231,19 +250,8 @@ def _swift(job: Job) -> str:
         "loss_scale": "last_round",
         "max_length": job.longest,
         "output_dir": "./adapter",
-        "num_train_epochs": _whole(one.epochs),
-        "per_device_train_batch_size": job.micro,
-        "gradient_accumulation_steps": one.accumulate,
-        "learning_rate": one.lr,
-        "lr_scheduler_type": job.schedule,
-        "warmup_steps": job.warmup,
-        "weight_decay": one.weight_decay,
-        "adam_beta2": one.beta2,
-        "max_grad_norm": one.max_grad_norm,
-        "optim": one.optimizer,
-        "gradient_checkpointing": one.gradient_checkpointing,
+        **_training(job),
         "torch_dtype": "bfloat16",
-        "seed": job.seed,
     }
     return head + _yaml(fields)
 
@@ -299,18 +307,7 @@ def _unsloth(job: Job) -> str:
     arguments = {
         "output_dir": "checkpoints",
         "max_length": job.longest,
-        "num_train_epochs": _whole(one.epochs),
-        "per_device_train_batch_size": job.micro,
-        "gradient_accumulation_steps": one.accumulate,
-        "learning_rate": one.lr,
-        "lr_scheduler_type": job.schedule,
-        "warmup_steps": job.warmup,
-        "weight_decay": one.weight_decay,
-        "adam_beta2": one.beta2,
-        "max_grad_norm": one.max_grad_norm,
-        "optim": one.optimizer,
-        "gradient_checkpointing": one.gradient_checkpointing,
-        "seed": job.seed,
+        **_training(job),
     }
     adapter = ""
     if one.method != "full":

@@ -78,7 +78,10 @@ def check_adapter(model: Path, adapter: Path) -> dict[str, Any]:
             + (" (adapter_model.bin is a pickle, and is not read)" if (adapter / "adapter_model.bin").exists() else ""),
             "save it again with safe_serialization=True",
         )
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path}: no JSON: {error}", "save the adapter again") from None
     if config.get("peft_type") != "LORA":
         raise UsageError(
             f"{adapter}: a {config.get('peft_type')} adapter; only LORA is merged", "merge it where it was trained"
@@ -110,7 +113,12 @@ def check_adapter(model: Path, adapter: Path) -> dict[str, Any]:
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "numpy") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise UsageError(
+            f"{path}: no safetensors file, or one cut short: {error}", "save or download it again"
+        ) from None

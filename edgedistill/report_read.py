@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
@@ -379,7 +379,7 @@ def _drafts(reader: _Reader) -> list[DraftLine]:
         if not facts or own is None or whole is None:
             continue
         measured = facts["drafting"]
-        package: Package = reader.steps[f"package/{target.name}"].stage  # type: ignore[assignment]
+        package = cast("Package", reader.steps[f"package/{target.name}"].stage)
         figures = {name: Figure.read(measured[name]) for name in ("acceptance", "tokens_per_check", "answer", "decode")}
         found.append(
             DraftLine(

@@ -9,6 +9,7 @@ task, a third of the layers after 1,600 rows at the same settings: 0.22 exact ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from edgedistill.training.data import Example, PaddedBatch
 from edgedistill.training.packing import PackedBatch, body, read_beside
 
 
-class Guide:
+class Guide(ABC):
     """A teacher that reads what its student reads, and the states of both at some pairs of layers.
 
     ``pairs`` are (layer of the teacher, layer of the student), counted from 0. ``tokens`` are the teacher's numbers of the
@@ -55,13 +56,13 @@ class Guide:
         """Return what is trained beside the student and not shipped, by name."""
         return {}
 
+    @abstractmethod
     def sums(
         self, batch: PackedBatch | PaddedBatch, examples: Sequence[Example], *, read: bool = True
     ) -> dict[str, torch.Tensor]:
         """Return the sum of every term over the batch that the student has just seen, by its name in the log. Without
         ``read`` the teacher has just seen it too.
         """
-        raise NotImplementedError
 
     def read(self, batch: PackedBatch | PaddedBatch) -> None:
         """Run the teacher over a batch."""

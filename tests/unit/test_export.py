@@ -215,8 +215,15 @@ def test_adapters_that_do_not_fit_are_refused(tiny_folder: Path, adapter: Path, 
     retensor(adapter, lambda found: {"base_model.model.model.embed_tokens.weight": torch.ones(4, 64)})
     with pytest.raises(UsageError, match="no half of a LoRA pair"):
         check_adapter(tiny_folder, adapter)
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    (adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match="cut short"):
+        check_adapter(tiny_folder, adapter)
     edit(adapter, peft_type="IA3")
     with pytest.raises(UsageError, match="a IA3 adapter; only LORA"):
+        check_adapter(tiny_folder, adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(UsageError, match="no JSON"):
         check_adapter(tiny_folder, adapter)
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(b"pickle")
