@@ -101,7 +101,7 @@ class _Expander(RoundSteps, DraftSteps):
         student = self._rounds(student, kept, teacher=teacher, params=whole[2], above=above, done=len(links))
         self.inputs, self.recipe, self.t_params = whole
         self._unpruned(teacher, base_teacher, base_teacher if from_teacher else base_student)
-        self._artifacts(teacher, base_teacher, student, healed, kept, scores)
+        self._artifacts(teacher, base_teacher, self._temper(student), healed, kept, scores)
         if recipe.round:
             # As evaluate/student of the recipe without rounds: what was built of it before is found again.
             first = self._convert("convert/before-rounds", before, self.inputs.student, self.s_params, title="student")
