@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgedistill.data.thinking import LEAST_WORDS
+from edgedistill.data.thinking import BLOCKS, LEAST_WORDS
 from edgedistill.recipe_base import Count, Lora, Positive, Rows, Section, Shaped, Share, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.toml_source import key_error, load_toml
@@ -83,10 +83,11 @@ class Prompts(Section):
 
 class Generate(Section):
     """How the teacher answers. Temperature 0 is greedy. ``style``: ``answer``; ``think`` and ``plan`` write a block before
-    it; of ``rationale`` the student learns the answer alone, and to say why when asked (``data/thinking.py``).
+    it; of ``rationale`` the student learns the answer alone, and to say why when asked (``data/thinking.py``); rows of
+    ``tool-trace`` hold calls and their results, and every turn of the assistant's is learnt (``data/traces.py``).
     """
 
-    style: Literal["answer", "think", "plan", "rationale"] = "answer"
+    style: Literal["answer", "think", "plan", "rationale", "tool-trace"] = "answer"
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -108,7 +109,7 @@ class Filter(Section):
     LATER = ("min_words", "max_words")
 
     kind: Literal["reference", "thinking"]
-    metric: Literal["json-exact", "exact", "contains"] = "json-exact"
+    metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
     otherwise: Literal["drop", "gold"] = "drop"
     min_words: Annotated[int, Field(ge=0)] = Field(
         default=LEAST_WORDS, description="thinking: fewer words are no thought"
@@ -212,7 +213,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "perplexity"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "perplexity"]
     grammar: Path | None = None
     max_new_tokens: Count = 64
 
@@ -333,11 +334,26 @@ class Recipe(Section):
             raise ValueError(
                 '[[chain]] ends in a student that is cut out of its last link: set student.model = "teacher"'
             )
-        if self.generate.style == "answer":
+        if self.generate.style not in BLOCKS:
             if any(one.kind == "thinking" for one in self.filter):
                 raise ValueError('a filter on thinking needs generate.style = "think", "plan" or "rationale"')
             if self.distill.think_weight != 1.0:
                 raise ValueError('distill.think_weight needs generate.style = "think", "plan" or "rationale"')
+        if self.generate.style == "tool-trace":
+            if self.distill.on_policy:
+                raise ValueError(
+                    "distill.on_policy: a student that writes calls of its own would need their results, and nothing executes "
+                    "tools: set it to 0"
+                )
+            if self.distill.loss.kd > 0 and self.distill.loss.divergence in WHOLE:
+                raise ValueError(
+                    f"distill.loss.divergence = {self.distill.loss.divergence!r} compares one answer a row, and a trace has "
+                    "several: set loss.kd = 0, or take a teacher with the student's tokenizer"
+                )
+            if self.baselines.few_shot:
+                raise ValueError(
+                    "baselines.few_shot puts single answers before a prompt, and rows are traces: leave it out"
+                )
         if self.distill.on_policy and not (self.score.kind == "dense" and self.distill.loss.kd > 0):
             raise ValueError(
                 'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'

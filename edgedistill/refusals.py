@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
 from edgedistill.data.thinking import BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.families import of_any_width
-from edgedistill.inputs import Inputs, along_chain, draft_inputs, student_facts
+from edgedistill.inputs import TRACES, Inputs, along_chain, draft_inputs, student_facts
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.target import Target, format_size
@@ -92,10 +93,34 @@ def refuse(inputs: Inputs) -> list[str]:
             key="suites",
             file=inputs.path,
         )
+    warnings += _refuse_tools(inputs)
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
     _refuse_draft(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
+
+
+def _refuse_tools(inputs: Inputs) -> list[str]:
+    """Refuse tools and results that a chat template does not print; warn where there are no traces to learn from."""
+    sections = {
+        "prompts": inputs.prompts,
+        "adapt": inputs.gold,
+        "heal": inputs.healing,
+        "tune": inputs.tuning,
+        "draft": inputs.drafting,
+        "distill.keep": inputs.general,
+        **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
+    }
+    files = {f"{name}.files": rows for name, rows in sections.items()}
+    check_tools((inputs.teacher, inputs.student), files, inputs.path)
+    found = []
+    if any(row.tools for row in inputs.prompts):
+        found.append("rows have tools: time to first token is measured without their definitions in the prompt")
+    if inputs.recipe.generate.style == TRACES and len({row.trace for row in inputs.prompts}) == len(inputs.prompts):
+        found.append(
+            'generate.style = "tool-trace", and every row of prompts.files is one turn: "answer" does the same'
+        )
+    return found
 
 
 def _thinking(inputs: Inputs) -> list[str]:

@@ -28,6 +28,7 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
                 "prompt": chosen["messages"],
                 "chosen": [{"role": "assistant", "content": chosen["text"]}],
                 "rejected": [{"role": "assistant", "content": answer["text"]}],
+                **({"tools": chosen["tools"]} if "tools" in chosen else {}),
             }
         )
     return pairs

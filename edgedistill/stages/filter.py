@@ -73,6 +73,8 @@ class Filter(Stage):
                         "source": source,
                         "row": key,
                     }
+                    line |= {"tools": list(row.tools)} if row.tools else {}
+                    line |= {"trace": row.trace} if row.trace else {}
                     for one in self.lessons(line):
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))

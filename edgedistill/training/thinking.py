@@ -45,7 +45,10 @@ def watch_thinking(
     some = [rows[at * len(rows) // count] for at in range(count)]
     progress(0, 1, "watching whether it still thinks")
     student = TransformersTeacher(source, model=_trained(source, result))
-    begun = student.generate([row["messages"] for row in some], sampling=Sampling(max_new_tokens=TOKENS))
+    prompts = [row["messages"] for row in some]
+    if any("tools" in row for row in some):
+        prompts = student.encode(prompts, [row["id"] for row in some], tools=[row.get("tools", ()) for row in some])
+    begun = student.generate(prompts, sampling=Sampling(max_new_tokens=TOKENS))
     empty = share_of_empty([opening + answer.text for answer in begun])
     if empty > COLLAPSED:
         raise StepFailed(

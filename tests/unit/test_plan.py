@@ -612,7 +612,7 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
         ),
         (("batch_size = 8\n\n[calibrate]", "on_policy = 0.5\n\n[calibrate]"), "on_policy needs the teacher beside"),
         (('metric    = "json-exact"\notherwise', "max_words = 9\notherwise"), 'are for kind = "thinking"'),
-        (("max_new_tokens = 64", 'style = "tool-trace"'), r"generate\.style.*rationale"),
+        (("max_new_tokens = 64", 'style = "tool-traces"'), r"generate\.style.*rationale"),
         (("holdout = 0.90, ood", "houldout = 0.90, ood"), "houldout"),
     ],
 )

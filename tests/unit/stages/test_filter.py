@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,19 @@ def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
         ("b", CALL, "no"),
     ]
     assert pairs[0]["prompt"] == [{"role": "user", "content": "wake me, a"}]
+
+
+def test_turns_of_a_trace_keep_its_name_and_their_tools(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "tool-calls", "otherwise": "gold"}
+    tools = ({"type": "function", "function": {"name": "set_alarm"}},)
+    turns = tuple(dataclasses.replace(row, trace="t", tools=tools) for row in rows("t/1", "t/2"))
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=turns)
+    _, read = run(tmp_path, stage, [("t/1", CALL, "stop"), ("t/1", "no", "stop"), ("t/2", "no", "stop")])
+    assert [(one["id"], one["trace"], one["tools"], one["source"]) for one in read("kept.jsonl")] == [
+        ("t/1", "t", list(tools), "teacher"),
+        ("t/2", "t", list(tools), "gold"),
+    ]
+    assert [one["tools"] for one in preference_pairs(tmp_path / "out")] == [list(tools)] * 2
 
 
 def test_a_rationale_doubles_what_is_learnt_of_a_row(tmp_path: Path) -> None:
