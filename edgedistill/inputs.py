@@ -11,7 +11,7 @@ from typing import Any
 
 from edgedistill.chat import read_chat
 from edgedistill.data.prompts import Row, load_rows
-from edgedistill.data.thinking import asking_why, two_tasks, with_block
+from edgedistill.data.thinking import WRONG, asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
@@ -237,9 +237,12 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
     if inputs.recipe.student.vocabulary is None:
         return ()
     rows = list({id(row): row for row in (*inputs.healing, *inputs.gold, *inputs.prompts)}.values())
+    first = inputs.prompts[0]
     if inputs.recipe.generate.style == "rationale":  # the request for one is text that the student reads
-        first = inputs.prompts[0]
         rows.append(replace(first, id=f"{first.id}+why", messages=tuple(asking_why(first.messages))))
+    if any(one.corrections for one in inputs.recipe.filter):  # so is the objection to a wrong answer
+        objection = {"role": "user", "content": WRONG}
+        rows.append(replace(first, id=f"{first.id}+fix", messages=(*first.messages, objection)))
     return tuple(rows)
 
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgedistill.data.thinking import BLOCKS, LEAST_WORDS
+from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
 from edgedistill.recipe_base import Count, Lora, Positive, Rows, Section, Shaped, Share, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
+THINKING = " or ".join(f'"{style}"' for style in BLOCKS)
 UNLOADABLE = {
     "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
     'be neither run nor measured here; take kind = "model"',
@@ -83,11 +84,12 @@ class Prompts(Section):
 
 class Generate(Section):
     """How the teacher answers. Temperature 0 is greedy. ``style``: ``answer``; ``think`` and ``plan`` write a block before
-    it; of ``rationale`` the student learns the answer alone, and to say why when asked (``data/thinking.py``); rows of
-    ``tool-trace`` hold calls and their results, and every turn of the assistant's is learnt (``data/traces.py``).
+    it; of ``rationale`` the student learns the answer alone, and to say why when asked; ``explanation`` and ``verification``
+    say why, or check, after the answer (``data/thinking.py``); rows of ``tool-trace`` hold calls and their results, and every
+    turn of the assistant's is learnt (``data/traces.py``).
     """
 
-    style: Literal["answer", "think", "plan", "rationale", "tool-trace"] = "answer"
+    style: Literal["answer", "think", "plan", "rationale", "explanation", "verification", "tool-trace"] = "answer"
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -102,24 +104,38 @@ class Generate(Section):
 
 
 class Filter(Section):
-    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words before the answer.
-    ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is lost.
+    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer, ``best``
+    keeps a few of each prompt's that differ. ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt
+    is lost.
     """
 
-    LATER = ("min_words", "max_words")
+    LATER = ("min_words", "max_words", "corrections", "keep", "by")
 
-    kind: Literal["reference", "thinking"]
+    kind: Literal["reference", "thinking", "best"]
     metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
     otherwise: Literal["drop", "gold"] = "drop"
     min_words: Annotated[int, Field(ge=0)] = Field(
         default=LEAST_WORDS, description="thinking: fewer words are no thought"
     )
     max_words: Count | None = Field(default=None, description="thinking: a budget for devices that write slowly")
+    corrections: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="reference: so many wrong answers to each prompt become lessons: shown one, and that it is not right, the "
+        "student learns to write what was kept",
+    )
+    keep: Count = Field(default=1, description="best: so many answers to each prompt")
+    by: Literal["likelihood", "shortest", "drawn"] = Field(
+        default="likelihood", description="best: of the whole text; drawn: the first ones, a fair draw"
+    )
 
     @model_validator(mode="after")
     def _words(self) -> Filter:
         if self.kind != "thinking" and (self.min_words, self.max_words) != (LEAST_WORDS, None):
             raise ValueError('min_words and max_words are for kind = "thinking"')
+        if self.kind != "best" and (self.keep, self.by) != (1, "likelihood"):
+            raise ValueError('keep and by are for kind = "best"')
+        if self.kind != "reference" and self.corrections:
+            raise ValueError('corrections are for kind = "reference": only there an answer is wrong')
         if self.max_words is not None and self.max_words < self.min_words:
             raise ValueError(f"max_words = {self.max_words} is under min_words = {self.min_words}: nothing would pass")
         return self
@@ -336,10 +352,21 @@ class Recipe(Section):
             )
         if self.generate.style not in BLOCKS:
             if any(one.kind == "thinking" for one in self.filter):
-                raise ValueError('a filter on thinking needs generate.style = "think", "plan" or "rationale"')
+                raise ValueError(f"a filter on thinking needs generate.style = {THINKING}")
             if self.distill.think_weight != 1.0:
-                raise ValueError('distill.think_weight needs generate.style = "think", "plan" or "rationale"')
+                raise ValueError(f"distill.think_weight needs generate.style = {THINKING}")
+        if self.generate.style in AFTER and self.distill.think_weight == 0:
+            raise ValueError(
+                f'distill.think_weight = 0 in the style "{self.generate.style}" would teach neither to go on after the answer nor '
+                'to end there: set generate.style = "answer"'
+            )
+        if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
+            raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
         if self.generate.style == "tool-trace":
+            if any(one.corrections for one in self.filter):
+                raise ValueError(
+                    "filter.corrections: a wrong call would need its result, and nothing executes tools: set it to 0"
+                )
             if self.distill.on_policy:
                 raise ValueError(
                     "distill.on_policy: a student that writes calls of its own would need their results, and nothing executes "

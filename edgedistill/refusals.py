@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
-from edgedistill.data.thinking import BLOCKS, split
+from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.families import of_any_width
 from edgedistill.inputs import TRACES, Inputs, along_chain, draft_inputs, student_facts
@@ -138,7 +138,7 @@ def _thinking(inputs: Inputs) -> list[str]:
             found.append(f"suites.{name}.grammar must allow the block {BLOCKS[style][0]}…{BLOCKS[style][1]}")
     budget = next((one.max_words for one in recipe.filter if one.kind == "thinking" and one.max_words), None)
     for target in inputs.targets:
-        if style == "rationale" or target.limits.tg128 is None:
+        if style == "rationale" or style in AFTER or target.limits.tg128 is None:
             continue
         if budget is None:
             found.append(

@@ -22,6 +22,8 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
         chosen = kept.get(answer["id"])
         if chosen is None or answer["finish"] != "stop" or answer["text"] == chosen["text"]:
             continue
+        if answer["why"] == "best":  # as right as what was kept
+            continue
         pairs.append(
             {
                 "id": answer["id"],

@@ -119,15 +119,15 @@ def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
 def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:
     """Return the example with the weight of thinking on the tokens of its block, or on all of them (``whole``).
 
-    A token that reaches over the end of the block belongs to the block.
+    A token that reaches over the end of the block belongs to the block, and the space between block and answer does.
     """
     if whole:
         return replace(example, weights=(weight,) * len(example.completion_ids))
-    end = split(text).end
+    block = split(text)
     starts = [
         start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     ]
-    weights = [weight if start < end else 1.0 for start in starts]
+    weights = [weight if block.start <= start < block.end else 1.0 for start in starts]
     return replace(example, weights=(*weights, 1.0))  # the token that ends the turn
 
 
