@@ -105,15 +105,18 @@ class Generate(Section):
 
 class Filter(Section):
     """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer, ``best``
-    keeps a few of each prompt's that differ. ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt
-    is lost.
+    keeps a few of each prompt's that differ. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no prompt
+    is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
-    LATER = ("min_words", "max_words", "corrections", "keep", "by")
+    LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge")
 
     kind: Literal["reference", "thinking", "best"]
     metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
-    otherwise: Literal["drop", "gold"] = "drop"
+    otherwise: Literal["drop", "gold", "hedge"] = "drop"
+    hedge: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description='otherwise = "hedge": what the student says instead of an answer, word for word'
+    )
     min_words: Annotated[int, Field(ge=0)] = Field(
         default=LEAST_WORDS, description="thinking: fewer words are no thought"
     )
@@ -132,6 +135,8 @@ class Filter(Section):
     def _words(self) -> Filter:
         if self.kind != "thinking" and (self.min_words, self.max_words) != (LEAST_WORDS, None):
             raise ValueError('min_words and max_words are for kind = "thinking"')
+        if (self.otherwise == "hedge") != (self.hedge is not None):
+            raise ValueError('hedge is what is said where otherwise = "hedge": set both')
         if self.kind != "best" and (self.keep, self.by) != (1, "likelihood"):
             raise ValueError('keep and by are for kind = "best"')
         if self.kind != "reference" and self.corrections:
@@ -362,6 +367,26 @@ class Recipe(Section):
             )
         if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
             raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
+        for at, one in enumerate(self.filter):
+            if one.otherwise != "hedge":
+                continue
+            if self.generate.style != "answer":
+                raise key_error(
+                    f"filter.{at}.otherwise",
+                    'a hedge is a whole answer: set generate.style = "answer", or otherwise = "gold"',
+                )
+            if self.score.kind not in ("sampled", "none"):
+                raise key_error(
+                    f"filter.{at}.otherwise",
+                    'the teacher does not hedge, so its distributions there are not used; set score.kind = "sampled" or "none"',
+                )
+            if any(
+                other.otherwise not in ("drop", "hedge") or other.hedge not in (None, one.hedge)
+                for other in self.filter
+            ):
+                raise key_error(
+                    f"filter.{at}.otherwise", "one thing is learnt where no answer passed: gold, or one hedge"
+                )
         if self.generate.style == "tool-trace":
             if any(one.corrections for one in self.filter):
                 raise ValueError(

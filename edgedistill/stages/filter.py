@@ -2,8 +2,9 @@
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
 the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay. Wrong answers may be shown with the right one, as lessons in correcting them. In a round few of the answers
-to a prompt are kept, and rows that were taught before may stand beside them."""
+hard prompts stay, and ``"hedge"`` teaches to say that one does not know. Wrong answers may be shown with the right one, as
+lessons in correcting them. In a round few of the answers to a prompt are kept, and rows that were taught before may stand
+beside them."""
 
 from __future__ import annotations
 
@@ -52,6 +53,7 @@ class Filter(Stage):
         yields: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
         gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
+        hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
         alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
         for found in answers.values():
             rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
@@ -70,7 +72,7 @@ class Filter(Stage):
                 rejected += [{**a, "why": why} for a in found if a not in good]
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        written = from_gold = corrected = 0
+        written = from_gold = hedged = corrected = 0
         wrong = self.wrong(rejected)
         carried = self.carried(ctx)
         with (ctx.out / "kept.jsonl").open("w") as file:
@@ -80,8 +82,11 @@ class Filter(Stage):
                 texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
                 if not texts and row.id in gold and row.reference:
                     texts = [(row.reference, "gold", "")]
+                if not texts and hedge is not None and answers[row.id]:
+                    texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
-                    written, from_gold = written + (source != "gold"), from_gold + (source == "gold")
+                    from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
+                    written += source not in ("gold", "hedge")
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -103,7 +108,8 @@ class Filter(Stage):
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
         if not written and not from_gold and not carried:
             raise StepFailed(*self.nothing(len(lines)))
-        kept_rows = {"kept": written + from_gold, self.writer(): written, "gold": from_gold}
+        kept_rows = {"kept": written + from_gold + hedged, self.writer(): written, "gold": from_gold}
+        kept_rows |= {"hedged": hedged} if hedge is not None else {}
         kept_rows |= {"corrections": corrected} if corrected else {}
         return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
 
