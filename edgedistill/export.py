@@ -63,7 +63,8 @@ class Job:
 def export(session: Session, tool: str, out: Path) -> list[Path]:
     """Write ``model/`` (the student before it is distilled), ``rows.jsonl`` and the tool's configuration to ``out``.
 
-    Raises UsageError for a tool that there is not, a folder that is in use, and steps that are not built yet.
+    Raises UsageError for a tool that there is not, a folder that is in use, steps that are not built yet, and rows that the
+    tool would read otherwise.
     """
     if tool not in TOOLS:
         raise UsageError(f"--to {tool}: there is no such format", f"give one of {', '.join(TOOLS)}")
@@ -74,6 +75,11 @@ def export(session: Session, tool: str, out: Path) -> list[Path]:
     model, kept = (_built(session, key) for key in (stage.student, stage.kept))
     lines = [json.loads(line) for line in (kept / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["text"]]
+    if tool == "ms-swift" and any("tools" in line for line in lines):
+        raise UsageError(
+            "the rows define tools, which ms-swift writes into prompts by templates of its own",
+            "give --to axolotl or unsloth",
+        )
     job = _job(session, model / "model", kept / "kept.jsonl", len(lines))
     out.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model / "model", out / "model", copy_function=_link)
@@ -82,7 +88,8 @@ def export(session: Session, tool: str, out: Path) -> list[Path]:
             turns = [*line["messages"], {"role": "assistant", "content": line["text"]}]
             if tool == "axolotl":  # an earlier turn of the assistant's is part of the prompt
                 turns = [{**turn, "train": at == len(turns) - 1} for at, turn in enumerate(turns)]
-            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+            tools = {"tools": line["tools"]} if "tools" in line else {}
+            file.write(json.dumps({"messages": turns, **tools}, ensure_ascii=False) + "\n")
     name, write = TOOLS[tool]
     (out / name).write_text(write(job), encoding="utf-8")
     return [out / "model", out / "rows.jsonl", out / name]
@@ -272,7 +279,8 @@ model, tokenizer = FastLanguageModel.from_pretrained("./model", **{load!r})
 def encode(row):
     """Prompt and completion as token ids; the loss is on the completion and the token that ends the turn."""
     *asked, answer = row["messages"]
-    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    tools = row.get("tools")
+    text = tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     learnt = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
     learnt = [*learnt, tokenizer.convert_tokens_to_ids({end!r})]

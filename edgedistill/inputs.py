@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from edgedistill.chat import read_chat
 from edgedistill.data.prompts import Row, load_rows
-from edgedistill.data.thinking import asking_why, two_tasks, with_block
-from edgedistill.errors import RecipeError
+from edgedistill.data.thinking import WRONG, asking_why, two_tasks, with_block
+from edgedistill.data.traces import Render, turns
+from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Training
@@ -17,6 +20,7 @@ from edgedistill.recipe_distill import Distill
 from edgedistill.target import Target
 from edgedistill.training.shaping import choose_layers
 
+TRACES = "tool-trace"  # the style whose rows are whole traces
 FEWEST = 10  # general rows: one in five is held out, and an interval needs two
 
 
@@ -41,10 +45,10 @@ class Inputs:
 
 
 class _Files:
-    """JSONL files beside a recipe, each parsed once however many keys name it."""
+    """JSONL files beside a recipe, each parsed once however many keys name it; ``traces`` where a row is a whole trace."""
 
-    def __init__(self, recipe_path: Path) -> None:
-        self.recipe_path = recipe_path
+    def __init__(self, recipe_path: Path, *, traces: bool = False) -> None:
+        self.recipe_path, self.traces = recipe_path, traces
         self._read: dict[tuple[Path, bool], list[Row]] = {}
 
     def rows(self, file: Path, key: str, *, reference: bool) -> list[Row]:
@@ -52,7 +56,7 @@ class _Files:
         if (path, reference) not in self._read:
             if not path.is_file():
                 raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=self.recipe_path, key=key)
-            self._read[path, reference] = load_rows(path, need_reference=reference)
+            self._read[path, reference] = load_rows(path, need_reference=reference, traces=self.traces)
         return self._read[path, reference]
 
 
@@ -82,10 +86,14 @@ def _read_rows(
                 key=name,
             )
         rows += found[first:][:most]
+    _refuse_doubles(rows, key, source.recipe_path)
+    return tuple(rows)
+
+
+def _refuse_doubles(rows: Iterable[Row], key: str, recipe: Path) -> None:
     doubled = [name for name, group in itertools.groupby(sorted(row.id for row in rows)) if len(list(group)) > 1]
     if doubled:
-        raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=source.recipe_path, key=key)
-    return tuple(rows)
+        raise RecipeError(f"two rows have the id {doubled[0]!r}", "make ids unique", file=recipe, key=key)
 
 
 def read_inputs(
@@ -98,7 +106,8 @@ def read_inputs(
     ship_anyway: bool = False,
 ) -> Inputs:
     """Read the data files of a recipe."""
-    source, style = _Files(path), recipe.generate.style
+    style = recipe.generate.style
+    source = _Files(path, traces=style == TRACES)
     need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
 
     def read(
@@ -111,9 +120,29 @@ def read_inputs(
             return ()
         skip = getattr(section, "skip", 0)
         rows = _read_rows(source, section.files, section.rows, f"{name}.files", reference=reference, skip=skip)
+        if style == TRACES:
+            return by_turn(rows, f"{name}.files")
         if style == "rationale" and name in ("heal", "temperature", "tune"):  # of a student that answers at once
             return two_tasks(rows)
         return with_block(rows, style)
+
+    @functools.cache
+    def render() -> Render:
+        return read_chat(teacher).render
+
+    def by_turn(rows: Iterable[Row], key: str) -> tuple[Row, ...]:
+        try:
+            found = turns(rows, render)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, file=path, key=key) from None
+        _refuse_doubles(found, key, path)
+        return found
+
+    def suite_rows(name: str, files: Sequence[Path]) -> tuple[Row, ...]:
+        rows = _read_rows(source, files, None, f"suites.{name}.files", reference=True)
+        if style == TRACES:
+            return by_turn(rows, f"suites.{name}.files")
+        return with_block(rows, "answer" if style == "rationale" else style)
 
     return Inputs(
         recipe=recipe,
@@ -127,14 +156,8 @@ def read_inputs(
         tuning=read(recipe.tune, "tune"),
         drafting=read(recipe.draft, "draft", reference=False),
         tempering=read(recipe.temperature, "temperature"),
-        suites={
-            name: with_block(
-                _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True),
-                "answer" if style == "rationale" else style,
-            )
-            for name, suite in recipe.suites.items()
-        },
-        general=_general(source, recipe),
+        suites={name: suite_rows(name, suite.files) for name, suite in recipe.suites.items()},
+        general=_general(_Files(path), recipe),
         ship_anyway=ship_anyway,
     )
 
@@ -219,9 +242,16 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
     if inputs.recipe.student.vocabulary is None:
         return ()
     rows = list({id(row): row for row in (*inputs.healing, *inputs.gold, *inputs.prompts)}.values())
+    first = inputs.prompts[0]
     if inputs.recipe.generate.style == "rationale":  # the request for one is text that the student reads
-        first = inputs.prompts[0]
         rows.append(replace(first, id=f"{first.id}+why", messages=tuple(asking_why(first.messages))))
+    if any(one.corrections for one in inputs.recipe.filter):  # so is the objection to a wrong answer
+        objection = {"role": "user", "content": WRONG}
+        rows.append(replace(first, id=f"{first.id}+fix", messages=(*first.messages, objection)))
+    if hedge := next(
+        (one.hedge for one in inputs.recipe.filter if one.hedge), None
+    ):  # and what is said instead of an answer
+        rows.append(replace(first, id=f"{first.id}+hedge", reference=hedge))
     return tuple(rows)
 
 

@@ -28,7 +28,7 @@ def tokens_differ(teacher: Resolved, student: Resolved, rows: Sequence[Row]) -> 
 
     one, other = (Tokenizer.from_file(str(file)) for file in files)
     for row in rows[:ROWS]:
-        for text in (*(str(message["content"]) for message in row.messages), row.reference or ""):
+        for text in (*(str(message.get("content")) for message in row.messages), row.reference or ""):
             if one.encode(text, add_special_tokens=False).ids != other.encode(text, add_special_tokens=False).ids:
                 return f"have the same tokens, but cut the text of row {row.id!r} differently"
     return ""

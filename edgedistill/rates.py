@@ -73,7 +73,8 @@ class Rates:
 
 def row_tokens(row: Row) -> int:
     """Estimate the tokens of a row, template included: about 3.3 characters a token, 6 tokens around each message."""
-    characters = sum(len(str(message["content"])) for message in row.messages) + len(row.reference or " " * 80)
+    characters = sum(len(str(message.get("content"))) for message in row.messages) + len(row.reference or " " * 80)
+    characters += len(str(row.tools)) if row.tools else 0
     return int(characters / 3.3) + 6 * (len(row.messages) + 1)
 
 

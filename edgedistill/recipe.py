@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgedistill.data.thinking import LEAST_WORDS
+from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
 from edgedistill.recipe_base import Count, Lora, Positive, Rows, Section, Shaped, Share, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
+THINKING = " or ".join(f'"{style}"' for style in BLOCKS)
 UNLOADABLE = {
     "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
     'be neither run nor measured here; take kind = "model"',
@@ -83,10 +84,12 @@ class Prompts(Section):
 
 class Generate(Section):
     """How the teacher answers. Temperature 0 is greedy. ``style``: ``answer``; ``think`` and ``plan`` write a block before
-    it; of ``rationale`` the student learns the answer alone, and to say why when asked (``data/thinking.py``).
+    it; of ``rationale`` the student learns the answer alone, and to say why when asked; ``explanation`` and ``verification``
+    say why, or check, after the answer (``data/thinking.py``); rows of ``tool-trace`` hold calls and their results, and every
+    turn of the assistant's is learnt (``data/traces.py``).
     """
 
-    style: Literal["answer", "think", "plan", "rationale"] = "answer"
+    style: Literal["answer", "think", "plan", "rationale", "explanation", "verification", "tool-trace"] = "answer"
     samples: Count = 1
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -101,24 +104,43 @@ class Generate(Section):
 
 
 class Filter(Section):
-    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words before the answer.
-    ``otherwise = "gold"`` trains on the reference where no answer passed: no prompt is lost.
+    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer, ``best``
+    keeps a few of each prompt's that differ. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no prompt
+    is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
-    LATER = ("min_words", "max_words")
+    LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge")
 
-    kind: Literal["reference", "thinking"]
-    metric: Literal["json-exact", "exact", "contains"] = "json-exact"
-    otherwise: Literal["drop", "gold"] = "drop"
+    kind: Literal["reference", "thinking", "best"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
+    otherwise: Literal["drop", "gold", "hedge"] = "drop"
+    hedge: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description='otherwise = "hedge": what the student says instead of an answer, word for word'
+    )
     min_words: Annotated[int, Field(ge=0)] = Field(
         default=LEAST_WORDS, description="thinking: fewer words are no thought"
     )
     max_words: Count | None = Field(default=None, description="thinking: a budget for devices that write slowly")
+    corrections: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="reference: so many wrong answers to each prompt become lessons: shown one, and that it is not right, the "
+        "student learns to write what was kept",
+    )
+    keep: Count = Field(default=1, description="best: so many answers to each prompt")
+    by: Literal["likelihood", "shortest", "drawn"] = Field(
+        default="likelihood", description="best: of the whole text; drawn: the first ones, a fair draw"
+    )
 
     @model_validator(mode="after")
     def _words(self) -> Filter:
         if self.kind != "thinking" and (self.min_words, self.max_words) != (LEAST_WORDS, None):
             raise ValueError('min_words and max_words are for kind = "thinking"')
+        if (self.otherwise == "hedge") != (self.hedge is not None):
+            raise ValueError('hedge is what is said where otherwise = "hedge": set both')
+        if self.kind != "best" and (self.keep, self.by) != (1, "likelihood"):
+            raise ValueError('keep and by are for kind = "best"')
+        if self.kind != "reference" and self.corrections:
+            raise ValueError('corrections are for kind = "reference": only there an answer is wrong')
         if self.max_words is not None and self.max_words < self.min_words:
             raise ValueError(f"max_words = {self.max_words} is under min_words = {self.min_words}: nothing would pass")
         return self
@@ -222,7 +244,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "perplexity"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "perplexity"]
     grammar: Path | None = None
     max_new_tokens: Count = 64
 
@@ -344,11 +366,57 @@ class Recipe(Section):
             raise ValueError(
                 '[[chain]] ends in a student that is cut out of its last link: set student.model = "teacher"'
             )
-        if self.generate.style == "answer":
+        if self.generate.style not in BLOCKS:
             if any(one.kind == "thinking" for one in self.filter):
-                raise ValueError('a filter on thinking needs generate.style = "think", "plan" or "rationale"')
+                raise ValueError(f"a filter on thinking needs generate.style = {THINKING}")
             if self.distill.think_weight != 1.0:
-                raise ValueError('distill.think_weight needs generate.style = "think", "plan" or "rationale"')
+                raise ValueError(f"distill.think_weight needs generate.style = {THINKING}")
+        if self.generate.style in AFTER and self.distill.think_weight == 0:
+            raise ValueError(
+                f'distill.think_weight = 0 in the style "{self.generate.style}" would teach neither to go on after the answer nor '
+                'to end there: set generate.style = "answer"'
+            )
+        if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
+            raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
+        for at, one in enumerate(self.filter):
+            if one.otherwise != "hedge":
+                continue
+            if self.generate.style != "answer":
+                raise key_error(
+                    f"filter.{at}.otherwise",
+                    'a hedge is a whole answer: set generate.style = "answer", or otherwise = "gold"',
+                )
+            if self.score.kind not in ("sampled", "none"):
+                raise key_error(
+                    f"filter.{at}.otherwise",
+                    'the teacher does not hedge, so its distributions there are not used; set score.kind = "sampled" or "none"',
+                )
+            if any(
+                other.otherwise not in ("drop", "hedge") or other.hedge not in (None, one.hedge)
+                for other in self.filter
+            ):
+                raise key_error(
+                    f"filter.{at}.otherwise", "one thing is learnt where no answer passed: gold, or one hedge"
+                )
+        if self.generate.style == "tool-trace":
+            if any(one.corrections for one in self.filter):
+                raise ValueError(
+                    "filter.corrections: a wrong call would need its result, and nothing executes tools: set it to 0"
+                )
+            if self.distill.on_policy:
+                raise ValueError(
+                    "distill.on_policy: a student that writes calls of its own would need their results, and nothing executes "
+                    "tools: set it to 0"
+                )
+            if self.distill.loss.kd > 0 and self.distill.loss.divergence in WHOLE:
+                raise ValueError(
+                    f"distill.loss.divergence = {self.distill.loss.divergence!r} compares one answer a row, and a trace has "
+                    "several: set loss.kd = 0, or take a teacher with the student's tokenizer"
+                )
+            if self.baselines.few_shot:
+                raise ValueError(
+                    "baselines.few_shot puts single answers before a prompt, and rows are traces: leave it out"
+                )
         if self.distill.on_policy and not (self.score.kind == "dense" and self.distill.loss.kd > 0):
             raise ValueError(
                 'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'

@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
-from edgedistill.data.thinking import BLOCKS, split
+from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.families import of_any_width
-from edgedistill.inputs import Inputs, along_chain, draft_inputs, student_facts
+from edgedistill.inputs import TRACES, Inputs, along_chain, draft_inputs, student_facts
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.target import Target, format_size
@@ -100,11 +101,36 @@ def refuse(inputs: Inputs) -> list[str]:
             key="suites",
             file=inputs.path,
         )
+    warnings += _refuse_tools(inputs)
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
+
+
+def _refuse_tools(inputs: Inputs) -> list[str]:
+    """Refuse tools and results that a chat template does not print; warn where there are no traces to learn from."""
+    sections = {
+        "prompts": inputs.prompts,
+        "adapt": inputs.gold,
+        "heal": inputs.healing,
+        "tune": inputs.tuning,
+        "temperature": inputs.tempering,
+        "draft": inputs.drafting,
+        "distill.keep": inputs.general,
+        **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
+    }
+    files = {f"{name}.files": rows for name, rows in sections.items()}
+    check_tools((inputs.teacher, inputs.student), files, inputs.path)
+    found = []
+    if any(row.tools for row in inputs.prompts):
+        found.append("rows have tools: time to first token is measured without their definitions in the prompt")
+    if inputs.recipe.generate.style == TRACES and len({row.trace for row in inputs.prompts}) == len(inputs.prompts):
+        found.append(
+            'generate.style = "tool-trace", and every row of prompts.files is one turn: "answer" does the same'
+        )
+    return found
 
 
 def _thinking(inputs: Inputs) -> list[str]:
@@ -122,7 +148,7 @@ def _thinking(inputs: Inputs) -> list[str]:
             found.append(f"suites.{name}.grammar must allow the block {BLOCKS[style][0]}…{BLOCKS[style][1]}")
     budget = next((one.max_words for one in recipe.filter if one.kind == "thinking" and one.max_words), None)
     for target in inputs.targets:
-        if style == "rationale" or target.limits.tg128 is None:
+        if style == "rationale" or style in AFTER or target.limits.tg128 is None:
             continue
         if budget is None:
             found.append(

@@ -64,6 +64,8 @@ class SuiteLine:
     errors: int | None = None
     shared: int | None = None
     engine: str = ""
+    hedged: Figure | None = None  # share of rows, where the recipe teaches a hedge
+    answered: Figure | None = None  # score of the other rows
     thinking: dict[str, float] | None = None  # n, share with a block, share of empty ones, median words (evals.suites)
 
 

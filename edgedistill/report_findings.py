@@ -69,12 +69,12 @@ def _speed_noise(data: ReportData) -> Iterator[Finding]:
 
 
 def _teacher_wrong(data: ReportData) -> Iterator[Finding]:
-    rejected = data.yields.get("gold", 0)
+    rejected = data.yields.get("gold", 0) + data.yields.get("hedged", 0)
     total = data.yields.get("kept", 0)
     if total and rejected / total > 0.3:
         yield Finding(
             symptom="the teacher fails on much of its own training text",
-            figure=f"{rejected} of {total} kept rows ({rejected / total:.0%}) are references, because no answer passed",
+            figure=f"{rejected} of {total} kept rows ({rejected / total:.0%}) are references or hedges, because no answer passed",
             likely="the capability is not there yet: there is little to distil",
             remedy="train the teacher longer, or take a better one",
             key="adapt.rows, adapt.epochs, teacher.min_score",

@@ -279,6 +279,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
     errors = [row for row, (score, _) in mine.items() if score < 1] if mine else []
     shared = sum(teacher.get(row, (1.0, ""))[0] < 1 and teacher[row][1] == (mine or {})[row][1] for row in errors)
     runner = facts.get("runner", {})
+    hedged, answered = _hedges(reader, mine)
     return SuiteLine(
         metric=str(facts.get("metric", "")),
         score=Figure.read(facts.get("score")),
@@ -290,9 +291,23 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         cut=int(facts.get("cut", 0)),
         errors=len(errors) if mine else None,
         shared=shared if mine and teacher and name != "teacher" else None,
+        hedged=hedged,
+        answered=answered,
         thinking=facts.get("thinking"),
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
+
+
+def _hedges(reader: _Reader, answers: Mapping[str, tuple[float, str]] | None) -> tuple[Figure | None, Figure | None]:
+    """Return the share of rows that a model does not answer but hedges, and its score on the others."""
+    from edgedistill.evals.statistics import mean
+
+    hedge = next((one.hedge for one in reader.session.recipe.filter if one.hedge), None)
+    if hedge is None or not answers:
+        return None, None
+    rest = [score for score, text in answers.values() if text.strip() != hedge.strip()]
+    hedged = [0.0] * len(rest) + [1.0] * (len(answers) - len(rest))
+    return Figure.read(mean(hedged)), Figure.read(mean(rest)) if rest else None
 
 
 def _over(mine: Figure, base: Figure | None) -> Figure | None:

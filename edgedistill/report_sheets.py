@@ -257,7 +257,16 @@ def details_sheet(data: ReportData) -> Sheet:
                 continue
             shared = "" if line.shared is None else f"{line.shared} of {line.errors}"
             gain = signed(line.grammar_gain) if line.grammar_gain else ""
-            cells = [_text(line.valid), _text(line.grammar), gain, str(line.cut), shared, line.engine]
+            cells = [
+                _text(line.valid),
+                _text(line.grammar),
+                gain,
+                str(line.cut),
+                shared,
+                _text(line.hedged),
+                _text(line.answered),
+                line.engine,
+            ]
             rows.append([model.label, suite, _count(line.score.n), *cells])
     columns = (
         "model",
@@ -268,9 +277,11 @@ def details_sheet(data: ReportData) -> Sheet:
         "grammar brings",
         "cut off",
         "wrong as the teacher",
+        "hedged",
+        "right where answered",
         "answered by",
     )
-    return filled(Sheet(title="behind the scores", columns=columns, rows=rows, right=frozenset(range(2, 8))))
+    return filled(Sheet(title="behind the scores", columns=columns, rows=rows, right=frozenset(range(2, 10))))
 
 
 def forgetting_sheet(data: ReportData) -> Sheet:
@@ -488,6 +499,7 @@ def training_sheet(data: ReportData) -> Sheet:
         notes.append(
             f"filters: {lines}; kept {data.yields.get('kept')} rows, {data.yields.get('teacher')} by the teacher, "
             f"{data.yields.get('gold')} references"
+            + (f", {hedged} hedges" if (hedged := data.yields.get("hedged")) else "")
         )
     return filled(
         Sheet(title="training", columns=columns, rows=rows, right=frozenset(range(3, 12)), notes=notes if rows else [])

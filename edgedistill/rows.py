@@ -34,12 +34,12 @@ CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked of a teacher. ``sampling`` holds all that changes the answer (temperature, top_p,
-    max_new_tokens).
+    """What is asked of a teacher. ``messages`` are (role, content) and what else a message holds (``generate.asked``);
+    ``sampling`` holds all that changes the answer (temperature, top_p, max_new_tokens).
     """
 
     teacher: str
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[tuple[Any, ...], ...]
     sampling: tuple[tuple[str, float | int | str], ...]
     seed: int
     sample: int = 0

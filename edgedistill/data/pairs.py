@@ -22,12 +22,15 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
         chosen = kept.get(answer["id"])
         if chosen is None or answer["finish"] != "stop" or answer["text"] == chosen["text"]:
             continue
+        if answer["why"] == "best":  # as right as what was kept
+            continue
         pairs.append(
             {
                 "id": answer["id"],
                 "prompt": chosen["messages"],
                 "chosen": [{"role": "assistant", "content": chosen["text"]}],
                 "rejected": [{"role": "assistant", "content": answer["text"]}],
+                **({"tools": chosen["tools"]} if "tools" in chosen else {}),
             }
         )
     return pairs

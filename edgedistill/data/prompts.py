@@ -33,7 +33,8 @@ Message = dict[str, Any]
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word, and
-    ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``).
+    ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``). ``tools`` are definitions for the
+    chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``).
     """
 
     id: str
@@ -44,11 +45,12 @@ class Row:
     split: str | None = None
     seed_id: str | None = None
     rationale: str | None = None
+    trace: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id"):
+        for name in ("reference", "rationale", "split", "seed_id", "trace"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -66,8 +68,8 @@ class Leak:
     second: tuple[str, str]
 
 
-def load_rows(path: Path, *, need_reference: bool = False) -> list[Row]:
-    """Read the rows of a JSONL file, in file order.
+def load_rows(path: Path, *, need_reference: bool = False, traces: bool = False) -> list[Row]:
+    """Read the rows of a JSONL file, in file order. With ``traces`` a row may end with the assistant's turn, its reference.
 
     Blank lines are skipped. A row without ``id`` gets one from its messages, so that it keeps its name when lines move.
     Raises UsageError (file:line and a remedy) for a missing or empty file, malformed JSON, an unusable message, a wrong
@@ -90,8 +92,8 @@ def load_rows(path: Path, *, need_reference: bool = False) -> list[Row]:
         if not raw.strip():
             continue
         where = f"{path}:{number}"
-        row = parse_row(_decode(raw, where), where)
-        if need_reference and row.reference is None:
+        row = parse_row(_decode(raw, where), where, traces=traces)
+        if need_reference and row.reference is None and row.messages[-1]["role"] != "assistant":
             raise UsageError(
                 f"{where}: row {row.id!r} has no reference, and this file is scored against references",
                 'Add "reference": the wanted answer as a string, or take the row out.',
@@ -134,8 +136,10 @@ def _decode(raw: bytes, where: str) -> Any:
         raise UsageError(f"{where}: JSON nested too deeply", "Take this row out.") from None
 
 
-def parse_row(record: Any, where: str) -> Row:
-    """Check one decoded record and return its Row. ``where`` (file:line) starts every message. Raises UsageError."""
+def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
+    """Check one decoded record and return its Row. ``where`` (file:line) starts every message; ``traces`` as ``load_rows``.
+    Raises UsageError.
+    """
     if not isinstance(record, dict):
         raise UsageError(
             f"{where}: a row must be a JSON object, not {_kind(record)}", 'Write {"id": "a1", "prompt": "Hello"}.'
@@ -145,12 +149,17 @@ def parse_row(record: Any, where: str) -> Row:
         close = [] if name in FIELDS else difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
         if close and close[0] not in record:
             raise UsageError(f"{where}: unknown field {name!r}", f"Did you mean {close[0]!r}?")
-    messages = _messages(record, where)
+    messages = _messages(record, where, traces=traces)
     reference = record.get("reference")
     if reference is not None and not isinstance(reference, str):
         raise UsageError(
             f"{where}: reference must be a string, not {_kind(reference)}",
             "Write a JSON answer as a string: what the model should print, character for character.",
+        )
+    if reference is not None and messages[-1]["role"] == "assistant":
+        raise UsageError(
+            f"{where}: the last message is from 'assistant', and there is a reference beside it",
+            "Keep one: the last turn of a trace is its reference.",
         )
     identity = record.get("id")
     if isinstance(identity, int) and not isinstance(identity, bool):
@@ -182,7 +191,7 @@ def parse_row(record: Any, where: str) -> Row:
     )
 
 
-def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+def _messages(record: Mapping[str, Any], where: str, *, traces: bool) -> tuple[Message, ...]:
     if "prompt" in record and "messages" in record:
         raise UsageError(f"{where}: has both prompt and messages", "Keep one: prompt is short for one user message.")
     if "prompt" in record:
@@ -220,10 +229,10 @@ def _messages(record: Mapping[str, Any], where: str) -> tuple[Message, ...]:
             raise UsageError(
                 f"{at}: a system message must come first", "Move it to the start, or make it a user message."
             )
-    if messages[-1]["role"] not in ("user", "tool"):
+    if messages[-1]["role"] not in (("user", "tool", "assistant") if traces else ("user", "tool")):
         raise UsageError(
             f"{where}: the last message is from {messages[-1]['role']!r}, so there is nothing to answer",
-            'End with a user message, and put the wanted answer into "reference".',
+            'End with a user message, and put the wanted answer into "reference" (whole traces: generate.style = "tool-trace").',
         )
     return tuple(messages)
 
@@ -243,7 +252,8 @@ def rows_digest(rows: Iterable[Row]) -> str:
     """Return the sha256 (hex) of what the rows say, in their order; spacing and key order do not change it."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_canonical(row.to_json()) + b"\n")
+        # Tools were once read and not shown to the model: what was built of such rows is not what would be built now.
+        digest.update(_canonical(row.to_json()) + (b" shown\n" if row.tools else b"\n"))
     return digest.hexdigest()
 
 

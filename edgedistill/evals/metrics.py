@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,12 +114,65 @@ def contains(answer: str, reference: str) -> Score:
     return Score(value=float(wanted in " ".join(answer.casefold().split())))
 
 
+_BLOCK = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_ARGUMENTS = ("arguments", "parameters")  # Hermes, Qwen and OpenAI say the one, Llama the other
+
+
+def read_calls(text: str) -> list[dict[str, Any]] | None:
+    """Return the calls that an assistant's turn makes, as name and arguments; [] where it makes none, None where it begins one
+    that cannot be read.
+
+    Read are ``<tool_call>`` blocks (Hermes, Qwen), whatever stands around them, and a turn that is JSON as a whole: one call,
+    or a list of them. Any other text is an answer.
+    """
+    blocks = _BLOCK.findall(text)
+    if not blocks and not text.lstrip().startswith(("{", "[")):
+        return []
+    found: list[dict[str, Any]] = []
+    for block in blocks or [text]:
+        good, value = parse_json(block)
+        calls = value if isinstance(value, list) else [value]
+        for call in calls:
+            key = next((key for key in _ARGUMENTS if isinstance(call, dict) and key in call), None)
+            if _name(call) is not None:
+                found.append({"name": call["name"], "arguments": call[key] if key else {}})
+            elif blocks:
+                return None
+            else:  # JSON that is no call, or text that only begins like it
+                return [] if good else None
+    return found
+
+
+def tool_calls(answer: str, reference: str) -> Score:
+    """Score 1 if the answer makes the calls of the reference: equal names and arguments with their types, in the same order.
+
+    Where the reference makes no call the answer must make none: its wording is not judged. Details: ``valid_json``, whether
+    the calls can be read; ``function``, the first that the reference calls; ``called``, the first that the answer calls. Raises
+    UsageError for a reference with a call that cannot be read.
+    """
+    wanted, made = read_calls(reference), read_calls(answer)
+    if wanted is None:
+        raise UsageError(
+            f"tool-calls: a call of the reference cannot be read: {reference[:80]!r}",
+            'Write {"name": "...", "arguments": {...}}, alone or in <tool_call> blocks.',
+        )
+    details = {
+        "valid_json": made is not None,
+        "function": wanted[0]["name"] if wanted else None,
+        "called": made[0]["name"] if made else None,
+    }
+    return Score(value=float(made is not None and same_json(made, wanted)), details=details)
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(name="json-exact", kind="text", summary="equal JSON value, types included", function=json_exact),
         Metric(name="exact", kind="text", summary="equal text, outer spaces aside", function=exact),
         Metric(name="contains", kind="text", summary="the reference stands in the answer", function=contains),
+        Metric(
+            name="tool-calls", kind="text", summary="the same calls, or none where none are due", function=tool_calls
+        ),
         Metric(
             name="perplexity",
             kind="likelihood",

@@ -20,6 +20,7 @@ from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate
 
 ANSWERS, RESULT = "answers.jsonl", "result.json"
+WHOLE_TRACES = "whole traces"  # in the table of tags; n is the number of traces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +198,8 @@ def evaluate(
             )
         )
     tags = {tag: [r.score for r in results if tag in r.tags] for tag in sorted({t for r in results for t in r.tags})}
+    if whole := _whole_traces(rows, results):
+        tags[WHOLE_TRACES] = whole
     functions: dict[str, list[float]] = {}
     for result in results:
         if isinstance(name := result.details.get("function"), str):
@@ -216,6 +219,15 @@ def evaluate(
         rows=tuple(results),
         thinking=_thinking(results),
     )
+
+
+def _whole_traces(rows: Sequence[Row], results: Sequence[RowResult]) -> list[float]:
+    """Return 1 for each trace of which every turn is right, after what was recorded before it, else the worst turn's score."""
+    worst: dict[str, float] = {}
+    for row, result in zip(rows, results, strict=True):
+        if row.trace is not None:
+            worst[row.trace] = min(result.score, worst.get(row.trace, 1.0))
+    return list(worst.values())
 
 
 def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:

@@ -37,7 +37,9 @@ class Calibrate(Stage):
         with GgufRunner(gguf, threads=ctx.threads) as runner:
             token_rows = [
                 [
-                    *runner.encode(Row(id=line["id"], messages=tuple(line["messages"]))),
+                    *runner.encode(
+                        Row(id=line["id"], messages=tuple(line["messages"]), tools=tuple(line.get("tools", ())))
+                    ),
                     *runner.encode_text(line["text"]),
                     runner.end_token(),
                 ]

@@ -35,7 +35,7 @@ class Convert(Stage):
         licence = "" if self.licence == "not stated" else self.licence
         report = convert(source, gguf, dtype=self.dtype, name=self.title, license=licence, progress=ctx.progress)
         ctx.progress(1, 1, "comparing with transformers")
-        texts = [str(message["content"]) for row in self.rows for message in row.messages]
+        texts = [str(message.get("content")) for row in self.rows for message in row.messages]
         texts += [row.reference for row in self.rows if row.reference]
         prompts = [[dict(message) for message in row.messages] for row in self.rows[:3]]
         hop = compare_logits(source, gguf, prompts, texts=texts, threads=ctx.threads)

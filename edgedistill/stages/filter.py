@@ -2,7 +2,9 @@
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
 the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay. In a round few of the answers to a prompt are kept, and rows that were taught before may stand beside them."""
+hard prompts stay, and ``"hedge"`` teaches to say that one does not know. Wrong answers may be shown with the right one, as
+lessons in correcting them. In a round few of the answers to a prompt are kept, and rows that were taught before may stand
+beside them."""
 
 from __future__ import annotations
 
@@ -13,11 +15,22 @@ from statistics import median
 from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
+from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, WRONG, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
+
+
+def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
+    """Return ``keep`` of the answers to one prompt whose texts differ: the likeliest as a whole, the shortest, or, ``drawn``, the
+    first, which is a fair draw.
+    """
+    first: dict[str, dict[str, Any]] = {}
+    for answer in found:
+        first.setdefault(answer["text"], answer)
+    order = {"likelihood": lambda a: -a["logprob"], "shortest": lambda a: len(a["text"]), "drawn": lambda a: 0}
+    return sorted(first.values(), key=order[by])[:keep]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +53,7 @@ class Filter(Stage):
         yields: list[dict[str, Any]] = []
         rejected: list[dict[str, Any]] = []
         gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
+        hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
         alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
         for found in answers.values():
             rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
@@ -49,12 +63,17 @@ class Filter(Stage):
         for spec in self.filters:
             before = sum(map(len, alive.values()))
             for row_id, found in alive.items():
-                good = [a for a in found if self.passes(spec, a["text"], rows[row_id].reference or "")]
+                good = (
+                    best(found, **{key: spec[key] for key in ("keep", "by") if key in spec})
+                    if spec["kind"] == "best"
+                    else [a for a in found if self.passes(spec, a["text"], rows[row_id].reference or "")]
+                )
                 why = f"reference ({spec['metric']})" if spec["kind"] == "reference" else spec["kind"]
                 rejected += [{**a, "why": why} for a in found if a not in good]
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        written = from_gold = 0
+        written = from_gold = hedged = corrected = 0
+        wrong = self.wrong(rejected)
         carried = self.carried(ctx)
         with (ctx.out / "kept.jsonl").open("w") as file:
             for one in carried:
@@ -63,8 +82,11 @@ class Filter(Stage):
                 texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
                 if not texts and row.id in gold and row.reference:
                     texts = [(row.reference, "gold", "")]
+                if not texts and hedge is not None and answers[row.id]:
+                    texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
-                    written, from_gold = written + (source != "gold"), from_gold + (source == "gold")
+                    from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
+                    written += source not in ("gold", "hedge")
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -73,13 +95,22 @@ class Filter(Stage):
                         "source": source,
                         "row": key,
                     }
-                    for one in self.lessons(line):
+                    line |= {"tools": list(row.tools)} if row.tools else {}
+                    line |= {"trace": row.trace} if row.trace else {}
+                    lessons = self.lessons(line)
+                    if number == 0:
+                        corrections = self.corrections(lessons[0], wrong.get(row.id, []))
+                        corrected += len(corrections)
+                        lessons += corrections
+                    for one in lessons:
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
         if not written and not from_gold and not carried:
             raise StepFailed(*self.nothing(len(lines)))
-        kept_rows = {"kept": written + from_gold, self.writer(): written, "gold": from_gold}
+        kept_rows = {"kept": written + from_gold + hedged, self.writer(): written, "gold": from_gold}
+        kept_rows |= {"hedged": hedged} if hedge is not None else {}
+        kept_rows |= {"corrections": corrected} if corrected else {}
         return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
 
     def writer(self) -> str:
@@ -116,6 +147,35 @@ class Filter(Stage):
         """Return what the student learns from one kept answer."""
         return [line]
 
+    def shown(self, text: str) -> str:
+        """Return what a user sees of an answer."""
+        return text
+
+    def wrong(self, rejected: list[dict[str, Any]]) -> dict[str, list[str]]:
+        """Return, by row, what users see of the answers that missed the reference: the first that differ."""
+        most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
+        found: dict[str, dict[str, None]] = {}
+        for answer in rejected if most else ():
+            if answer["why"].startswith("reference"):
+                found.setdefault(answer["id"], {})[self.shown(answer["text"])] = None
+        return {row_id: list(shown)[:most] for row_id, shown in found.items()}
+
+    def corrections(self, right: dict[str, Any], wrong: list[str]) -> list[dict[str, Any]]:
+        """Return a lesson for each wrong answer: it stands in the conversation, the user objects, and the right one is learnt."""
+        return [
+            {
+                **right,
+                "id": f"{right['id']}+fix{number}",
+                "messages": [
+                    *right["messages"],
+                    {"role": "assistant", "content": shown},
+                    {"role": "user", "content": WRONG},
+                ],
+                "task": "correction",
+            }
+            for number, shown in enumerate(wrong, 1)
+        ]
+
     def watch(self, texts: list[str]) -> dict[str, Any]:
         """Look at all answers that ended; raises StepFailed where going on would teach nothing."""
         return {}
@@ -129,7 +189,12 @@ class ThinkingFilter(Filter):
 
     def flaw(self, answer: Mapping[str, Any]) -> str | None:
         """Say why something is no answer at all: it did not end, or its block did not."""
-        return super().flaw(answer) or (None if split(answer["text"]).answer else "no answer after the block")
+        place = "before" if self.style in AFTER else "after"
+        return super().flaw(answer) or (None if split(answer["text"]).answer else f"no answer {place} the block")
+
+    def shown(self, text: str) -> str:
+        """Return the answer without its block: what a user sees of it."""
+        return split(text).answer
 
     def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
         """Tell whether one answer passes one filter."""
@@ -194,10 +259,7 @@ class RoundFilter(Filter):
 
     def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the first ``keep`` of those whose texts differ."""
-        first: dict[str, dict[str, Any]] = {}
-        for answer in passed:
-            first.setdefault(answer["text"], answer)
-        return list(first.values())[: self.keep]
+        return best(passed, self.keep, "drawn")
 
     def carried(self, ctx: Context) -> list[dict[str, Any]]:
         """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""

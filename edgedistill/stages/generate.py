@@ -15,9 +15,32 @@ from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed
-from edgedistill.fingerprint import Key
+from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.rows import Answered, Question
 from edgedistill.step import Context, Stage, unkeyed
+
+
+def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
+    """Return a row as the row store keys it: (role, content) of each message, then as JSON what else it holds, before them
+    ("tools", JSON) where there are any.
+    """
+    found: list[tuple[Any, ...]] = [("tools", canonical_json(row.tools))] if row.tools else []
+    for message in row.messages:
+        more = {key: value for key, value in message.items() if key not in ("role", "content")}
+        found.append((message["role"], message.get("content"), *([canonical_json(more)] if more else [])))
+    return tuple(found)
+
+
+def conversation(asked: tuple[tuple[Any, ...], ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return messages and tools of what ``asked`` wrote."""
+    tools: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
+    for role, content, *more in asked:
+        if role == "tools":
+            tools = json.loads(content)
+        else:
+            messages.append({"role": role, "content": content, **(json.loads(more[0]) if more else {})})
+    return messages, tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +75,7 @@ class Generate(Stage):
         questions = [
             Question(
                 teacher=teacher,
-                messages=tuple((message["role"], message["content"]) for message in row.messages),
+                messages=asked(row),
                 sampling=sampling,
                 seed=self.seed,
                 sample=sample,
@@ -105,9 +128,11 @@ class Generate(Stage):
         from edgedistill.teachers.transformers import TransformersTeacher
 
         teacher = TransformersTeacher(ctx.path(self.teacher, "model"))
+        shown = [conversation(question.messages) for question in questions]
         prompts = teacher.encode(
-            [[{"role": role, "content": content} for role, content in question.messages] for question in questions],
+            [messages for messages, _ in shown],
             [question.key for question in questions],
+            tools=[tools for _, tools in shown],
         )
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed

@@ -1,12 +1,14 @@
 """score: the teacher's distribution over the next token, at every kept token.
 
 In: teacher checkpoint, kept rows. Out: ``targets/*.parquet``: per position n random draws with counts and log-
-probability (RS-KD, "Sparse Logit Sampling", ACL 2025), or the top n and the tail as one bucket. Another student,
+probability (RS-KD, "Sparse Logit Sampling", ACL 2025), or the top n and the tail as one bucket. A hedge is not the teacher's:
+there every token is certain, and the divergence is cross-entropy. Another student,
 filter order or loss weight asks the teacher nothing anew. Shards are fixed from the list sorted by length; a killed
 run keeps those that it finished."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,10 +38,12 @@ class Score(Stage):
         from edgedistill.teachers.transformers import TransformersTeacher
         from edgedistill.training.draws import stored_temperatures
         from edgedistill.training.recipe import load_kept
-        from edgedistill.training.targets import TargetsHeader, TargetsWriter
+        from edgedistill.training.targets import TargetsHeader, TargetsWriter, certain
 
         model = ctx.path(self.teacher, "model")
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
+        lines = map(json.loads, ctx.path(self.kept, "kept.jsonl").read_text().splitlines())
+        hedged = {line["id"] for line in lines if line["source"] == "hedge"}
         teacher = TransformersTeacher(model)
         header = TargetsHeader(
             kind=self.kind,
@@ -69,7 +73,7 @@ class Score(Stage):
                     progress=lambda done, total, note, start=start: ctx.progress(start + done, len(examples), note),
                 )
                 for index, targets in scored:
-                    writer.write(part[index], targets)
+                    writer.write(part[index], certain(part[index], header) if part[index].id in hedged else targets)
         shutil.copytree(ctx.work, ctx.out / "targets")
         size = sum(path.stat().st_size for path in (ctx.out / "targets").iterdir())
         return {

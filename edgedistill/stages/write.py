@@ -43,5 +43,7 @@ class Write(Stage):
         with (ctx.out / "kept.jsonl").open("w") as file:
             for row, answer in kept:
                 line = {"id": row.id, "messages": list(row.messages), "text": answer.text, "reference": None}
+                line |= {"tools": list(row.tools)} if row.tools else {}
+                line |= {"trace": row.trace} if row.trace else {}
                 file.write(json.dumps({**line, "source": "student", "row": ""}, ensure_ascii=False) + "\n")
         return {"rows": len(answers), "kept": len(kept), "tokens": sum(answer.tokens for _, answer in kept)}

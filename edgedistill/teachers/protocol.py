@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from edgedistill.training.data import Example
 from edgedistill.training.targets import Kind, SparseTargets
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 Progress = Callable[[int, int, str], None]
 
 

@@ -73,12 +73,20 @@ class TransformersTeacher:
             found |= set(eos if isinstance(eos, list) else [eos])
         return sorted(found)
 
-    def encode(self, prompts: Sequence[Messages] | Sequence[Sequence[int]], row_ids: Sequence[str]) -> list[list[int]]:
-        """Turn messages into token ids (token ids stay). Raises UsageError for an empty prompt."""
+    def encode(
+        self,
+        prompts: Sequence[Messages] | Sequence[Sequence[int]],
+        row_ids: Sequence[str],
+        *,
+        tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+    ) -> list[list[int]]:
+        """Turn messages, with the ``tools`` of each where there are any, into token ids (token ids stay). Raises UsageError
+        for an empty prompt.
+        """
         encoded = []
-        for row_id, prompt in zip(row_ids, prompts, strict=True):
+        for row_id, prompt, own in zip(row_ids, prompts, tools or [()] * len(prompts), strict=True):
             ids = (
-                prompt_tokens(self.tokenizer, prompt)  # pyright: ignore[reportArgumentType]
+                prompt_tokens(self.tokenizer, prompt, own)  # pyright: ignore[reportArgumentType]
                 if len(prompt) and isinstance(prompt[0], dict)
                 else [int(one) for one in prompt]  # pyright: ignore[reportArgumentType]
             )

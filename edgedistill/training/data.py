@@ -80,14 +80,18 @@ def counter_rng(*parts: object) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
-def prompt_tokens(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Encode the messages with the chat template up to where the model starts to write."""
+def prompt_tokens(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """Encode the messages, and the definitions of tools, with the chat template up to where the model starts to write."""
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             "the tokenizer has no chat template",
             hint="use an instruction-tuned model, or add chat_template.jinja to it",
         )
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        list(messages), tools=list(tools) or None, add_generation_prompt=True, tokenize=False
+    )
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -116,9 +120,10 @@ def turn_end(tokenizer: Any) -> int:
 
 def encode_example(
     tokenizer: Any,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     completion: str,
     *,
+    tools: Sequence[dict[str, Any]] = (),
     id: str = "",
     context: int | None = None,
     weight: float = 1.0,
@@ -128,7 +133,7 @@ def encode_example(
     Raises UsageError, naming the row, when the row does not fit or its completion is empty: a row cut short would teach
     the student to stop nowhere.
     """
-    prompt = prompt_tokens(tokenizer, messages)
+    prompt = prompt_tokens(tokenizer, messages, tools)
     answer = list(tokenizer.encode(completion, add_special_tokens=False))
     if not answer:
         raise UsageError(f"row {id!r}: the completion is empty")

@@ -99,7 +99,7 @@ def tune_norms(
         for name, value in norms.items():
             known[name].copy_(value)
     after = _mean_kld(model, teacher, held, dtype)
-    tokens = sum(len(one.completion_ids) for one in held)
+    tokens = round(sum(sum(one.token_weights) for one in held))
     return Tuned(norms=norms, before=before, after=after, rows=len(held), tokens=tokens, result=result)
 
 
@@ -135,17 +135,17 @@ def _mean_kld(model: Any, teacher: DenseTeacher, examples: Sequence[Example], dt
             for start in range(0, len(examples), ROWS):
                 batch = make_batch(examples[start : start + ROWS], packed=packed)
                 states = completion_states(model, batch)
-                labels = batch.targets.to(states.device)
+                labels, weights = batch.targets.to(states.device), batch.weights.to(states.device)
                 kd, _ = completion_loss(
                     model,
                     states,
                     labels,
-                    torch.ones(len(labels), device=states.device),
+                    weights,
                     teacher.targets(batch),
                     TERMS,
                     vocab_size=teacher.vocab_size,
                 )
-                total, tokens = total + float(kd), tokens + len(labels)
+                total, tokens = total + float(kd), tokens + float(weights.sum())
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = exact[name]

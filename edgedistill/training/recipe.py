@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from edgedistill.training.losses import LossTerms
 from edgedistill.training.objectives import FeatureTerms
 from edgedistill.training.settings import LATER, KeepSettings, TrainSettings
 from edgedistill.training.targets import SparseTargets, find_targets, read_header, read_targets, tokenizer_hash
+from edgedistill.training.traces import join_turns
 from edgedistill.training.vocabulary import read_origin
 
 
@@ -78,24 +80,35 @@ def load_kept(
     """Encode the rows that the filters kept with the model's tokenizer: (examples, tokenizer).
 
     ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). A token of thinking, or of
-    a rationale that is a task of its own, counts ``think_weight`` in the loss. Raises UsageError for a row that is longer
-    than the model's context."""
+    a rationale that is a task of its own, counts ``think_weight`` in the loss. The turns of one trace become one example where
+    their tokens allow it (``training/traces.py``). Raises UsageError for a row that is longer than the model's context."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
-    examples = []
+    examples: list[tuple[str | None, Example]] = []
     for number, line in enumerate(kept.read_text().splitlines()):
         if limit is not None and number >= limit:
             break
         row = json.loads(line)
         if row[text]:
-            one = encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context)
+            one = encode_example(
+                tokenizer, row["messages"], row[text], tools=row.get("tools", ()), id=row["id"], context=context
+            )
             if think_weight != 1.0:
                 rationale = row.get("task") == "rationale"
                 one = weigh_thinking(tokenizer, one, row[text], think_weight, whole=rationale)
-            examples.append(one)
-    return examples, tokenizer
+            examples.append((row.get("trace"), one))
+    return _whole_traces(examples), tokenizer
+
+
+def _whole_traces(examples: Iterable[tuple[str | None, Example]]) -> list[Example]:
+    """Join the turns of each trace, (name of the trace, turn); what is of no trace stays as it is."""
+    found: list[Example] = []
+    for trace, group in itertools.groupby(examples, key=lambda pair: pair[0]):
+        rows = [one for _, one in group]
+        found += rows if trace is None else join_turns(rows)
+    return found
 
 
 def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
@@ -106,15 +119,15 @@ def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
 def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:
     """Return the example with the weight of thinking on the tokens of its block, or on all of them (``whole``).
 
-    A token that reaches over the end of the block belongs to the block.
+    A token that reaches over the end of the block belongs to the block, and the space between block and answer does.
     """
     if whole:
         return replace(example, weights=(weight,) * len(example.completion_ids))
-    end = split(text).end
+    block = split(text)
     starts = [
         start for start, _ in tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     ]
-    weights = [weight if start < end else 1.0 for start in starts]
+    weights = [weight if block.start <= start < block.end else 1.0 for start in starts]
     return replace(example, weights=(*weights, 1.0))  # the token that ends the turn
 
 
@@ -142,14 +155,20 @@ def load_targets(
 
 
 def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:
-    """Encode rows with their references, with the model's tokenizer. Raises UsageError as ``load_kept`` does."""
+    """Encode rows with their references, with the model's tokenizer; traces and errors as in ``load_kept``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
-    return [
-        encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id, context=context) for row in rows
-    ]
+    return _whole_traces(
+        (
+            row.trace,
+            encode_example(
+                tokenizer, list(row.messages), row.reference or "", tools=row.tools, id=row.id, context=context
+            ),
+        )
+        for row in rows
+    )
 
 
 def real_vocabulary(folder: Path, model: Any) -> int:

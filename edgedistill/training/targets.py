@@ -133,6 +133,22 @@ class SparseTargets:
         return replace(self, kind="sampled", counts=(self.n * weights).astype(np.float32))
 
 
+def certain(example: Example, header: TargetsHeader) -> SparseTargets:
+    """Return sampled targets that are sure of every token of the completion: all n draws are the token that is there."""
+    positions = len(example.completion_ids)
+    return SparseTargets(
+        kind="sampled",
+        n=header.n,
+        temperature=header.temperature,
+        temperatures=header.temperatures,
+        offsets=np.arange(positions + 1),
+        ids=np.asarray(example.completion_ids, dtype=np.int32),
+        counts=np.full(positions, header.n, dtype=np.float32),
+        logp=np.zeros(positions, dtype=np.float32),
+        normalisers=np.zeros((positions, len(header.temperatures)), dtype=np.float32),
+    )
+
+
 def reweight(targets: SparseTargets, from_T: float, to_T: float) -> tuple[SparseTargets, float]:
     """Turn draws at ``from_T`` into weighted draws at ``to_T``; also return the mean effective sample size per
     position.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgedistill.data.thinking import BLOCKS, COLLAPSED, LEAST_WORDS, share_of_empty
+from edgedistill.data.thinking import BLOCKS, COLLAPSED, LEAST_WORDS, share_of_empty, split
 from edgedistill.errors import StepFailed
 from edgedistill.training.quiet import quiet
 
@@ -34,8 +34,8 @@ def watch_thinking(
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     rows = [row for row in rows if row[text]]
     taught = [row[text] for row in rows]
-    if not taught or share_of_empty(taught) > COLLAPSED:
-        return {}
+    if not taught or share_of_empty(taught) > COLLAPSED or any(split(one).after for one in taught):
+        return {}  # nothing to watch, or a block that a short beginning does not reach: evaluations tell
     # Where the chat template opens the block in the prompt, texts only close it: the begun ones do neither.
     opening = "" if any(one.lstrip().startswith(OPENINGS) for one in taught) else OPENINGS[0]
     from edgedistill.teachers.protocol import Sampling
@@ -45,7 +45,10 @@ def watch_thinking(
     some = [rows[at * len(rows) // count] for at in range(count)]
     progress(0, 1, "watching whether it still thinks")
     student = TransformersTeacher(source, model=_trained(source, result))
-    begun = student.generate([row["messages"] for row in some], sampling=Sampling(max_new_tokens=TOKENS))
+    prompts = [row["messages"] for row in some]
+    if any("tools" in row for row in some):
+        prompts = student.encode(prompts, [row["id"] for row in some], tools=[row.get("tools", ()) for row in some])
+    begun = student.generate(prompts, sampling=Sampling(max_new_tokens=TOKENS))
     empty = share_of_empty([opening + answer.text for answer in begun])
     if empty > COLLAPSED:
         raise StepFailed(

@@ -72,6 +72,33 @@ def test_a_student_learns_to_think_first(session_of: Callable[..., Any], folder:
     assert summary["thinking"]["blocks"] > 0.5
 
 
+def test_an_answer_is_explained_after_it_and_a_wrong_one_corrected(
+    session_of: Callable[..., Any], folder: Path
+) -> None:
+    reference = {"kind": "reference", "metric": "json-exact", "otherwise": "gold", "corrections": 1}
+    session = build(
+        session_of,
+        folder,
+        **{
+            "generate.style": "explanation",
+            "generate.samples": 3,
+            "generate.temperature": 0.8,
+            "filter": [reference, {"kind": "best", "keep": 2}],
+        },
+    )
+    found = facts(session, "filter")
+    lines = read_jsonl(found.path / "kept.jsonl")
+    fixes = [line for line in lines if line.get("task") == "correction"]
+    assert len(fixes) == found.facts["corrections"] > 0
+    assert all(line["messages"][-2]["role"] == "assistant" for line in fixes)
+    ids = [line["id"].partition("#")[0] for line in lines if "task" not in line]
+    assert max(ids.count(one) for one in ids) <= 2
+    assert all(split(line["text"]).after for line in lines)
+    assert facts(session, "score").facts["rows"] == len(lines)
+    summary = facts(session, "evaluate/student").facts["suites"]["holdout"]
+    assert summary["metric"] == "think:json-exact" and summary["thinking"]["blocks"] > 0.5
+
+
 def test_a_rationale_is_learnt_beside_the_answer(session_of: Callable[..., Any], folder: Path) -> None:
     session = build(session_of, folder, **{"generate.style": "rationale", "distill.think_weight": 0.5})
     lines = read_jsonl(facts(session, "filter").path / "kept.jsonl")

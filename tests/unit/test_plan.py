@@ -233,6 +233,49 @@ def test_gold_sft_knows_nothing_of_what_is_written_on_policy(folder: Path) -> No
     assert "distill/1" in changed(plan, make(folder, **settings, distill__on_policy_tokens=9))
 
 
+def test_filters_that_came_later_change_no_key_until_they_are_used(folder: Path) -> None:
+    plain = make(folder)
+    table = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
+    at_default = {**table, "corrections": 0, "keep": 1, "by": "likelihood"}
+    assert changed(plain, make(folder, filter=[at_default])) == set()
+    corrected = make(folder, filter=[{**table, "corrections": 1}])
+    assert {"filter", "distill/1"} <= changed(plain, corrected)
+    # The objection to a wrong answer is text that a trimmed vocabulary has to spell.
+    assert "shape" in changed(plain, corrected) and "adapt" not in changed(plain, corrected)
+    drawn = {"generate__samples": 4, "generate__temperature": 0.8}
+    names = changed(make(folder, **drawn), make(folder, **drawn, filter=[table, {"kind": "best", "keep": 2}]))
+    assert "filter" in names and "generate" not in names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"filter": [{"kind": "best"}]}, "raise generate.samples"),
+        ({"filter": [{"kind": "reference", "keep": 2}]}, 'keep and by are for kind = "best"'),
+        (
+            {"filter": [{"kind": "thinking", "corrections": 1}], "generate__style": "think"},
+            "only there an answer is wrong",
+        ),
+        (
+            {"filter": [{"kind": "reference", "corrections": 1}], "generate__style": "tool-trace", "baselines": {}},
+            "nothing executes tools",
+        ),
+        ({"generate__style": "verification", "distill__think_weight": 0.0}, "neither to go on after the answer nor"),
+    ],
+)
+def test_what_says_nothing_about_sequences_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make(folder, **changes)
+
+
+@pytest.mark.parametrize("style", ["explanation", "verification"])
+def test_a_block_after_the_answer_keeps_no_device_waiting(folder: Path, style: str) -> None:
+    plan = make(folder, generate__style=style)
+    told = " ".join(plan.warnings)
+    assert "no row of adapt.files has a" in told and "must allow the block" in told
+    assert "tokens/s, and nothing bounds the thinking" not in told
+
+
 def test_what_the_student_writes_has_no_weights_of_thinking(folder: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be told of what the student writes"):
         make(folder, score__kind="dense", distill__on_policy=0.5, distill__think_weight=0.0, generate__style="think")
@@ -612,7 +655,7 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
         ),
         (("batch_size = 8\n\n[calibrate]", "on_policy = 0.5\n\n[calibrate]"), "on_policy needs the teacher beside"),
         (('metric    = "json-exact"\notherwise', "max_words = 9\notherwise"), 'are for kind = "thinking"'),
-        (("max_new_tokens = 64", 'style = "tool-trace"'), r"generate\.style.*rationale"),
+        (("max_new_tokens = 64", 'style = "tool-traces"'), r"generate\.style.*rationale"),
         (("holdout = 0.90, ood", "houldout = 0.90, ood"), "houldout"),
     ],
 )

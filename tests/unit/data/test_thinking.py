@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import BLOCKS, asking_why, join, share_of_empty, split, two_tasks, with_block
+from edgedistill.data.thinking import AFTER, BLOCKS, asking_why, join, share_of_empty, split, two_tasks, with_block
 
 plain = st.text(st.characters(blacklist_characters="<>", blacklist_categories=["Cs"]), max_size=40)
 
@@ -15,14 +15,18 @@ def test_what_is_joined_comes_apart_again(style: str, thinking: str, answer: str
     text = join(style, thinking, answer)
     found = split(text)
     assert found.thinking == thinking.strip()
-    assert found.answer == answer.lstrip()
-    assert text[found.end :] == found.answer
+    if style in AFTER:
+        assert found.answer == answer.rstrip() == text[: found.start] and found.end == len(text)
+        assert found.after == bool(found.answer)
+    else:
+        assert found.answer == answer.lstrip() == text[found.end :] and found.start == 0
+        assert not found.after
     assert found.words >= len(thinking.split())
 
 
 @given(plain)
 def test_a_text_without_a_block_is_all_answer(text: str) -> None:
-    assert split(text) == (None, text, 0)
+    assert split(text) == (None, text, 0, 0)
     assert split(text).empty
 
 
@@ -35,6 +39,9 @@ def test_a_text_without_a_block_is_all_answer(text: str) -> None:
         ("<think></think>42", "", "42"),
         ("<plan>one two three</plan>{}", "one two three", "{}"),
         ("42 <think>too late", None, "42 <think>too late"),
+        ("42\n\n<why>\nfirst this, then that\n</why>", "first this, then that", "42"),
+        ("42 <check>6 times 7 is", "6 times 7 is", "42"),  # cut short: the answer stands before it
+        ("<why>no answer</why>", "no answer", ""),
         ("", None, ""),
     ],
 )
@@ -53,6 +60,8 @@ def test_gold_rows_get_their_rationale_as_a_block() -> None:
     assert with_block([row], "answer") == (row,)
     (planned,) = with_block([row], "plan")
     assert (planned.reference or "").startswith("<plan>")
+    (checked,) = with_block([row], "verification")
+    assert checked.reference == "8\n\n<check>\n2 * 3 is 6, and 2 more are 8.\n</check>"
 
 
 def test_words_are_counted_in_scripts_without_spaces_too() -> None:

@@ -105,3 +105,40 @@ def test_after_thinking_only_the_answer_counts() -> None:
     assert metric('<think>{"name": "a"}', '{"name": "a"}').value == 0.0
     with pytest.raises(UsageError, match="unknown metric"):
         find_metric("think:perplexity")
+
+
+WEATHER = '{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "value"),
+    [
+        ('{"arguments": {"days": 2, "city": "Oslo"}, "name": "weather"}', WEATHER, 1.0),
+        (f"I look.\n<tool_call>\n{WEATHER}\n</tool_call>", WEATHER, 1.0),
+        (WEATHER, f"<tool_call>{WEATHER}</tool_call>", 1.0),
+        ('{"name": "weather", "parameters": {"city": "Oslo", "days": 2}}', WEATHER, 1.0),  # Llama's word for arguments
+        (WEATHER.replace("2", '"2"'), WEATHER, 0.0),  # another type
+        (f"[{WEATHER}, {WEATHER}]", WEATHER, 0.0),
+        (f"<tool_call>{WEATHER}</tool_call>\n<tool_call>{WEATHER}</tool_call>", f"[{WEATHER}, {WEATHER}]", 1.0),
+        (f"<tool_call>{WEATHER[:-1]}</tool_call>", WEATHER, 0.0),
+        (WEATHER[:-1], WEATHER, 0.0),
+        ("It rains.", WEATHER, 0.0),
+        ('{"name": "now"}', '{"name": "now", "arguments": {}}', 1.0),
+        # no call is due: any answer that calls nothing
+        ("It will rain.", "Yes, take an umbrella.", 1.0),
+        ('{"city": "Oslo"}', "Yes.", 1.0),  # JSON, and no call
+        (WEATHER, "Yes, take an umbrella.", 0.0),
+        (WEATHER[:-1], "Yes, take an umbrella.", 0.0),
+        ("", "Yes.", 1.0),
+    ],
+)
+def test_calls_are_compared_and_wording_is_not(answer: str, reference: str, value: float) -> None:
+    assert find_metric("tool-calls")(answer, reference).value == value
+
+
+def test_calls_are_told_by_name_and_broken_references_refused() -> None:
+    found = find_metric("tool-calls")(f"<tool_call>{WEATHER}", WEATHER.replace("weather", "rain"))
+    assert found.details == {"valid_json": True, "function": "rain", "called": "weather"}
+    assert find_metric("tool-calls")("{", WEATHER).details["valid_json"] is False
+    with pytest.raises(UsageError, match="cannot be read"):
+        find_metric("tool-calls")("", "<tool_call>{}</tool_call>")

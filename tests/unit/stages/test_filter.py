@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from edgedistill.data.pairs import preference_pairs
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import join
+from edgedistill.data.thinking import WRONG, join
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
 from edgedistill.stages.filter import Filter, ThinkingFilter
@@ -73,12 +74,16 @@ def test_a_teacher_that_does_not_think_is_told_of_before_anything_is_trained() -
     assert "rationale" in (error.value.hint or "")
 
 
-def run(tmp_path: Path, stage: Filter, answers: list[tuple[str, str, str]]) -> tuple[dict[str, Any], Any]:
+def run(
+    tmp_path: Path, stage: Filter, answers: list[tuple[str, str, str]], *, logprobs: list[float] | None = None
+) -> tuple[dict[str, Any], Any]:
     """Run the stage over (row id, text, finish); return its facts and a reader of its files."""
     (tmp_path / "out").mkdir()
     lines = [
-        {"id": row, "row": f"{row}-{at}", "sample": at, "text": text, "finish": finish, "logprob": -1.0}
-        for at, (row, text, finish) in enumerate(answers)
+        {"id": row, "row": f"{row}-{at}", "sample": at, "text": text, "finish": finish, "logprob": logprob}
+        for at, ((row, text, finish), logprob) in enumerate(
+            zip(answers, logprobs or [-1.0] * len(answers), strict=True)
+        )
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ctx: Any = SimpleNamespace(out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
@@ -114,6 +119,19 @@ def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
     assert pairs[0]["prompt"] == [{"role": "user", "content": "wake me, a"}]
 
 
+def test_turns_of_a_trace_keep_its_name_and_their_tools(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "tool-calls", "otherwise": "gold"}
+    tools = ({"type": "function", "function": {"name": "set_alarm"}},)
+    turns = tuple(dataclasses.replace(row, trace="t", tools=tools) for row in rows("t/1", "t/2"))
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=turns)
+    _, read = run(tmp_path, stage, [("t/1", CALL, "stop"), ("t/1", "no", "stop"), ("t/2", "no", "stop")])
+    assert [(one["id"], one["trace"], one["tools"], one["source"]) for one in read("kept.jsonl")] == [
+        ("t/1", "t", list(tools), "teacher"),
+        ("t/2", "t", list(tools), "gold"),
+    ]
+    assert [one["tools"] for one in preference_pairs(tmp_path / "out")] == [list(tools)] * 2
+
+
 def test_a_rationale_doubles_what_is_learnt_of_a_row(tmp_path: Path) -> None:
     specs = (
         {"kind": "reference", "metric": "json-exact", "otherwise": "drop"},
@@ -130,6 +148,77 @@ def test_a_rationale_doubles_what_is_learnt_of_a_row(tmp_path: Path) -> None:
     assert [one["id"] for one in read("kept.jsonl")] == ["a", "a+why"]
     assert [one["why"] for one in read("rejected.jsonl")] == ["no answer after the block", "thinking"]
     assert [one["chosen"][0]["content"] for one in preference_pairs(tmp_path / "out")] == [CALL]
+
+
+def test_an_answer_before_its_block_is_judged_and_learnt_whole(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
+    stage = ThinkingFilter(
+        answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("a", "b"), style="explanation"
+    )
+    good = join("explanation", WHY, CALL)
+    answers = [("a", good, "stop"), ("a", join("explanation", WHY, "{}"), "stop"), ("b", f"<why>{WHY}</why>", "stop")]
+    facts, read = run(tmp_path, stage, answers)
+    assert [(one["id"], one["text"]) for one in read("kept.jsonl")] == [("a", good), ("b", CALL)]
+    assert [one["why"] for one in read("rejected.jsonl")] == ["no answer before the block", "reference (json-exact)"]
+    assert facts["thinking"]["n"] == 3
+
+
+def test_the_best_answers_that_differ_stay_and_the_others_are_no_mistakes(tmp_path: Path) -> None:
+    reference = {"kind": "reference", "metric": "contains", "otherwise": "drop"}
+    texts = ["woken at seven", "at seven", "at seven", "it is at seven", "at eight"]
+    row = Row(id="a", messages=({"role": "user", "content": "when?"},), reference="at seven")
+    kept = {}
+    for by, keep in (("drawn", 1), ("shortest", 2), ("likelihood", 2)):
+        spec = {"kind": "best", "otherwise": "drop", "keep": keep, "by": by}
+        stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(reference, spec), rows=(row,))
+        folder = tmp_path / by
+        folder.mkdir()
+        facts, read = run(
+            folder, stage, [("a", text, "stop") for text in texts], logprobs=[-5.0, -3.0, -3.0, -1.0, -0.5]
+        )
+        kept[by] = [one["text"] for one in read("kept.jsonl")]
+        assert facts["yields"][-1] == {"filter": "best", "in": 4, "out": keep}
+        assert {one["rejected"][0]["content"] for one in preference_pairs(folder / "out")} == {"at eight"}
+    assert kept == {
+        "drawn": ["woken at seven"],
+        "shortest": ["at seven", "woken at seven"],
+        "likelihood": ["it is at seven", "at seven"],
+    }
+
+
+@pytest.mark.parametrize("style", ["answer", "think", "rationale"])
+def test_a_wrong_answer_is_shown_and_the_right_one_learnt(style: str, tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold", "corrections": 1}
+    fields: dict[str, Any] = {"answers": Key("a" * 64), "rows_digest": "", "filters": (spec,)}
+    own = rows("a", "b", "c", "d")
+
+    def text(answer: str) -> str:
+        return answer if style == "answer" else join("think", WHY, answer)
+
+    answers = [
+        *(("a", text(answer), "stop") for answer in ("{}", "{}", "[]", CALL)),
+        ("b", text("[1]"), "stop"),
+        ("c", text(CALL), "stop"),
+        ("d", "{", "length"),  # not wrong: it did not end
+    ]
+    stage = Filter(**fields, rows=own) if style == "answer" else ThinkingFilter(**fields, rows=own, style=style)
+    facts, read = run(tmp_path, stage, answers)
+    lessons = [one for one in read("kept.jsonl") if one.get("task") == "correction"]
+    assert facts["corrections"] == 2 and facts["kept"] == 4
+    assert [(one["id"], [m["content"] for m in one["messages"]]) for one in lessons] == [
+        ("a+fix1", ["wake me, a", "{}", WRONG]),
+        ("b+fix1", ["wake me, b", "[1]", WRONG]),
+    ]
+    taught = text(CALL) if style == "think" else CALL
+    assert [(one["text"], one["source"]) for one in lessons] == [(taught, "teacher"), (CALL, "gold")]
+    assert {one["id"] for one in preference_pairs(tmp_path / "out")} == {"a", "b"}
+
+
+def test_what_is_kept_does_not_depend_on_keys_at_their_default(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "gold"}
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("a"))
+    facts, read = run(tmp_path, stage, [("a", "{}", "stop")])
+    assert "corrections" not in facts and [one["id"] for one in read("kept.jsonl")] == ["a"]
 
 
 @pytest.mark.slow

@@ -36,6 +36,14 @@ def test_the_weight_lies_on_the_block_and_nowhere_else(tmp_path: Path, smollm2: 
     assert set(why.weights) == {0.25}
 
 
+def test_the_weight_of_a_block_after_the_answer(tmp_path: Path, smollm2: Path) -> None:
+    text = join("explanation", "They want to be woken, so this is an alarm.", CALL)
+    (block,), tokenizer = load_kept(kept(tmp_path / "kept.jsonl", {"text": text}), smollm2, think_weight=0.25)
+    cut = block.weights.index(0.25)
+    assert tokenizer.decode(block.completion_ids[:cut]) == CALL
+    assert set(block.weights[cut:-1]) == {0.25} and block.weights[-1] == 1.0  # the token that ends the turn
+
+
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taught: list[str], begun: str) -> dict[str, Any]:
     """Watch a student whose every answer begins with ``begun``."""
     import edgedistill.teachers.transformers as teachers
@@ -72,3 +80,5 @@ def test_a_template_that_opens_the_block_in_the_prompt(tmp_path: Path, monkeypat
 
 def test_texts_that_do_not_think_are_not_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert watch(tmp_path, monkeypatch, [CALL] * 3, "") == {}
+    after = join("explanation", "They want to be woken, so this is an alarm.", CALL)
+    assert watch(tmp_path, monkeypatch, [after] * 3, CALL) == {}  # its beginning is the answer
