@@ -72,6 +72,7 @@ class Filter(Stage):
                         "reference": row.reference,
                         "source": source,
                         "row": key,
+                        **({} if row.evolution is None else {"evolution": row.evolution}),
                     }
                     for one in self.lessons(line):
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")

@@ -90,7 +90,10 @@ def load_kept(
             break
         row = json.loads(line)
         if row[text]:
-            one = encode_example(tokenizer, row["messages"], row[text], id=row["id"], context=context)
+            evolution = row.get("evolution", 0)
+            one = encode_example(
+                tokenizer, row["messages"], row[text], id=row["id"], context=context, evolution=evolution
+            )
             if think_weight != 1.0:
                 rationale = row.get("task") == "rationale"
                 one = weigh_thinking(tokenizer, one, row[text], think_weight, whole=rationale)
@@ -148,7 +151,15 @@ def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
     return [
-        encode_example(tokenizer, list(row.messages), row.reference or "", id=row.id, context=context) for row in rows
+        encode_example(
+            tokenizer,
+            list(row.messages),
+            row.reference or "",
+            id=row.id,
+            context=context,
+            evolution=row.evolution or 0,
+        )
+        for row in rows
     ]
 
 
