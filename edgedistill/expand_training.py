@@ -202,6 +202,7 @@ class TrainingSteps:
         unused = (
             *(() if settings.on_policy and not gold else ON_POLICY),
             *(() if settings.features and settings.features.on and not gold else ("features",)),
+            *(("curriculum",) if gold and settings.curriculum == "confidence" else ()),  # no targets, no confidence
         )
         training = settings.keyed("loss", "seed", "keep", *unused)
         if keep is not None:

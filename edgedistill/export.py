@@ -148,6 +148,8 @@ def _lost(session: Session) -> list[str]:
         found.append("[[round]]: these are the rows of the first distillation")
     if distill.keep:
         found.append("keep: general rows that hold the student to its start")
+    if distill.curriculum != "none":
+        found.append(f"curriculum = {distill.curriculum}: here the first epoch is shuffled, too")
     if distill.method == "qlora":
         found.append("qlora: an adapter on full-precision weights stands in for it")
     found.append("batches of rows of like length, gradients by tokens of the whole step, float32 weights in training")

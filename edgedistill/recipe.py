@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
-from edgedistill.recipe_base import Count, Lora, Positive, Rows, Section, Shaped, Share, Skip, Training
+from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Share, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -58,7 +58,7 @@ class Link(Shaped):
     """
 
 
-class Heal(Training):
+class Heal(Ordered):
     """Train the pruned student in full, so that an adapter has something to adapt: on the kept text, or on the
     references of ``files``. ``hidden`` weighs the distance of its hidden states from the teacher's.
     """
@@ -429,6 +429,17 @@ class Recipe(Section):
         if self.distill.on_policy and self.distill.think_weight != 1.0:
             raise ValueError(
                 "distill.think_weight cannot be told of what the student writes: set it to 1, or on_policy to 0"
+            )
+        if self.heal is not None and self.heal.curriculum == "confidence":
+            raise key_error(
+                "heal.curriculum",
+                'rows that heal have no distributions of the teacher: order them by "length", "loss" or "evolution"',
+            )
+        if self.distill.curriculum == "confidence" and self.score.kind in ("none", "dense"):
+            raise key_error(
+                "distill.curriculum",
+                f'score.kind = "{self.score.kind}" stores no distributions to tell how sure the teacher is: take "loss", or '
+                'score.kind = "sampled"',
             )
         if self.round and not any(one.kind == "reference" for one in self.filter):
             raise key_error(

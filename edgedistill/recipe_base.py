@@ -6,6 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgedistill.toml_source import key_error
+
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -80,6 +82,27 @@ class Training(Section):
         default=False,
         description="keep each layer's input only and compute the rest again: less memory, for one more forward",
     )
+
+
+class Ordered(Training):
+    """Training whose rows may come from easy to hard in the first epoch (``training/curriculum.py``)."""
+
+    LATER = (*Training.LATER, "curriculum")
+
+    curriculum: Literal["none", "length", "loss", "confidence", "evolution"] = Field(
+        default="none",
+        description="from easy to hard in the first epoch, then shuffled: by the length of the completion, the student's loss at "
+        "its start, the teacher's confidence (stored distributions), or the row's \"evolution\" (round; 0: a seed)",
+    )
+
+    @model_validator(mode="after")
+    def _whole_epoch(self) -> Ordered:
+        if self.curriculum != "none" and self.epochs < 1:
+            raise key_error(
+                "curriculum",
+                f"from easy to hard in {self.epochs:g} epochs, the hardest rows would never be learnt: set epochs to 1 or more",
+            )
+        return self
 
 
 class Shaped(Section):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from edgedistill.recipe_base import Count, Layer, Lora, Positive, Rows, Section, Share, Training
+from edgedistill.recipe_base import Count, Layer, Lora, Ordered, Positive, Rows, Section, Share
 from edgedistill.training.objectives import DivergenceName, problem
 
 
@@ -88,11 +88,11 @@ class Keep(Section):
         return self
 
 
-class Distill(Training):
+class Distill(Ordered):
     """Train the student on the kept rows and their distributions. Another ``seed`` trains anew on the same targets."""
 
     LATER = (
-        *Training.LATER,
+        *Ordered.LATER,
         *("think_weight", "on_policy", "on_policy_tokens", "on_policy_temperature", "features", "keep"),
     )
 

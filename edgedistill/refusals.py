@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgedistill.chat import check_tools
-from edgedistill.data.prompts import leaks
+from edgedistill.data.prompts import Row, leaks
 from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.families import of_any_width
@@ -104,6 +104,7 @@ def refuse(inputs: Inputs) -> list[str]:
     warnings += _refuse_tools(inputs)
     for target in inputs.targets:
         warnings += _refuse_target(inputs, target)
+    _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
@@ -203,6 +204,24 @@ def _refuse_temperature(inputs: Inputs) -> None:
         )
     if told is not None:
         raise RecipeError(*told, key="temperature.files", file=inputs.path)
+
+
+def _refuse_order(inputs: Inputs) -> None:
+    """Refuse an order by rounds of evolution where no row tells its own."""
+    heal = inputs.recipe.heal
+    told = (inputs.healing, "heal.files") if inputs.healing else (inputs.prompts, "prompts.files")
+    tables: list[tuple[str, str, tuple[Row, ...], str]] = [
+        ("distill", inputs.recipe.distill.curriculum, inputs.prompts, "prompts.files"),
+        ("heal", heal.curriculum if heal else "none", *told),
+    ]
+    for table, order, rows, files in tables:
+        if order == "evolution" and not any(row.evolution for row in rows):
+            raise RecipeError(
+                f'no row of {files} has an "evolution" above 0: all would be equally hard',
+                'give evolved rows their round ("evolution": 1), or order them by "length" or "loss"',
+                key=f"{table}.curriculum",
+                file=inputs.path,
+            )
 
 
 def _refuse_draft(inputs: Inputs) -> None:

@@ -104,7 +104,8 @@ def _capacity(data: ReportData) -> Iterator[Finding]:
 
 def _not_trained_out(data: ReportData) -> Iterator[Finding]:
     for step, key in (("heal", "heal.epochs"), (last_link(data.curves), "distill.epochs")):
-        losses = [line["loss"] for line in data.curves.get(step, ())]
+        # Where rows go from easy to hard, the loss says how hard they are.
+        losses = [line["loss"] for line in data.curves.get(step, ()) if not line.get("eased")]
         tenth = len(losses) // 10
         if tenth < 3:
             continue

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
 CURVE_KEYS = (
-    *("step", "loss", "kd", "ce", "hidden", "features", "distances", "angles"),
+    *("step", "eased", "loss", "kd", "ce", "hidden", "features", "distances", "angles"),
     *("gradient", "gradient_kd", "gradient_ce", "gradient_features"),
     *("lr", "tokens_per_s", "seconds"),
 )
@@ -238,7 +238,8 @@ def _learnt(session: Session, curves: Mapping[str, list[dict[str, float]]]) -> F
     recipe = session.recipe
     if recipe.distill.think_weight != 1.0 or not any(one.kind == "reference" for one in recipe.filter):
         return None
-    losses = [line["ce"] for line in curves.get(last_link(curves), ()) if line.get("ce")]
+    lines = curves.get(last_link(curves), ())
+    losses = [line["ce"] for line in lines if line.get("ce") and not line.get("eased")]  # of rows in no order
     tenth = losses[-(len(losses) // 10) :] if len(losses) >= 30 else []
     if not tenth:
         return None

@@ -24,7 +24,7 @@ from typing import Any
 from edgedistill.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id")
+FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id", "evolution")
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Message = dict[str, Any]
@@ -34,7 +34,8 @@ Message = dict[str, Any]
 class Row:
     """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word, and
     ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``). ``tools`` are definitions for the
-    chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``).
+    chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``). ``evolution`` is the round of evolution
+    that made the prompt, 0 for a seed: what ``distill.curriculum = "evolution"`` orders by.
     """
 
     id: str
@@ -46,11 +47,12 @@ class Row:
     seed_id: str | None = None
     rationale: str | None = None
     trace: str | None = None
+    evolution: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id", "trace"):
+        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -179,6 +181,11 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
     for name in ("rationale", "split", "seed_id"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise UsageError(f"{where}: {name} must be a string, not {_kind(record[name])}", f'Write "{name}": "...".')
+    evolution = record.get("evolution")
+    if evolution is not None and (not isinstance(evolution, int) or isinstance(evolution, bool) or evolution < 0):
+        raise UsageError(
+            f"{where}: evolution must be a whole number from 0", 'Write "evolution": 2 for a prompt evolved twice.'
+        )
     return Row(
         id=identity,
         messages=messages,
@@ -188,6 +195,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         split=record.get("split"),
         seed_id=record.get("seed_id"),
         rationale=record.get("rationale"),
+        evolution=evolution,
     )
 
 

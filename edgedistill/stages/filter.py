@@ -94,6 +94,7 @@ class Filter(Stage):
                         "reference": row.reference,
                         "source": source,
                         "row": key,
+                        **({} if row.evolution is None else {"evolution": row.evolution}),
                     }
                     line |= {"tools": list(row.tools)} if row.tools else {}
                     line |= {"trace": row.trace} if row.trace else {}

@@ -28,7 +28,7 @@ class Example:
     """One prompt with its completion, as token ids; the completion ends with the token that ends a turn.
 
     ``weight`` is the row's in the loss, ``weights`` those of its completion tokens (empty: 1 each); a token counts by their
-    product.
+    product. ``evolution`` is the round of evolution that made the prompt, 0 for a seed (``curriculum.py``).
     """
 
     id: str
@@ -36,6 +36,7 @@ class Example:
     completion_ids: tuple[int, ...]
     weight: float = 1.0
     weights: tuple[float, ...] = ()
+    evolution: int = 0
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.completion_ids):
@@ -127,6 +128,7 @@ def encode_example(
     id: str = "",
     context: int | None = None,
     weight: float = 1.0,
+    evolution: int = 0,
 ) -> Example:
     """Encode one row; ``context`` is the longest sequence in tokens that the model takes.
 
@@ -143,7 +145,7 @@ def encode_example(
             f"row {id!r}: {len(prompt)} prompt and {len(answer)} completion tokens do not fit a context of {context}",
             hint="shorten or remove the row, or raise the context length",
         )
-    return Example(id=id, prompt_ids=tuple(prompt), completion_ids=tuple(answer), weight=weight)
+    return Example(id=id, prompt_ids=tuple(prompt), completion_ids=tuple(answer), weight=weight, evolution=evolution)
 
 
 def make_batches(
@@ -167,6 +169,40 @@ def make_batches(
         rows = rows[np.argsort(sizes[rows], kind="stable")]
         batches += [rows[cut : cut + batch_size].tolist() for cut in range(0, len(rows), batch_size)]
     return [batches[at] for at in rng.permutation(len(batches))]
+
+
+WINDOWS = 8
+"""The fewest windows that an epoch from easy to hard has, where it has as many batches."""
+
+
+def eased_batches(
+    lengths: Sequence[int] | Sequence[Example],
+    difficulty: Sequence[float],
+    *,
+    batch_size: int,
+    seed: int,
+    bucket: int = 16,
+) -> list[list[int]]:
+    """Split the row indices of an epoch into batches from easy to hard (``curriculum.py``): as many of them as
+    ``make_batches`` makes, every row in exactly one, and only one smaller than ``batch_size``.
+
+    Rows are put in the order of their ``difficulty`` [rows] (equal ones in an order drawn from ``seed``) and parted into windows
+    of at most ``bucket`` batches; inside a window they are sorted by length and cut, and its batches shuffled.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}: it must be at least 1")
+    sizes = np.asarray([item.length if isinstance(item, Example) else item for item in lengths], dtype=np.int64)
+    rng = counter_rng("eased batches", seed)
+    order = rng.permutation(len(sizes))
+    order = order[np.argsort(np.asarray(difficulty, dtype=np.float64)[order], kind="stable")]
+    window = batch_size * max(1, min(bucket, math.ceil(len(sizes) / batch_size) // WINDOWS))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        rows = order[start : start + window]
+        rows = rows[np.argsort(sizes[rows], kind="stable")]
+        cut = [rows[at : at + batch_size].tolist() for at in range(0, len(rows), batch_size)]
+        batches += [cut[at] for at in rng.permutation(len(cut))]
+    return batches
 
 
 def padding_share(examples: Sequence[Example], batches: Sequence[Sequence[int]]) -> float:

@@ -93,7 +93,13 @@ def load_kept(
         row = json.loads(line)
         if row[text]:
             one = encode_example(
-                tokenizer, row["messages"], row[text], tools=row.get("tools", ()), id=row["id"], context=context
+                tokenizer,
+                row["messages"],
+                row[text],
+                tools=row.get("tools", ()),
+                id=row["id"],
+                context=context,
+                evolution=row.get("evolution", 0),
             )
             if think_weight != 1.0:
                 rationale = row.get("task") == "rationale"
@@ -164,7 +170,13 @@ def encode_rows(rows: Iterable[Row], model: Path) -> list[Example]:
         (
             row.trace,
             encode_example(
-                tokenizer, list(row.messages), row.reference or "", tools=row.tools, id=row.id, context=context
+                tokenizer,
+                list(row.messages),
+                row.reference or "",
+                tools=row.tools,
+                id=row.id,
+                context=context,
+                evolution=row.evolution or 0,
             ),
         )
         for row in rows

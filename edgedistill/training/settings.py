@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training.checkpoint import State
-from edgedistill.training.data import Example, make_batches
+from edgedistill.training.data import Example, eased_batches, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.objectives import FeatureTerms, problem
@@ -25,7 +25,7 @@ WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
 LATER = (
     *("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature"),
-    *("features", "keep"),
+    *("features", "keep", "curriculum"),
 )
 """Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -55,7 +55,8 @@ class TrainSettings:
     computation; weights in training are kept in float32 beside it. ``hidden`` is the weight of the hidden states' mean
     relative error (``hidden.py``), ``features`` what else is compared of them (``features.py``). ``on_policy`` is the share of
     rows that the student writes itself (``on_policy.py``), up to ``on_policy_tokens`` tokens drawn at
-    ``on_policy_temperature``. ``gradient_norms`` is every how many steps the norms of the kd, ce and features gradients are
+    ``on_policy_temperature``. ``curriculum`` names what orders the rows of the first epoch from easy to hard (``curriculum.py``).
+    ``gradient_norms`` is every how many steps the norms of the kd, ce and features gradients are
     taken apart (0: never).
     """
 
@@ -76,6 +77,7 @@ class TrainSettings:
     on_policy_tokens: int = 64
     on_policy_temperature: float = 1.0
     keep: KeepSettings | None = None
+    curriculum: Literal["none", "length", "loss", "confidence", "evolution"] = "none"
     optimizer: str = "adamw_torch"
     gradient_checkpointing: bool = False
     loss: LossTerms = field(default_factory=LossTerms)
@@ -150,12 +152,24 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * factor
 
 
-def plan_steps(examples: Sequence[Example], settings: TrainSettings) -> list[list[int]]:
-    """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps."""
-    per_epoch = math.ceil(len(examples) / settings.batch_size)
+def steps_per_epoch(examples: Sequence[Example], settings: TrainSettings) -> int:
+    """Return how many optimiser steps take every row once."""
+    return math.ceil(len(examples) / settings.batch_size)
+
+
+def plan_steps(
+    examples: Sequence[Example], settings: TrainSettings, difficulty: Sequence[float] | None = None
+) -> list[list[int]]:
+    """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps, and of how hard
+    each row is, where the first epoch goes from easy to hard.
+    """
+    per_epoch = steps_per_epoch(examples, settings)
     total = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
     plan: list[list[int]] = []
     epoch = 0
+    if difficulty is not None:
+        plan += eased_batches(examples, difficulty, batch_size=settings.batch_size, seed=settings.seed)
+        epoch += 1
     while len(plan) < total:
         plan += make_batches(examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
         epoch += 1
@@ -207,13 +221,20 @@ def check_settings(
                 )
 
 
-def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) -> None:
+def check_loss(record: dict[str, Any], state: State, settings: TrainSettings, *, eased: int = 0) -> None:
+    """Raise StepFailed for a loss that is not finite, or that runs away from the lowest mean of ``WINDOW`` steps so far.
+
+    Of the first ``eased`` steps, whose rows get harder, the loss is expected to rise: they are no measure, and are not measured.
+    """
     loss = record["loss"]
     if not math.isfinite(loss) or not math.isfinite(record["gradient"]):
         raise StepFailed(
             f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
             hint=f"try lr = {settings.lr / 4:g}, a longer warmup, or dtype = 'float32'",
         )
+    step = record["step"] - eased
+    if step < 1:
+        return
     state.last_losses = [*state.last_losses[1 - WINDOW :], loss]
     mean = sum(state.last_losses) / len(state.last_losses)
     if len(state.last_losses) < WINDOW:
@@ -222,13 +243,13 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings) ->
         # jumps within these steps and stays there is not noticed, only one that goes on rising.
         state.best = max(state.last_losses[:FIRST])
         return
-    growth = 1.0 if record["step"] == WINDOW else 0.5
+    growth = 1.0 if step == WINDOW else 0.5
     if mean > state.best + growth * abs(state.best) + 1.0:  # a KL that is estimated from draws may lie below 0
         raise StepFailed(
             f"step {record['step']}: the loss runs away ({state.best:.3g} at best, {mean:.3g} over the last {WINDOW} steps)",
             hint=f"try lr = {settings.lr / 4:g}, clip = {settings.clip / 2 or 1:g} or a longer warmup",
         )
-    state.best = mean if record["step"] == WINDOW else min(state.best, mean)
+    state.best = mean if step == WINDOW else min(state.best, mean)
 
 
 def run_digest(
@@ -257,6 +278,8 @@ def run_digest(
         digest.update(example.token_hash + repr(example.weight).encode())
         if example.weights:
             digest.update(repr(example.weights).encode())
+        if settings.curriculum == "evolution":
+            digest.update(repr(example.evolution).encode())
     for one in targets or ():
         digest.update(one.ids.tobytes())
         digest.update(one.counts.tobytes())

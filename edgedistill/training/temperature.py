@@ -151,10 +151,11 @@ def _states(
         for start in range(0, len(examples), ROWS):
             part = examples[start : start + ROWS]
             batch = make_batch(part, packed=packed)
-            states.append(completion_states(model, batch).float())
-            labels.append(batch.targets.to(device))
             lengths = torch.tensor([len(one.completion_ids) for one in part])
-            rows.append(start + torch.arange(len(part)).repeat_interleave(lengths))
+            counted = torch.tensor([weight > 0 for one in part for weight in one.token_weights])  # no results of tools
+            states.append(completion_states(model, batch)[counted.to(device)].float())
+            labels.append(batch.targets.to(device)[counted.to(device)])
+            rows.append(start + torch.arange(len(part)).repeat_interleave(lengths)[counted])
             progress(start + len(part), len(examples), "reading rows")
     return torch.cat(states), torch.cat(labels), torch.cat(rows)
 

@@ -28,6 +28,7 @@ def join_turns(examples: Sequence[Example]) -> list[Example]:
                     id=before.id,
                     prompt_ids=before.prompt_ids,
                     completion_ids=(*before.completion_ids, *between, *one.completion_ids),
+                    evolution=before.evolution,
                     weights=(*before.token_weights, *(0.0 for _ in between), *one.token_weights),
                 )
                 break

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from edgedistill.errors import UsageError
+from edgedistill.training import curriculum
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
 from edgedistill.training.data import Example
 from edgedistill.training.dense import DenseTeacher
@@ -29,6 +30,7 @@ from edgedistill.training.hidden import Guide, tokens_of
 from edgedistill.training.keeping import Keeper
 from edgedistill.training.lora import attach
 from edgedistill.training.losses import LossTerms, batch_targets, completion_loss
+from edgedistill.training.machine import memory_in_use, processes
 from edgedistill.training.norms import is_norm, save_norms
 from edgedistill.training.on_policy import OnPolicy, chosen
 from edgedistill.training.packing import causal_lm, completion_states, make_batch, packed_mode
@@ -43,6 +45,7 @@ from edgedistill.training.settings import (
     make_optimizer,
     plan_steps,
     run_digest,
+    steps_per_epoch,
 )
 from edgedistill.training.targets import SparseTargets
 
@@ -116,7 +119,7 @@ class _Run:
             )
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
-        self.rank, self.world = _processes()
+        self.rank, self.world = processes()
         self.plan = plan_steps(examples, settings)
         head = model.get_output_embeddings()
         self.vocab_size = vocab_size or head.weight.shape[0]
@@ -124,6 +127,7 @@ class _Run:
         if settings.keep is not None:
             total = len(self.plan)
             self.keeper = Keeper(general, settings, total=total, vocab_size=self.vocab_size, folder=out)
+        self.eased = steps_per_epoch(examples, settings) if settings.curriculum != "none" else 0
         self.digest = run_digest(model, examples, targets, settings, self.vocab_size, general if self.keeper else ())
         self.dtype = torch_dtype(settings.dtype, self.device)
         self.final = out / {"full": "model", "norms": "norms"}.get(settings.method, "adapter")
@@ -144,6 +148,19 @@ class _Run:
         """Train from the last checkpoint, or from the start."""
         self._prepare()
         settings, checkpoints = self.settings, self.out / "checkpoints"
+        if self.eased:  # before a checkpoint is loaded: how hard a row is, is told by the student's start
+            hard = curriculum.difficulty(
+                self.model,
+                self.examples,
+                self.targets,
+                settings.curriculum,
+                vocab_size=self.vocab_size,
+                folder=self.out,
+                digest=self.digest,
+                part=(self.rank, self.world),
+                progress=lambda note: self.progress and self.progress(0, len(self.plan), note),
+            )
+            self.plan = plan_steps(self.examples, settings, hard)
         state = State(digest=self.digest)
         found = latest_checkpoint(checkpoints)
         if found is not None:
@@ -168,18 +185,19 @@ class _Run:
                     tokens_here += record["tokens"]
                     state.step, state.tokens = step + 1, state.tokens + record["tokens"]
                     state.seconds = before + now - begun
-                    memory = _memory()
+                    memory = memory_in_use()
                     peak = max(peak, memory)
                     record |= {
                         "tokens_per_s": round(record["tokens"] / (now - started), 1),
                         "seconds": round(state.seconds, 3),
                         "memory": memory,
+                        **({"eased": 1} if step < self.eased else {}),
                     }
                     if self.keeper is not None and self.keeper.due(step + 1):
                         record["general"] = self.keeper.look(self.model, state, self.masters, write=log is not None)
                     if log is not None:
                         log.write(record)
-                    check_loss(record, state, settings)
+                    check_loss(record, state, settings, eased=self.eased)
                     tail = [*tail[-9:], record]
                     if self.progress is not None:
                         left = (now - begun) / (step + 1 - resumed_at) * (total - step - 1)
@@ -221,6 +239,7 @@ class _Run:
             shutil.rmtree(checkpoints, ignore_errors=True)
             if self.keeper is not None:
                 self.keeper.snapshot.unlink(missing_ok=True)
+            (self.out / curriculum.FILE).unlink(missing_ok=True)
         return result
 
     def _prepare(self) -> None:
@@ -491,23 +510,6 @@ class _Run:
         text = json.dumps({**result.to_json(), "digest": self.digest}, indent=1)
         path.with_suffix(".partial").write_text(text)
         os.replace(path.with_suffix(".partial"), path)
-
-
-def _processes() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _memory() -> int:
-    """Return the memory in use: of the GPU at its peak, else this process's resident set, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import psutil
-
-    return psutil.Process().memory_info().rss
 
 
 def _duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,11 +71,15 @@ def drawn(model: Any, examples: list[Example], temperature: float) -> list[Examp
 
 def test_states_labels_and_rows_are_those_of_a_plain_forward() -> None:
     model, examples = make_llama(2), make_examples(20)
+    weights = (1.0, 0.0, *(1.0 for _ in examples[3].completion_ids[2:]))
+    examples[3] = dataclasses.replace(examples[3], weights=weights)  # the second token is a tool's, not the student's
     states, labels, rows = _states(model, examples, quiet)
     logits, wanted, owners = plain_logits(model, examples)
-    assert labels.tolist() == wanted.tolist()
-    assert rows.tolist() == owners
-    assert torch.allclose((states @ model.lm_head.weight.T).double(), logits, atol=1e-3)
+    counted = torch.tensor([weight > 0 for one in examples for weight in one.token_weights])
+    assert int(counted.sum()) == len(wanted) - 1
+    assert labels.tolist() == wanted[counted].tolist()
+    assert rows.tolist() == torch.tensor(owners)[counted].tolist()
+    assert torch.allclose((states @ model.lm_head.weight.T).double(), logits[counted], atol=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 2.2])
