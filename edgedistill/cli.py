@@ -216,6 +216,7 @@ def sweep(
     from edgedistill.session import check_disk, recipe_path, rows_of
     from edgedistill.sweep import build as build_points
     from edgedistill.sweep import parse_all_over, plan_points, read, sheet
+    from edgedistill.sweep_teachers import teachers_sheet
     from edgedistill.tables import print_table
     from edgedistill.toml_source import parse_override
     from edgedistill.ui import TerminalReporter
@@ -233,6 +234,8 @@ def sweep(
         _print_json([line.to_json() for line in lines])
     elif lines:
         print_table(sheet(lines))
+        if (teachers := teachers_sheet(lines)) is not None:
+            print_table(teachers)
     raise typer.Exit(max(outcome.exit_code for outcome in outcomes))
 
 

@@ -50,11 +50,12 @@ def with_arms(session: Session, overrides: Mapping[str, Any], note: Callable[[st
     arms: dict[str, Plan] = {}
     warnings = list(session.plan.warnings)
     for name, keys in session.recipe.compare.items():
+        changes = {**_upstream(session, overrides, flat(keys)), **flat(keys)}
         try:
             arm = prepare(
                 session.path,
                 targets=[target.name for target in session.inputs.targets],
-                overrides={**overrides, **flat(keys), "compare": {}, "baselines": {}},
+                overrides={**changes, "compare": {}, "baselines": {}},
                 store=session.store,
                 note=note,
             )
@@ -70,6 +71,17 @@ def with_arms(session: Session, overrides: Mapping[str, Any], note: Callable[[st
             ) from None
         warnings += [f"{name}: {text}" for text in arm.plan.warnings if text not in session.plan.warnings]
     return replace(session, plan=replace(joined(session.plan, arms), warnings=warnings))
+
+
+def _upstream(session: Session, overrides: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides of an arm of a chain whose links ship: without the tables of what comes after a student, which may name
+    targets that the chain has and the arm has not. What ``keys`` set themselves stays.
+    """
+    if not any(link.targets for link in session.recipe.chain):
+        return dict(overrides)
+    after: dict[str, Any] = {"quantize": {}, "gates": {}, "tune": None}
+    left = {name: empty for name, empty in after.items() if name not in {key.partition(".")[0] for key in keys}}
+    return {key: value for key, value in overrides.items() if key.partition(".")[0] not in left} | left
 
 
 def _checked(session: Session, arm: Session) -> Plan:

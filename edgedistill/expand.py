@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgedistill.compare import step_of
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
@@ -87,6 +88,7 @@ class _Expander(RoundSteps, DraftSteps):
         healed = student = base_student
         before, above, links = teacher, teacher, along_chain(self.inputs)
         whole = self.inputs, self.recipe, self.t_params
+        shipping: list[tuple[int, Inputs, Key]] = []
         for number, link in enumerate(links, 1):
             # A link is a student to the model before it, and a teacher to the one after it.
             self.inputs, self.recipe = link, link.recipe
@@ -98,10 +100,14 @@ class _Expander(RoundSteps, DraftSteps):
             merge = "merge" if number == len(links) + len(recipe.round) else f"merge/{number}"
             student = self._distill(f"distill/{number}", merge, healed, kept, targets, teacher=self._beside(before))
             before, above = student, before
+            if number < len(links) and link.targets:
+                shipping.append((number, link, student))
         student = self._rounds(student, kept, teacher=teacher, params=whole[2], above=above, done=len(links))
         self.inputs, self.recipe, self.t_params = whole
         self._unpruned(teacher, base_teacher, base_teacher if from_teacher else base_student)
         self._artifacts(teacher, base_teacher, self._temper(student), healed, kept, scores)
+        for number, link, intermediate in shipping:
+            self._ship_link(number, link, intermediate, teacher, kept, scores)
         if recipe.round:
             # As evaluate/student of the recipe without rounds: what was built of it before is found again.
             first = self._convert("convert/before-rounds", before, self.inputs.student, self.s_params, title="student")
@@ -214,6 +220,41 @@ class _Expander(RoundSteps, DraftSteps):
                 teacher_gguf,
                 drafts.get(target.name),
             )
+
+    def _ship_link(self, number: int, link: Inputs, student: Key, teacher: Key, kept: Key, scores: Key) -> None:
+        """Add what an intermediate student needs to ship for targets of its own: the steps that the last one has, named after the
+        link (``quantize/laptop-x86@link-1``), held against the same teacher.
+        """
+        whole, of = (self.inputs, self.recipe, self.s_params), f"link-{number}"
+        self.inputs, self.recipe, self.s_params = link, link.recipe, student_facts(link).params()
+        title = f"student of link {number}"
+        teacher_gguf = self._convert("convert/teacher", teacher, link.teacher, self.t_params)
+        gguf = self._convert(step_of("convert/student", of), student, link.student, self.s_params, title=title)
+        imatrix = self._calibrate(step_of("calibrate", of), gguf, kept, self.s_params)
+        scored = self._evaluate(step_of("evaluate/student", of), gguf, "model.gguf", self.s_params)
+        self._measure(step_of("measure/student", of), gguf, "model.gguf", None, None)
+        for target in link.targets:
+            onnx, name = target.runtime.format == "onnx", step_of(target.name, of)
+            file = "onnx" if onnx else "model.gguf"
+            key = self._quantize(
+                f"quantize/{name}",
+                student if onnx else gguf,
+                imatrix if target.quantize.imatrix and not onnx else None,
+                target.runtime.format,
+                target.quantize,
+                self.s_params,
+            )
+            if self.recipe.tune and target.name in self.recipe.tune.targets:
+                key = self._tune(f"tune/{name}", key, student)
+            references = {"student": gguf, "teacher": teacher_gguf}
+            evaluation = self._evaluate(
+                f"evaluate/{name}", key, file, self.s_params, references=references, grammar=not onnx
+            )
+            speed = self._measure(f"measure/{name}", key, file, teacher_gguf, target)
+            self.packages[name] = self._package(
+                target, key, file, evaluation, speed, scores, scored, teacher_gguf, of=of
+            )
+        self.inputs, self.recipe, self.s_params = whole
 
     def _draft(self, target: Target, shipped: Key, student: Key) -> tuple[Key, Key]:
         """Add the draft of one target; return the keys of its file and of what it brings."""
@@ -373,7 +414,10 @@ class _Expander(RoundSteps, DraftSteps):
         student: Key,
         reference: Key,
         draft: tuple[Key, Key] | None = None,
+        *,
+        of: str = "",
     ) -> Key:
+        """Add the package of one target; ``of`` names the link of the chain that ships, "" for the last student."""
         gates = self.recipe.gates.model_dump()
         for name in ("min_speedup", "min_shrink"):
             if isinstance(gates[name], dict):
@@ -400,7 +444,7 @@ class _Expander(RoundSteps, DraftSteps):
             "teacher": scores,
             "student": student,
             "reference": reference,
-            "recipe": self.recipe.name,
+            "recipe": step_of(self.recipe.name, of) if of else self.recipe.name,
             "target": {"name": target.name, **target.model_dump(mode="json")},
             "unproved": "" if same else why,
             "gates": gates,
@@ -416,4 +460,5 @@ class _Expander(RoundSteps, DraftSteps):
             "example": tuple(self.inputs.prompts[0].messages),
         }
         stage: Package = DraftedPackage(**fields, draft=draft[0], drafting=draft[1]) if draft else Package(**fields)
-        return self.graph.add(f"package/{target.name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))
+        name = step_of(target.name, of) if of else target.name
+        return self.graph.add(f"package/{name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))

@@ -41,6 +41,8 @@ class Inputs:
     tempering: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     general: tuple[Row, ...] = ()
+    link_targets: tuple[tuple[Target, ...], ...] = ()
+    """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
 
 
@@ -103,6 +105,7 @@ def read_inputs(
     student: Resolved,
     targets: Iterable[Target],
     *,
+    link_targets: Iterable[Iterable[Target]] = (),
     ship_anyway: bool = False,
 ) -> Inputs:
     """Read the data files of a recipe."""
@@ -158,6 +161,7 @@ def read_inputs(
         tempering=read(recipe.temperature, "temperature"),
         suites={name: suite_rows(name, suite.files) for name, suite in recipe.suites.items()},
         general=_general(_Files(path), recipe),
+        link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,
     )
 
@@ -182,19 +186,27 @@ def along_chain(
     inputs: Inputs, check: Callable[[Inputs, str], None] = lambda link, section: None
 ) -> tuple[Inputs, ...]:
     """Return the inputs of every link of the chain and of the last student, each as if the model before it were its teacher, and
-    what it is cut out of. Without a chain: the inputs themselves. ``check`` sees each, and the table of the recipe that it stands
-    in, before the next is made from it.
+    what it is cut out of, with the targets and gates that it ships by. Without a chain: the inputs themselves. ``check`` sees
+    each, and the table of the recipe that it stands in, before the next is made from it.
     """
     if not inputs.recipe.chain:
         check(inputs, "student")
         return (inputs,)
     found: list[Inputs] = []
     facts = inputs.student.facts
-    shapes = [Student(model="teacher", **link.model_dump()) for link in inputs.recipe.chain]
-    for student in (*shapes, inputs.recipe.student):
+    recipe, shapes = inputs.recipe, []
+    for link in recipe.chain:
+        shapes.append(Student(model="teacher", **{name: getattr(link, name) for name in Shaped.model_fields}))
+    gates = [link.gates or recipe.gates for link in recipe.chain]
+    targets = inputs.link_targets or ((),) * len(shapes)
+    for student, own, ships in zip(
+        (*shapes, recipe.student), (*gates, recipe.gates), (*targets, inputs.targets), strict=True
+    ):
         one = replace(
             inputs,
-            recipe=inputs.recipe.model_copy(update={"student": student, "chain": ()}),
+            recipe=recipe.model_copy(update={"student": student, "chain": (), "gates": own}),
+            targets=ships,
+            link_targets=(),
             teacher=replace(inputs.teacher, facts=facts),
             student=replace(inputs.student, facts=facts),
         )
@@ -202,6 +214,12 @@ def along_chain(
         found.append(one)
         facts = student_facts(one)
     return tuple(found)
+
+
+def all_targets(inputs: Inputs) -> tuple[Target, ...]:
+    """Return the targets of the last student and of every link, each once."""
+    every = (*inputs.targets, *(target for targets in inputs.link_targets for target in targets))
+    return tuple({target.name: target for target in every}.values())
 
 
 def student_facts(inputs: Inputs) -> ModelFacts:

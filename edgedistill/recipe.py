@@ -52,12 +52,6 @@ class Student(Shaped):
     model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
 
 
-class Link(Shaped):
-    """An intermediate student: cut out of what the link before it became (the first: out of the teacher), healed and distilled as
-    the last one is, by it. Each gap is smaller than that from the teacher to the student.
-    """
-
-
 class Heal(Ordered):
     """Train the pruned student in full, so that an adapter has something to adapt: on the kept text, or on the
     references of ``files``. ``hidden`` weighs the distance of its hidden states from the teacher's.
@@ -262,6 +256,26 @@ class Gates(Section):
     min_shrink: Positive | dict[str, Positive] | None = None
 
 
+class Link(Shaped):
+    """An intermediate student: cut out of what the link before it became (the first: out of the teacher), healed and distilled as
+    the last one is, by it. Each gap is smaller than that from the teacher to the student. With ``targets`` it ships, too.
+    """
+
+    targets: tuple[str, ...] = Field(
+        default=(),
+        description="whom this link ships for, beside the last student; [quantize] and [tune] go by their names",
+    )
+    gates: Gates | None = Field(default=None, description="what its artifacts must reach; none: the recipe's [gates]")
+
+    @model_validator(mode="after")
+    def _ships(self) -> Link:
+        if self.gates is not None and not self.targets:
+            raise key_error("gates", "nothing of this link is packaged: give it targets, or leave its gates out")
+        if len(set(self.targets)) != len(self.targets):
+            raise key_error("targets", "one target is named twice")
+        return self
+
+
 class Baselines(Section):
     """What a sceptic asks for, built and measured beside the student."""
 
@@ -333,11 +347,13 @@ class Recipe(Section):
         for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
                 raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")
-        for place, names in (
-            ("teacher.min_score", self.teacher.min_score),
-            ("gates.min_retention", self.gates.min_retention),
-            ("gates.max_drop", self.gates.max_drop),
-        ):
+        every = tuple(dict.fromkeys((*self.targets, *(name for link in self.chain for name in link.targets))))
+        gates = [("gates", self.gates, every)]
+        gates += [(f"chain.{at}.gates", one.gates, one.targets) for at, one in enumerate(self.chain) if one.gates]
+        of_suites = [("teacher.min_score", self.teacher.min_score)]
+        for place, one, _ in gates:
+            of_suites += [(f"{place}.min_retention", one.min_retention), (f"{place}.max_drop", one.max_drop)]
+        for place, names in of_suites:
             for name in names:
                 if name not in self.suites:
                     raise ValueError(
@@ -345,23 +361,27 @@ class Recipe(Section):
                     )
                 if self.suites[name].metric == "perplexity":
                     raise ValueError(f"{place}: {name!r} is measured by perplexity, which has no score")
-        per_target: list[tuple[str, Any]] = [
-            ("quantize", self.quantize),
-            ("gates.min_speedup", self.gates.min_speedup),
-            ("gates.min_shrink", self.gates.min_shrink),
-        ]
-        for place, names in per_target:
+        per_target: list[tuple[str, Any, tuple[str, ...]]] = [("quantize", self.quantize, every)]
+        for place, one, known in gates:
+            per_target += [
+                (f"{place}.min_speedup", one.min_speedup, known),
+                (f"{place}.min_shrink", one.min_shrink, known),
+            ]
+        for place, names, known in per_target:
             for name in names if isinstance(names, dict) else ():
-                if name not in self.targets:
-                    raise ValueError(f"{place} names the target {name!r}; targets has {', '.join(self.targets)}")
-        for place, section in {"tune": self.tune, "draft": self.draft}.items():
+                if name not in known:
+                    raise ValueError(f"{place} names the target {name!r}; targets has {', '.join(known)}")
+        for place, section, known in (("tune", self.tune, every), ("draft", self.draft, self.targets)):
             for name in section.targets if section else ():
-                if name not in self.targets:
-                    raise ValueError(
-                        f"{place}.targets names the target {name!r}; targets has {', '.join(self.targets)}"
-                    )
+                if name not in known:
+                    raise ValueError(f"{place}.targets names the target {name!r}; targets has {', '.join(known)}")
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets names one target twice")
+        for number, link in enumerate(self.chain, 1):
+            if link.targets and (name := f"link-{number}") in self.compare:
+                raise key_error(
+                    f"compare.{name}", f"steps of link {number} of the chain are named so: take another name"
+                )
         if self.chain and self.student.model != "teacher":
             raise ValueError(
                 '[[chain]] ends in a student that is cut out of its last link: set student.model = "teacher"'

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgedistill.chat import check_tools
-from edgedistill.data.prompts import Row, leaks
+from edgedistill.data.prompts import leaks
 from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.families import of_any_width
-from edgedistill.inputs import TRACES, Inputs, along_chain, draft_inputs, student_facts
+from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, student_facts
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.target import Target, format_size
@@ -102,8 +102,9 @@ def refuse(inputs: Inputs) -> list[str]:
             file=inputs.path,
         )
     warnings += _refuse_tools(inputs)
-    for target in inputs.targets:
-        warnings += _refuse_target(inputs, target)
+    for number, link in enumerate(links, 1):
+        who = "this student" if number == len(links) else f"link {number} of the chain"
+        warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
@@ -148,7 +149,7 @@ def _thinking(inputs: Inputs) -> list[str]:
         if suite.grammar is not None and style != "rationale":
             found.append(f"suites.{name}.grammar must allow the block {BLOCKS[style][0]}…{BLOCKS[style][1]}")
     budget = next((one.max_words for one in recipe.filter if one.kind == "thinking" and one.max_words), None)
-    for target in inputs.targets:
+    for target in all_targets(inputs):
         if style == "rationale" or style in AFTER or target.limits.tg128 is None:
             continue
         if budget is None:
@@ -171,7 +172,7 @@ def _refuse_tuning(inputs: Inputs) -> list[str]:
     if tune is None:
         return []
     told: tuple[str, str] | None = None
-    for target in inputs.targets:
+    for target in all_targets(inputs):
         if target.name in tune.targets and target.runtime.format != "gguf":
             told = (f"{target.name} is an ONNX target: norms are tuned in GGUF files", "take it out of tune.targets")
     if inputs.student.facts.architecture != "llama":
@@ -209,12 +210,10 @@ def _refuse_temperature(inputs: Inputs) -> None:
 def _refuse_order(inputs: Inputs) -> None:
     """Refuse an order by rounds of evolution where no row tells its own."""
     heal = inputs.recipe.heal
-    told = (inputs.healing, "heal.files") if inputs.healing else (inputs.prompts, "prompts.files")
-    tables: list[tuple[str, str, tuple[Row, ...], str]] = [
-        ("distill", inputs.recipe.distill.curriculum, inputs.prompts, "prompts.files"),
-        ("heal", heal.curriculum if heal else "none", *told),
-    ]
-    for table, order, rows, files in tables:
+    tables = [("distill", inputs.recipe.distill.curriculum, "prompts.files")]
+    tables += [("heal", heal.curriculum, "heal.files" if inputs.healing else "prompts.files")] if heal else []
+    for table, order, files in tables:
+        rows = inputs.healing if files == "heal.files" else inputs.prompts
         if order == "evolution" and not any(row.evolution for row in rows):
             raise RecipeError(
                 f'no row of {files} has an "evolution" above 0: all would be equally hard',
@@ -358,8 +357,8 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
             raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
 
 
-def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
-    """Refuse a file size that no type can meet; warn where the chosen one is estimated above it."""
+def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
+    """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
     from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits, smallest_type
 
     if target.runtime.format == "onnx":
@@ -370,6 +369,7 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             )
         return []
     limit, warnings = target.limits.file_size, []
+    name = target.name if who == "this student" else f"{target.name}, {who}"
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type
@@ -379,7 +379,7 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
         best, least = smallest_type(config)
         if least > limit:
             raise RecipeError(
-                f"no type brings this student under {format_size(limit)}: "
+                f"no type brings {who} under {format_size(limit)}: "
                 f"the smallest, {best}, makes about {format_size(least)}",
                 "take fewer layers or a smaller student, or raise the limit",
                 file=target.path,
@@ -387,7 +387,7 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             )
         if size > limit:
             warnings.append(
-                f"{target.name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}"
+                f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}"
             )
     base, hidden = file_type(wanted).base, facts.hidden
     odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]
@@ -398,7 +398,7 @@ def _refuse_target(inputs: Inputs, target: Target) -> list[str]:
             else ""
         )
         warnings.append(
-            f"{target.name}: {', '.join(map(str, odd))} columns are no multiple of 256, so "
+            f"{name}: {', '.join(map(str, odd))} columns are no multiple of 256, so "
             f"{'much' if hidden in odd else 'a part'} of {wanted} falls back to larger types (quantize says which): "
             f"about {format_size(size)}{told}"
         )

@@ -309,18 +309,19 @@ def _quantization(data: ReportData) -> Iterator[Finding]:
         lines = [
             line
             for line in data.differences
-            if line.before == "student" and line.after == model.id and line.noticed == "loss"
+            if line.before.partition("@")[0] == "student" and line.after == model.id and line.noticed == "loss"
         ]
         if not lines or model.kind != "artifact":
             continue
         fallen = data.fallbacks.get(f"quantize/{model.id}", {}).get("moved")
+        target = model.id.partition("@")[0]  # of a link of a chain, too
         yield Finding(
             symptom=f"{model.id} loses accuracy to quantization",
             figure=", ".join(f"{line.suite}: {_signed(line.figure)}" for line in lines)
             + ", against the full-precision student",
             likely=f"{model.type} is too coarse for this student" + (" even where tensors fell back" if fallen else ""),
             remedy="a larger type, or a larger type for the embedding alone",
-            key=f"quantize.{model.id}.type, quantize.{model.id}.embedding_type",
+            key=f"quantize.{target}.type, quantize.{target}.embedding_type",
         )
 
 

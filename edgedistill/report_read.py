@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
+from edgedistill.report_entries import curve, fallbacks, hops
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
     from edgedistill.session import Session
     from edgedistill.stages.package import Package
-
-CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
-CURVE_KEYS = (
-    *("step", "eased", "loss", "kd", "ce", "hidden", "features", "distances", "angles"),
-    *("gradient", "gradient_kd", "gradient_ce", "gradient_features"),
-    *("lr", "tokens_per_s", "seconds"),
-)
+    from edgedistill.target import Target
 
 
 class _Reader:
@@ -103,7 +96,7 @@ def read(session: Session) -> ReportData:
     entries = {name: reader.entry(name) for name in reader.steps}
     built = [entry for entry in entries.values() if entry]
     missing, waiting = reader.missing()
-    curves = {name: _curve(entry.path / "log" / "train.jsonl") for name, entry in entries.items() if entry}
+    curves = {name: curve(entry.path / "log" / "train.jsonl") for name, entry in entries.items() if entry}
     return ReportData(
         recipe=session.recipe.name,
         teacher=session.inputs.teacher.source,
@@ -113,13 +106,13 @@ def read(session: Session) -> ReportData:
         shipped=shipped,
         differences=_differences(reader, models),
         comparisons=_comparisons(reader),
-        curves={name: curve for name, curve in curves.items() if curve},
+        curves={name: lines for name, lines in curves.items() if lines},
         learnt=_learnt(session, curves),
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
         yields=dict(reader.facts("filter")),
         rounds=_rounds(reader),
-        fallbacks=_fallbacks(entries),
-        hops=_hops(entries),
+        fallbacks=fallbacks(entries),
+        hops=hops(entries),
         times=[
             {"step": name, "seconds": e.seconds if e else None, "created": e.created if e else "", "key": step.key}
             for step in session.plan.steps
@@ -169,18 +162,31 @@ def _models(reader: _Reader) -> list[Model]:
             "quantize/teacher",
         ),
         ("gold-sft", "student, gold only", "baseline", "F16", "convert/gold-sft"),
+        *(  # an arm with another teacher
+            (step_of("teacher", arm), f"teacher, {arm}", "baseline", "", "")
+            for arm in session.recipe.compare
+            if step_of("evaluate/teacher", arm) in reader.steps
+        ),
         *(
             (step_of("student", arm), f"student, {arm}", "baseline", "F16", step_of("convert/student", arm))
             for arm in session.recipe.compare
         ),
         ("before-rounds", "student before the rounds", "baseline", "F16", "convert/before-rounds"),
+        *(
+            (step_of("student", link), f"student f16, {link}", "student", "F16", step_of("convert/student", link))
+            for link in dict(_link_targets(session))
+        ),
         ("student", "student f16", "student", "F16", "convert/student"),
     ]
-    for target in session.inputs.targets:
+    ships = [(target.name, "", target) for target in session.inputs.targets]
+    ships += [
+        (step_of(one.name, link), f", {link}", one) for link, targets in _link_targets(session) for one in targets
+    ]
+    for name, link, target in ships:
         type_ = target.quantize.type
         onnx = target.runtime.format == "onnx" and "onnx" not in target.name
-        label = f"{target.name} {'ONNX ' * onnx}{type_}"
-        rows.append((target.name, label, "artifact", type_, f"quantize/{target.name}"))
+        label = f"{target.name} {'ONNX ' * onnx}{type_}{link}"
+        rows.append((name, label, "artifact", type_, f"quantize/{name}"))
     reference, found = reader.size("convert/teacher"), []
     for name, label, kind, type_, file in rows:
         size, facts = reader.size(file), reader.facts(f"evaluate/{name}")
@@ -213,12 +219,17 @@ def _models(reader: _Reader) -> list[Model]:
     return found
 
 
+def _link_targets(session: Session) -> list[tuple[str, tuple[Target, ...]]]:
+    """Return the links of the chain that ship, by the name that their steps have after the @, with their targets."""
+    return [(f"link-{at}", targets) for at, targets in enumerate(session.inputs.link_targets, 1) if targets]
+
+
 def _calibration(reader: _Reader, name: str) -> dict[str, Figure]:
     """Return how sure a model is: an artifact's own figures, or those that an artifact's evaluation took of its reference."""
-    artifacts = reader.session.plan.packages
-    for artifact in [name] if name in artifacts else artifacts:
+    (model, _, link), artifacts = name.partition("@"), reader.session.plan.packages
+    for artifact in [name] if name in artifacts else [one for one in artifacts if one.partition("@")[2] == link]:
         likelihood = reader.facts(f"evaluate/{artifact}").get("likelihood", {})
-        of = next(iter(likelihood.values()), {}) if name == artifact else likelihood.get(name, {})
+        of = next(iter(likelihood.values()), {}) if name == artifact else likelihood.get(model, {})
         found = of.get("calibration", {}).get("candidate" if name == artifact else "reference", {})
         if found:
             return {key: f for key in ("error", "gap", "nll") if (f := Figure.read(found.get(key)))}
@@ -432,6 +443,10 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
     for target in reader.session.inputs.targets:
         verb = "exporting to ONNX and quantizing" if target.runtime.format == "onnx" else "quantizing"
         pairs.append((f"{verb} to {target.quantize.type}", "student", target.name))
+    for link, targets in _link_targets(reader.session):
+        student = step_of("student", link)
+        pairs.append((f"distilling down to {link}", "teacher", student))
+        pairs += [(f"{link}: making {one.quantize.type} of it", student, step_of(one.name, link)) for one in targets]
     found = []
     for what, before, after in pairs:
         for suite in by_id[after].suites if before in by_id and after in by_id else ():
@@ -482,46 +497,6 @@ def _rounds(reader: _Reader) -> list[Round]:
         counts = {key: facts[key] for key in ("prompts", "asked", "kept", "gold", "replayed")}
         good = Figure.read(proportion(facts["good"], facts["prompts"])) if facts["prompts"] else None
         found.append(Round(step=step, kind=one.kind, **counts, good=good, right=Figure.read(judged.get("score"))))
-    return found
-
-
-def _curve(path: Path) -> list[dict[str, float]]:
-    """Read a training log, thinned evenly to ``CURVE_POINTS`` lines; the last step is always kept."""
-    if not path.is_file():
-        return []
-    with path.open() as file:
-        lines = [{key: row[key] for key in CURVE_KEYS if key in row} for row in map(json.loads, file)]
-    every = max(1, math.ceil(len(lines) / CURVE_POINTS))
-    return [line for number, line in enumerate(lines) if number % every == 0 or number == len(lines) - 1]
-
-
-def _fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, entry in entries.items():
-        report = entry.facts.get("quantize") if entry else None
-        if report:
-            moved: dict[str, int] = {}
-            for tensor in report.get("tensors", ()):
-                if tensor["asked"] != tensor["got"]:
-                    move = f"{tensor['asked']} to {tensor['got']}"
-                    moved[move] = moved.get(move, 0) + 1
-            fields = ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries", "rounding")
-            kept = {key: report.get(key) for key in fields}
-            found[name] = {**kept, "moved": moved, "tensors": len(report.get("tensors", ()))}
-        elif entry and "tune" in entry.facts:
-            tune = entry.facts["tune"]
-            found[name] = {"type": "", "bpw": None, "asked_bpw": None, "warning": None, "moved": {}, "tune": tune}
-            found[name]["tensors"] = tune["norms"]
-    return found
-
-
-def _hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
-    """Return what each change of format was checked by: the scalar figures of its report."""
-    found = {}
-    for name, entry in entries.items():
-        report = (entry.facts.get("hop") or entry.facts.get("merge")) if entry else None
-        if isinstance(report, Mapping):
-            found[name] = {key: value for key, value in report.items() if isinstance(value, int | float | str)}
     return found
 
 

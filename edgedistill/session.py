@@ -55,14 +55,18 @@ def prepare(
     path = recipe_path(given)
     recipe = load_recipe(path, overrides)
     store = store or Store()
-    unknown = [name for name in targets if name not in recipe.targets]
+    every = dict.fromkeys((*recipe.targets, *(name for link in recipe.chain for name in link.targets)))
+    unknown = [name for name in targets if name not in every]
     if unknown:
-        raise UsageError(
-            f"target {unknown[0]!r} is not in the recipe", f"targets of {path}: {', '.join(recipe.targets)}"
-        )
-    chosen = [_target(recipe, name, path) for name in recipe.targets if not targets or name in targets]
+        raise UsageError(f"target {unknown[0]!r} is not in the recipe", f"targets of {path}: {', '.join(every)}")
+
+    def chosen(names: Sequence[str], key: str) -> list[Target]:
+        return [_target(recipe, name, path, key) for name in names if not targets or name in targets]
+
+    of_links = [chosen(link.targets, f"chain.{at}.targets") for at, link in enumerate(recipe.chain)]
     teacher, student = _models(recipe, path, store, note)
-    inputs = read_inputs(recipe, path, teacher, student, chosen, ship_anyway=ship_anyway)
+    own = chosen(recipe.targets, "targets")
+    inputs = read_inputs(recipe, path, teacher, student, own, link_targets=of_links, ship_anyway=ship_anyway)
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
         return session
@@ -71,14 +75,14 @@ def prepare(
     return with_arms(session, overrides or {}, note)
 
 
-def _target(recipe: Recipe, name: str, path: Path) -> Target:
-    """Find a target and apply the recipe's ``[quantize.NAME]``."""
+def _target(recipe: Recipe, name: str, path: Path, key: str) -> Target:
+    """Find a target that ``key`` names, and apply the recipe's ``[quantize.NAME]``."""
     try:
         target = find_target(name, path.parent)
     except RecipeError:
         raise
     except UsageError as error:
-        raise RecipeError(error.message, error.hint, file=path, key="targets") from None
+        raise RecipeError(error.message, error.hint, file=path, key=key) from None
     override = recipe.quantize.get(name)
     if override is None:
         return target

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
+from edgedistill.sweep_teachers import KEY, verdict, with_best
 from edgedistill.target import format_size
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Point:
 class Line:
     """One combination on one target. ``difference`` is that of the first scored suite to the first combination, paired by row;
     ``best`` marks what no other line of the target beats in score, size and speed at once (the Pareto front).
+    Where teachers are swept, ``teacher`` is this one's, and ``to_best`` the difference to the best student of the target on each
+    suite: None for that student itself, and nothing where other rows were answered.
     """
 
     point: Point
@@ -52,6 +55,8 @@ class Line:
     model: Model
     difference: Estimate | None
     best: bool
+    teacher: Model | None = None
+    to_best: dict[str, Estimate | None] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -70,6 +75,16 @@ class Line:
             "difference": None if self.difference is None else self.difference.to_json(),
             "verdict": self.verdict,
             "best": self.best,
+            **({} if self.teacher is None else {"teacher": self._of_teacher()}),
+        }
+
+    def _of_teacher(self) -> dict[str, Any]:
+        """Return the teacher's own scores, and how far its student is from the best one."""
+        assert self.teacher is not None
+        return {
+            "scores": {name: one.score.__dict__ for name, one in self.teacher.suites.items() if one.score is not None},
+            "to_best": {name: None if one is None else one.to_json() for name, one in self.to_best.items()},
+            "verdicts": {name: verdict(one) for name, one in self.to_best.items()},
         }
 
 
@@ -167,14 +182,16 @@ def read(points: Sequence[Point]) -> list[Line]:
     from edgedistill.report_read import read as read_report
 
     found: list[tuple[Point, str, Model]] = []
+    teachers: list[Model | None] = []
     for point in points:
         data = read_report(point.session)
         for target in point.session.inputs.targets:
             model = data.model(target.name)
             if model is not None and _score(model) is not None:
                 found.append((point, target.name, model))
+                teachers.append(data.model("teacher") if KEY in point.values else None)
     lines = []
-    for point, target, model in found:
+    for (point, target, model), teacher in zip(found, teachers, strict=True):
         alike = [(other, one) for other, name, one in found if name == target]
         first = alike[0][0]
         suite = next(name for name, line in model.suites.items() if line.score is not None)
@@ -186,9 +203,10 @@ def read(points: Sequence[Point]) -> list[Line]:
                 model=model,
                 difference=None if pair is None else paired_difference(*pair),
                 best=not any(_beats(one, model) for _, one in alike),
+                teacher=teacher,
             )
         )
-    return lines
+    return with_best(lines)
 
 
 def sheet(lines: Sequence[Line]) -> Sheet:
@@ -240,34 +258,52 @@ def sheet(lines: Sequence[Line]) -> Sheet:
 
 
 def learning_curve(lines: Sequence[Line]) -> list[str]:
-    """Say, where the only key that is swept counts rows, whether still more of them would help: what the last step up brought."""
+    """Say, where one of the keys that are swept counts rows, whether still more of them would help: what the last step up brought,
+    by its interval; for each target, suite and combination of the other keys.
+    """
     from edgedistill.evals.statistics import paired_difference
 
-    keys = list(lines[0].point.values) if lines else []
-    if len(keys) != 1 or keys[0].rpartition(".")[2] != "rows":
+    counted = [key for key in lines[0].point.values if key.rpartition(".")[2] == "rows"] if lines else []
+    if len(counted) != 1:
         return []
+    (key,) = counted
+    curves: dict[tuple[str, str], dict[int, Line]] = {}
+    for line in lines:
+        others = _label({name: value for name, value in line.point.values.items() if name != key})
+        curves.setdefault((line.target, others), {}).setdefault(rows_of_point(line.point, key), line)
     told = []
-    for target in dict.fromkeys(line.target for line in lines):
-        of_target = sorted((line for line in lines if line.target == target), key=lambda line: _rows(line.point))
-        if len(of_target) < 2:
+    for (target, others), by_rows in curves.items():
+        if len(by_rows) < 2:
             continue
-        fewer, more = of_target[-2:]
-        suite = next(name for name, line in more.model.suites.items() if line.score is not None)
-        pair = _paired(more.point, fewer.point, target, suite)
-        if pair is None:
-            continue
-        gain = paired_difference(*pair)
-        verdict = "more would likely help" if gain.low > 0 else "more would not" if gain.high < 0 else "undecided"
-        told.append(
-            f"{target}: the step from {_rows(fewer.point)} to {_rows(more.point)} rows brought {gain.value:+.3f} "
-            f"[{gain.low:+.3f}, {gain.high:+.3f}] on {suite}: {verdict}"
-        )
+        few, many = sorted(by_rows)[-2:]
+        fewer, more = by_rows[few], by_rows[many]
+        for suite in [name for name, line in more.model.suites.items() if line.score is not None]:
+            pair = _paired(more.point, fewer.point, target, suite)
+            if pair is None:
+                continue
+            gain = paired_difference(*pair)
+            verdict = "more would likely help" if gain.low > 0 else "more would not" if gain.high < 0 else "undecided"
+            told.append(
+                f"{target}{f' ({others})' if others else ''}: the step from {few} to {many} rows brought {gain.value:+.3f} "
+                f"[{gain.low:+.3f}, {gain.high:+.3f}] on {suite}, n = {gain.n}: {verdict}"
+            )
     return told
 
 
-def _rows(point: Point) -> int:
-    (value,) = point.values.values()
-    return sum(value) if isinstance(value, list | tuple) else int(value)
+def rows_of_point(point: Point, key: str) -> int:
+    """Return how many rows a point really has where ``key`` limits them: a count may be of each file, and files may have fewer."""
+    inputs, value = point.session.inputs, point.values[key]
+    read = {
+        "prompts.rows": inputs.prompts,
+        "adapt.rows": inputs.gold,
+        "heal.rows": inputs.healing,
+        "tune.rows": inputs.tuning,
+        "draft.rows": inputs.drafting,
+        "distill.keep.rows": inputs.general,
+    }.get(key)
+    if read is None:
+        return sum(value) if isinstance(value, list | tuple) else int(value)
+    return len(read)
 
 
 def _label(values: Mapping[str, Any]) -> str:
@@ -293,11 +329,15 @@ def _beats(one: Model, other: Model) -> bool:
 
 def _paired(point: Point, first: Point, target: str, suite: str) -> tuple[list[float], list[float]] | None:
     """Return the scores of two points on the rows of a suite; None where they answered other rows."""
-    from edgedistill.evals.suites import load_scores
-
     if point.session.inputs.suites[suite] != first.session.inputs.suites[suite]:
         return None
-    stores = [(one.session.store, one.session.plan.match(f"evaluate/{target}")[0].key) for one in (point, first)]
-    entries = [store.load(key) for store, key in stores]
-    mine, theirs = (None if entry is None else load_scores(entry.path, suite) for entry in entries)
+    mine, theirs = (scores(one, target, suite) for one in (point, first))
     return None if mine is None or theirs is None else (mine, theirs)
+
+
+def scores(point: Point, target: str, suite: str) -> list[float] | None:
+    """Return what a point's artifact for a target scored on each row of a suite; None where it is not evaluated."""
+    from edgedistill.evals.suites import load_scores
+
+    entry = point.session.store.load(point.session.plan.match(f"evaluate/{target}")[0].key)
+    return None if entry is None else load_scores(entry.path, suite)

@@ -73,8 +73,10 @@ def test_a_recipe_builds_and_says_whether_its_method_helped(name: str, tmp_path:
     arms = [f"student@{arm}" for arm in recipe.compare] + ["gold-sft"] * recipe.baselines.gold_sft
     arms += ["before-rounds"] * bool(recipe.round)
     assert arms  # it compares itself with what one would do without it
+    of_links = [f"{name}@link-{at}" for at, link in enumerate(recipe.chain, 1) for name in ("student", *link.targets)]
+    assert bool(of_links) == bool(recipe.chain)  # the packaged chain ships its link, too
     scored = [name for name, suite in recipe.suites.items() if suite.metric != "perplexity"]
-    for model in ("teacher", "student", *arms, *recipe.targets):
+    for model in ("teacher", "student", *arms, *recipe.targets, *of_links):
         found = data.model(model)
         assert found is not None
         assert {suite: found.suites[suite].score.n for suite in scored} == dict.fromkeys(scored, ROWS)  # pyright: ignore[reportOptionalMemberAccess]

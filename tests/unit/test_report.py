@@ -151,12 +151,12 @@ def test_what_is_compared_of_the_hidden_states_is_drawn_beside_the_loss(session:
 
 
 def test_long_logs_are_thinned_and_keep_their_last_step(tmp_path: Path) -> None:
-    from edgedistill.report_read import CURVE_POINTS, _curve
+    from edgedistill.report_entries import CURVE_POINTS, curve
 
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps({"step": n, "loss": 1.0}) + "\n" for n in range(1, 5001)))
-    curve = _curve(path)
-    assert len(curve) <= CURVE_POINTS + 1 and curve[-1]["step"] == 5000
+    lines = curve(path)
+    assert len(lines) <= CURVE_POINTS + 1 and lines[-1]["step"] == 5000
 
 
 def test_a_partial_build_says_what_is_missing(tmp_path: Path) -> None:

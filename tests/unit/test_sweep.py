@@ -101,6 +101,46 @@ def test_a_sweep_over_rows_says_whether_more_would_help(
     assert first.startswith(f"{PHONE}: the step from 100 to 400 rows brought +0.") and "more would likely help" in first
 
 
+def swept_rows(factory: pytest.TempPathFactory, *shares: tuple[dict[str, Any], float]) -> list[str]:
+    """Return the learning curve of builds with so many rows, whose phone gets such a share right."""
+    points = []
+    with pytest.MonkeyPatch.context() as patch:
+        for values, share in shares:
+            patch.setitem(FIGURES, PHONE, (share, share, *FIGURES[PHONE][2:]))
+            changes = {key.replace(".", "__"): value for key, value in values.items()}
+            points.append(Point(values=values, session=make_session(factory.mktemp("rows"), **changes)))
+    return [told for told in learning_curve(read(points)) if told.startswith(PHONE)]
+
+
+def test_the_last_step_decides_by_its_interval(tmp_path_factory: pytest.TempPathFactory) -> None:
+    key = "prompts.rows"
+    level = swept_rows(tmp_path_factory, ({key: 150}, 0.95), ({key: 25}, 0.60), ({key: 100}, 0.94))
+    assert [told.rpartition(": ")[2] for told in level] == ["undecided"] * 2  # one count is of each of two files
+    assert level[0].startswith(f"{PHONE}: the step from 200 to 300 rows brought") and f"n = {ROWS}" in level[0]
+    assert {"on holdout", "on ood"} == {f"on {told.split(' on ')[1].split(',')[0]}" for told in level}
+    worse = swept_rows(tmp_path_factory, ({key: 25}, 0.95), ({key: 100}, 0.60))
+    assert all(told.endswith("more would not") for told in worse)
+
+
+def test_rows_that_are_not_there_are_not_counted(tmp_path_factory: pytest.TempPathFactory) -> None:
+    key = "prompts.rows"
+    most = swept_rows(tmp_path_factory, ({key: 100}, 0.60), ({key: 10**6}, 0.94), ({key: 10**7}, 0.94))
+    assert all("from 200 to" in told and "0000" not in told and told.endswith("likely help") for told in most)
+
+
+def test_each_combination_of_other_keys_has_its_curve(tmp_path_factory: pytest.TempPathFactory) -> None:
+    def at(rows: int, rank: int) -> dict[str, Any]:
+        return {"distill.lora.rank": rank, "prompts.rows": rows}
+
+    curves = swept_rows(
+        tmp_path_factory, (at(25, 8), 0.60), (at(100, 8), 0.94), (at(25, 16), 0.94), (at(100, 16), 0.95)
+    )
+    assert [(told.split(")")[0] + ")", told.rpartition(": ")[2]) for told in curves if "on holdout" in told] == [
+        (f"{PHONE} (distill.lora.rank = 8)", "more would likely help"),
+        (f"{PHONE} (distill.lora.rank = 16)", "undecided"),
+    ]
+
+
 def test_other_sweeps_have_no_learning_curve(lines: list[Line]) -> None:
     assert learning_curve(lines) == [] == learning_curve([])
 

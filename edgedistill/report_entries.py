@@ -1,0 +1,59 @@
+"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgedistill.store import Entry
+
+CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
+CURVE_KEYS = (
+    *("step", "eased", "loss", "kd", "ce", "hidden", "features", "distances", "angles"),
+    *("gradient", "gradient_kd", "gradient_ce", "gradient_features"),
+    *("lr", "tokens_per_s", "seconds"),
+)
+
+
+def curve(path: Path) -> list[dict[str, float]]:
+    """Read a training log, thinned evenly to ``CURVE_POINTS`` lines; the last step is always kept."""
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        lines = [{key: row[key] for key in CURVE_KEYS if key in row} for row in map(json.loads, file)]
+    every = max(1, math.ceil(len(lines) / CURVE_POINTS))
+    return [line for number, line in enumerate(lines) if number % every == 0 or number == len(lines) - 1]
+
+
+def fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
+    """Return what quantizing and tuning did to the tensors, by step: the type asked for, and which tensors have another."""
+    found = {}
+    for name, entry in entries.items():
+        report = entry.facts.get("quantize") if entry else None
+        if report:
+            moved: dict[str, int] = {}
+            for tensor in report.get("tensors", ()):
+                if tensor["asked"] != tensor["got"]:
+                    move = f"{tensor['asked']} to {tensor['got']}"
+                    moved[move] = moved.get(move, 0) + 1
+            fields = ("type", "bpw", "asked_bpw", "size", "warning", "imatrix_entries", "rounding")
+            kept = {key: report.get(key) for key in fields}
+            found[name] = {**kept, "moved": moved, "tensors": len(report.get("tensors", ()))}
+        elif entry and "tune" in entry.facts:
+            tune = entry.facts["tune"]
+            found[name] = {"type": "", "bpw": None, "asked_bpw": None, "warning": None, "moved": {}, "tune": tune}
+            found[name]["tensors"] = tune["norms"]
+    return found
+
+
+def hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
+    """Return what each change of format was checked by: the scalar figures of its report."""
+    found = {}
+    for name, entry in entries.items():
+        report = (entry.facts.get("hop") or entry.facts.get("merge")) if entry else None
+        if isinstance(report, Mapping):
+            found[name] = {key: value for key, value in report.items() if isinstance(value, int | float | str)}
+    return found
