@@ -11,6 +11,7 @@ from html import escape
 
 from edgedistill import __version__
 from edgedistill.report import Figure, Model, ReportData
+from edgedistill.report_cells import machine_notes
 from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
 from edgedistill.report_sheets import (
     calibration_sheet,
@@ -18,18 +19,14 @@ from edgedistill.report_sheets import (
     details_sheet,
     differences_sheet,
     divergence_sheet,
-    drafts_sheet,
     forgetting_sheet,
     gates_sheet,
-    machine_notes,
     missing_note,
     models_sheet,
     rounds_sheet,
-    speeds_sheet,
     temper_sheet,
-    training_sheet,
-    types_sheet,
 )
+from edgedistill.report_work import drafts_sheet, speeds_sheet, training_sheet, types_sheet
 from edgedistill.tables import Sheet, duration
 from edgedistill.target import format_size
 

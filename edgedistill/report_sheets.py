@@ -1,4 +1,4 @@
-"""The sheets of a report: what its figures say, as rows of text for the terminal and the page."""
+"""The sheets of a report: what its figures say, as rows of text for the terminal and the page. What it took: ``report_work.py``."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.report import Figure, Model, ReportData
-from edgedistill.tables import Sheet, duration
+from edgedistill.report_cells import count, filled, machine_notes, signed, text
+from edgedistill.report_work import drafts_sheet, speeds_sheet, times_sheet, training_sheet, types_sheet
+from edgedistill.tables import Sheet
 from edgedistill.target import format_size
-
-
-def filled(sheet: Sheet) -> Sheet:
-    """Leave out the columns that no row has anything in."""
-    kept = [index for index in range(len(sheet.columns)) if index == 0 or any(row[index] for row in sheet.rows)]
-    return Sheet(
-        title=sheet.title,
-        columns=tuple(sheet.columns[index] for index in kept),
-        rows=[[row[index] for index in kept] for row in sheet.rows],
-        right=frozenset(number for number, index in enumerate(kept) if index in sheet.right),
-        rules=sheet.rules,
-        notes=sheet.notes,
-    )
 
 
 def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, notes: Sequence[str] = ()) -> Sheet:
@@ -40,10 +29,10 @@ def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, no
         row = [model.label]
         for suite in data.suites:
             line = model.suites.get(suite)
-            row += [_text(line.score) if line else "", _text(line.retention) if line else ""]
+            row += [text(line.score) if line else "", text(line.retention) if line else ""]
         for suite in general:
             line = model.suites.get(suite)
-            row.append(_text(line.perplexity, 2) if line else "")
+            row.append(text(line.perplexity, 2) if line else "")
         row += _cost(model)
         if data.gates:
             row.append(gate_summary(data.gates.get(model.id)) if model.kind == "artifact" else "")
@@ -64,17 +53,13 @@ def models_sheet(data: ReportData, folders: Mapping[str, Path] | None = None, no
     return filled(sheet) if rows else sheet
 
 
-def _text(figure: Figure | None, digits: int = 3) -> str:
-    return figure.text(digits) if figure else ""
-
-
 def _cost(model: Model) -> list[str]:
     speed = model.speed
     return [
         format_size(model.size) if model.size else "",
         f"{model.shrink:.2f}x" if model.shrink else "",
-        (_text(speed.tg, 1) + (" (noisy)" if speed.noise else "")) if speed else "",
-        _text(speed.ratio, 2) if speed else "",
+        (text(speed.tg, 1) + (" (noisy)" if speed.noise else "")) if speed else "",
+        text(speed.ratio, 2) if speed else "",
     ]
 
 
@@ -127,27 +112,6 @@ def missing_note(data: ReportData) -> str:
     )
 
 
-def machine_notes(data: ReportData) -> list[str]:
-    """Say where speeds come from: machine, threads, library build, samples, what the ratio is against, noise."""
-    notes = []
-    for model in data.models:
-        if (speed := model.speed) is None:
-            continue
-        host = speed.host
-        build = " ".join(speed.runner[key] for key in ("version", "commit", "build") if speed.runner.get(key))
-        notes.append(
-            f"speeds: medians of {speed.tg.n} on {host.get('cpu', 'an unknown CPU')} ({host.get('arch', '?')}, "
-            f"{host.get('cores', '?')} cores, "
-            f"{format_size(host.get('memory_bytes', 0))}), {speed.threads} threads, context {speed.context}; {build}"
-        )
-    if any(model.speed and model.speed.ratio for model in data.models):
-        notes.append("speed-up: decode against the teacher's f16, both measured turn by turn in one session")
-    for model in data.models:
-        if model.speed and model.speed.noise:
-            notes.append(f"NOISY {model.label}: {'; '.join(dict.fromkeys(model.speed.noise))}")
-    return list(dict.fromkeys(notes))
-
-
 def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
@@ -175,9 +139,7 @@ def gates_sheet(data: ReportData) -> Sheet:
             bound = format_size(line["bound"]) if size else f"{line['bound']:g}"
             shown = "not measured" if found is None else format_size(found.value) if size else _short(found)
             sign = "≥" if line["at_least"] else "≤"
-            rows.append(
-                [target, line["name"], f"{sign} {bound}", shown, _count(line["n"]), line["status"], line["why"]]
-            )
+            rows.append([target, line["name"], f"{sign} {bound}", shown, count(line["n"]), line["status"], line["why"]])
     columns = ("target", "gate", "wanted", "found", "n", "status", "note")
     return Sheet(title="gates and limits", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
 
@@ -193,7 +155,7 @@ def comparisons_sheet(data: ReportData) -> Sheet:
     for one in data.comparisons:
         scores = [model.suites[one.suite].score if model else None for model in map(data.model, ("student", one.other))]
         told = ", ".join(f"{key} = {_toml(value)}" for key, value in one.keys.items())
-        cells = [*map(_text, scores), signed(one.figure), _count(one.figure.n), one.verdict, told]
+        cells = [*map(text, scores), signed(one.figure), count(one.figure.n), one.verdict, told]
         rows.append([one.name, one.suite, *cells])
     columns = ("against", "suite", "this recipe", "that one", "difference", "n", "verdict", "set there")
     return filled(Sheet(title="does it help?", columns=columns, rows=rows, right=frozenset({2, 3, 4, 5})))
@@ -217,7 +179,7 @@ def differences_sheet(data: ReportData) -> Sheet:
             f"{labels[line.before]} → {labels[line.after]}",
             line.suite,
             signed(line.figure),
-            _count(line.figure.n),
+            count(line.figure.n),
             line.noticed or "within noise",
         ]
         for line in data.differences
@@ -226,18 +188,12 @@ def differences_sheet(data: ReportData) -> Sheet:
     return Sheet(title="what each stage cost or brought", columns=columns, rows=rows, right=frozenset({3, 4}))
 
 
-def signed(figure: Figure) -> str:
-    """Write a difference with its sign and interval."""
-    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:+.3f}, {figure.high:+.3f}]"
-    return f"{figure.value:+.3f}{bounds}"
-
-
 def rounds_sheet(data: ReportData) -> Sheet:
     """Lay out what each round asked and kept."""
     rows = []
     for one in data.rounds:
         kept = [str(count) for count in (one.kept, one.gold, one.replayed)]
-        rows.append([one.step, one.kind, _text(one.right), str(one.prompts), str(one.asked), _text(one.good), *kept])
+        rows.append([one.step, one.kind, text(one.right), str(one.prompts), str(one.asked), text(one.good), *kept])
     columns = (
         *("round", "kind", "right before it", "prompts put", "answers", "prompts with a good one"),
         *("kept", "of these references", "taught again"),
@@ -258,16 +214,16 @@ def details_sheet(data: ReportData) -> Sheet:
             shared = "" if line.shared is None else f"{line.shared} of {line.errors}"
             gain = signed(line.grammar_gain) if line.grammar_gain else ""
             cells = [
-                _text(line.valid),
-                _text(line.grammar),
+                text(line.valid),
+                text(line.grammar),
                 gain,
                 str(line.cut),
                 shared,
-                _text(line.hedged),
-                _text(line.answered),
+                text(line.hedged),
+                text(line.answered),
                 line.engine,
             ]
-            rows.append([model.label, suite, _count(line.score.n), *cells])
+            rows.append([model.label, suite, count(line.score.n), *cells])
     columns = (
         "model",
         "suite",
@@ -289,7 +245,7 @@ def forgetting_sheet(data: ReportData) -> Sheet:
     rows that a training held out, before and after it.
     """
     rows = [
-        [model.label, suite, line.perplexity.text(2), _text(line.against_base, 2), _count(line.perplexity.n)]
+        [model.label, suite, line.perplexity.text(2), text(line.against_base, 2), count(line.perplexity.n)]
         for model in data.models
         for suite, line in model.suites.items()
         if line.perplexity
@@ -298,9 +254,7 @@ def forgetting_sheet(data: ReportData) -> Sheet:
         general = facts.get("general") or {}
         for when, rise in (("before", None), ("after", "rise")) if general else ():
             found, times = _power(general[when]), _power(general[rise]) if rise else None
-            rows.append(
-                [f"{when} {step}", "distill.keep", _text(found, 2), _text(times, 2), _count(general[when]["n"])]
-            )
+            rows.append([f"{when} {step}", "distill.keep", text(found, 2), text(times, 2), count(general[when]["n"])])
     columns = ("model", "suite", "perplexity", "times the base's", "n")
     return Sheet(title="what was forgotten", columns=columns, rows=rows, right=frozenset({2, 3, 4}))
 
@@ -317,8 +271,8 @@ def calibration_sheet(data: ReportData) -> Sheet:
     for model in data.models:
         found = model.calibration
         if found:
-            cells = [_text(found.get(name), 4) for name in ("error", "gap", "nll")]
-            rows.append([model.label, *cells, _count(found["gap"].n)])
+            cells = [text(found.get(name), 4) for name in ("error", "gap", "nll")]
+            rows.append([model.label, *cells, count(found["gap"].n)])
     columns = ("model", "expected calibration error", "confidence above accuracy", "nats a token", "rows")
     return Sheet(title="how sure they are", columns=columns, rows=rows, right=frozenset({1, 2, 3, 4}))
 
@@ -329,8 +283,8 @@ def temper_sheet(data: ReportData) -> Sheet:
     for when in ("before", "after") if found else ():
         one = found[when]
         figures = {name: Figure.read(one[name]) for name in ("nll", "error", "gap")}
-        cells = [_text(figure, 4) for figure in figures.values()]
-        rows.append([when, *cells, _count(one["tokens"]), _count(figures["nll"].n if figures["nll"] else None)])
+        cells = [text(figure, 4) for figure in figures.values()]
+        rows.append([when, *cells, count(one["tokens"]), count(figures["nll"].n if figures["nll"] else None)])
     columns = ("student", "nats a token", "expected calibration error", "confidence above accuracy", "tokens", "rows")
     notes = []
     if found:
@@ -349,8 +303,8 @@ def divergence_sheet(data: ReportData) -> Sheet:
     for model in data.models:
         for name, found in model.divergence.items():
             kld, top1 = found.get("kld"), found.get("top1")
-            counts = [_count(kld.n if kld else None), _count(top1.n if top1 else None)]
-            rows.append([model.label, name, _text(kld, 4), counts[0], _text(top1, 4), counts[1]])
+            counts = [count(kld.n if kld else None), count(top1.n if top1 else None)]
+            rows.append([model.label, name, text(kld, 4), counts[0], text(top1, 4), counts[1]])
     columns = ("model", "against the", "KLD, nats a token", "rows", "same first choice", "tokens")
     return Sheet(title="distributions", columns=columns, rows=rows, right=frozenset({2, 3, 4, 5}))
 
@@ -368,188 +322,7 @@ def _with_n(figure: Figure | None) -> str:
     return figure.text(2, n=True) if figure else ""
 
 
-def speeds_sheet(data: ReportData) -> Sheet:
-    """Lay out speed, latency and memory of what was measured."""
-    rows = []
-    for model in data.models:
-        if (speed := model.speed) is None:
-            continue
-        latency = (
-            f"{speed.ttft_p50_ms:.0f} / {speed.ttft_p95_ms:.0f}" if speed.ttft_p50_ms and speed.ttft_p95_ms else ""
-        )
-        rows.append(
-            [
-                model.label,
-                format_size(model.size) if model.size else "",
-                _text(speed.pp, 1),
-                _text(speed.tg, 1),
-                _text(speed.ratio, 2),
-                latency,
-                _count(speed.requests if latency else None),
-                format_size(speed.peak_rss) if speed.peak_rss else "",
-                f"{speed.bandwidth_share:.0%}" if speed.bandwidth_share is not None else "",
-                _count(speed.threads),
-            ]
-        )
-    columns = (
-        "model",
-        "size",
-        "pp512 t/s",
-        "tg128 t/s",
-        "speed-up",
-        "TTFT p50 / p95 ms",
-        "requests",
-        "peak RSS",
-        "of bandwidth",
-        "threads",
-    )
-    return filled(
-        Sheet(
-            title="speed and memory",
-            columns=columns,
-            rows=rows,
-            right=frozenset(range(1, 10)),
-            notes=machine_notes(data),
-        )
-    )
-
-
-def drafts_sheet(data: ReportData) -> Sheet:
-    """Lay out what each draft model brings."""
-    rows = [
-        [
-            line.target,
-            format_size(line.size),
-            str(line.tokens),
-            _text(line.acceptance),
-            _count(line.acceptance.n),
-            _text(line.tokens_per_check, 2),
-            _text(line.answer, 2),
-            _text(line.decode, 2),
-            _count(line.answer.n),
-            line.verdict,
-            f"not shipped: {line.refused}" if line.refused else "shipped",
-        ]
-        for line in data.drafts
-    ]
-    columns = (
-        *("target", "draft", "tokens", "kept", "of drafted", "tokens a check", "whole answers", "decode", "prompts"),
-        *("verdict", "package"),
-    )
-    notes = [
-        "kept: share of the drafted tokens; whole answers, decode: speed with the draft over that without, turn by turn in one "
-        "session; greedy, and token for token the same answers"
-    ]
-    for line in data.drafts:
-        if line.unproved:
-            notes.append(f"{line.target}: speeds are unproved: {line.unproved}")
-        if line.ties:
-            notes.append(f"{line.target}: {line.ties} answers part where two tokens are equal to rounding")
-        if line.noise:
-            notes.append(f"NOISY {line.target}: {'; '.join(line.noise)}")
-    title = "speculative decoding"
-    return Sheet(title=title, columns=columns, rows=rows, right=frozenset(range(1, 9)), notes=notes if rows else [])
-
-
-def training_sheet(data: ReportData) -> Sheet:
-    """Lay out the training steps."""
-    rows = []
-    for step, found in data.training.items():
-        pairs = [
-            (x["gradient_kd"], x["gradient_ce"])
-            for x in data.curves.get(step, ())
-            if x.get("gradient_kd") and x.get("gradient_ce")
-        ]
-        norms = sorted(kd / ce for kd, ce in pairs)
-        rows.append(
-            [
-                step,
-                str(found.get("method", "")),
-                str(found.get("dtype", "")),
-                _count(found.get("steps")),
-                f"{found.get('loss', 0):.4f}",
-                f"{found['kd']:.4f}" if found.get("kd") else "",
-                f"{found['ce']:.4f}" if found.get("ce") else "",
-                f"{norms[len(norms) // 2]:.2f} (n = {len(norms)})" if norms else "",
-                f"{found.get('trainable_parameters', 0):,}",
-                f"{found.get('tokens_per_s', 0):.0f}",
-                duration(found.get("seconds")),
-                format_size(found.get("peak_memory", 0)),
-            ]
-        )
-    columns = (
-        "step",
-        "method",
-        "dtype",
-        "steps",
-        "loss",
-        "kd",
-        "ce",
-        "gradient kd/ce",
-        "trained weights",
-        "tokens/s",
-        "time",
-        "peak memory",
-    )
-    notes = [
-        "loss, kd, ce: means of the last 10 steps, nats a completion token; gradient kd/ce: median ratio of their norms"
-    ]
-    if data.yields:
-        lines = ", ".join(f"{line['filter']} {line['out']} of {line['in']}" for line in data.yields.get("yields", ()))
-        notes.append(
-            f"filters: {lines}; kept {data.yields.get('kept')} rows, {data.yields.get('teacher')} by the teacher, "
-            f"{data.yields.get('gold')} references"
-            + (f", {hedged} hedges" if (hedged := data.yields.get("hedged")) else "")
-        )
-    return filled(
-        Sheet(title="training", columns=columns, rows=rows, right=frozenset(range(3, 12)), notes=notes if rows else [])
-    )
-
-
-def types_sheet(data: ReportData) -> Sheet:
-    """Lay out what quantization made of each file, what fell back to larger types, and what rounding and tuning gained."""
-    rows = []
-    for step, found in data.fallbacks.items():
-        moved = ", ".join(f"{count} x {move}" for move, count in found["moved"].items())
-        bpw = [f"{found[key]:.2f}" if found[key] is not None else "" for key in ("bpw", "asked_bpw")]
-        notes = [str(found["warning"])] if found["warning"] else []
-        if rounding := found.get("rounding"):
-            notes.append(
-                f"gptq: {rounding['tensors']} matrices rounded by {rounding['tokens']:,} tokens of text; squared error of "
-                f"their products {rounding['after']:.2g}, to nearest {rounding['before']:.2g}"
-            )
-        if tune := found.get("tune"):
-            notes.append(
-                f"norms tuned: KLD to the student before rounding {tune['before']:.2g} to {tune['after']:.2g}, on "
-                f"{tune['tokens']:,} tokens of {tune['rows']} rows held out"
-                + ("" if tune["helped"] else "; that is no help, and the file is as it was")
-            )
-        rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, "; ".join(notes)])
-    columns = ("step", "type", "bpw", "without fallbacks", "tensors", "fell back", "note")
-    return filled(Sheet(title="quantization", columns=columns, rows=rows, right=frozenset({2, 3, 4})))
-
-
-def times_sheet(data: ReportData) -> Sheet:
-    """Lay out the seconds that each step took when it last ran."""
-    rows = [
-        [line["step"], duration(line["seconds"]), line["created"]] for line in data.times if line["seconds"] is not None
-    ]
-    total = sum(line["seconds"] for line in data.times if line["seconds"] is not None)
-    ending = [["total", duration(total), ""]] if rows else []
-    return Sheet(
-        title="time per step",
-        columns=("step", "time", "built"),
-        rows=rows + ending,
-        right=frozenset({1}),
-        rules=frozenset({len(rows)}),
-    )
-
-
 def findings_sheet(data: ReportData) -> Sheet:
     """Lay out the symptoms that the figures show, and what mends them."""
     rows = [[found.symptom, found.figure, found.likely, found.remedy, found.key] for found in data.findings]
     return Sheet(title="what the figures say", columns=("seen", "figure", "likely", "remedy", "recipe key"), rows=rows)
-
-
-def _count(value: Any) -> str:
-    return "" if value is None else str(value)

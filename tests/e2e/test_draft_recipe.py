@@ -9,7 +9,7 @@ import pytest
 from edgedistill.artifact import commands, read_manifest
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect
-from edgedistill.report_sheets import drafts_sheet
+from edgedistill.report_work import drafts_sheet
 from edgedistill.runner import Runner
 from edgedistill.session import prepare, publish
 from edgedistill.store import Store

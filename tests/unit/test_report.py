@@ -16,7 +16,8 @@ import pytest
 from edgedistill import report_html
 from edgedistill.report import collect, gate_lines, write_html
 from edgedistill.report_findings import diagnose
-from edgedistill.report_sheets import drafts_sheet, forgetting_sheet, types_sheet
+from edgedistill.report_sheets import forgetting_sheet
+from edgedistill.report_work import drafts_sheet, types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
 
