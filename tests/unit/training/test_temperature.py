@@ -71,8 +71,9 @@ def drawn(model: Any, examples: list[Example], temperature: float) -> list[Examp
 
 def test_states_labels_and_rows_are_those_of_a_plain_forward() -> None:
     model, examples = make_llama(2), make_examples(20)
-    weights = (1.0, 0.0, *(1.0 for _ in examples[3].completion_ids[2:]))
-    examples[3] = dataclasses.replace(examples[3], weights=weights)  # the second token is a tool's, not the student's
+    at = next(at for at, one in enumerate(examples) if len(one.completion_ids) > 2)
+    weights = (1.0, 0.0, *(1.0 for _ in examples[at].completion_ids[2:]))
+    examples[at] = dataclasses.replace(examples[at], weights=weights)  # the second token is a tool's, not the student's
     states, labels, rows = _states(model, examples, quiet)
     logits, wanted, owners = plain_logits(model, examples)
     counted = torch.tensor([weight > 0 for one in examples for weight in one.token_weights])
