@@ -23,6 +23,7 @@ from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
 from edgedistill.stages.score import Score
 from edgedistill.stages.shape import MeasuredShape, Shape
+from edgedistill.stages.temper import Temper
 
 ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
 
@@ -162,6 +163,19 @@ class TrainingSteps:
         distill = self.recipe.distill
         whole = self.recipe.score.kind == "dense" and distill.loss.kd > 0
         return teacher if whole or (distill.features is not None and distill.features.on) else None
+
+    def _temper(self, student: Key, name: str = "temper") -> Key:
+        """Add the fit of one temperature, where the recipe asks for it."""
+        if self.recipe.temperature is None:
+            return student
+        rows = self.inputs.tempering
+        return self.graph.add(
+            name,
+            Temper(student=student, rows_digest=rows_digest(rows), rows=rows),
+            Work(kind="forward", amount=2 * self.s_params * sum(map(row_tokens, rows))),
+            memory=12 * self.s_params + RUNTIME_MIB * MIB,
+            disk=4 * self.s_params,
+        )
 
     def _distill(
         self,

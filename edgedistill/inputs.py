@@ -6,13 +6,12 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.errors import RecipeError
 from edgedistill.models import ModelFacts, Resolved
-from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Tune
+from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Training
 from edgedistill.recipe_distill import Distill
 from edgedistill.target import Target
@@ -35,6 +34,7 @@ class Inputs:
     healing: tuple[Row, ...]
     tuning: tuple[Row, ...]
     drafting: tuple[Row, ...]
+    tempering: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     general: tuple[Row, ...] = ()
     link_targets: tuple[tuple[Target, ...], ...] = ()
@@ -105,12 +105,16 @@ def read_inputs(
     need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
 
     def read(
-        section: Prompts | Adapt | Heal | Tune | Draft | None, name: str, *, reference: bool = True, skip: Any = 0
+        section: Prompts | Adapt | Heal | Temperature | Tune | Draft | None,
+        name: str,
+        *,
+        reference: bool = True,
     ) -> tuple[Row, ...]:
         if section is None:
             return ()
+        skip = getattr(section, "skip", 0)
         rows = _read_rows(source, section.files, section.rows, f"{name}.files", reference=reference, skip=skip)
-        if style == "rationale" and name in ("heal", "tune"):  # of a student that answers at once
+        if style == "rationale" and name in ("heal", "temperature", "tune"):  # of a student that answers at once
             return two_tasks(rows)
         return with_block(rows, style)
 
@@ -123,8 +127,9 @@ def read_inputs(
         prompts=read(recipe.prompts, "prompts", reference=need),
         gold=read(recipe.adapt, "adapt"),
         healing=read(recipe.heal, "heal"),
-        tuning=read(recipe.tune, "tune", skip=recipe.tune.skip if recipe.tune else 0),
-        drafting=read(recipe.draft, "draft", reference=False, skip=recipe.draft.skip if recipe.draft else 0),
+        tuning=read(recipe.tune, "tune"),
+        drafting=read(recipe.draft, "draft", reference=False),
+        tempering=read(recipe.temperature, "temperature"),
         suites={
             name: with_block(
                 _read_rows(source, suite.files, None, f"suites.{name}.files", reference=True),

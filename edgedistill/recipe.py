@@ -159,6 +159,16 @@ class Tune(Training):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
+class Temperature(Section):
+    """Fit one temperature to the merged student's probabilities, on rows that nobody was taught, and fold it into its final norm:
+    greedy answers stay, and how sure it is says how often it is right. ``skip`` leaves out the first so many rows of each file.
+    """
+
+    files: Annotated[tuple[Path, ...], Field(min_length=1)]
+    rows: Rows = None
+    skip: Skip = 0
+
+
 class Draft(Shaped, Training):
     """A draft model for speculative decoding: cut out of the merged student, trained in full on what the quantized file of each
     target writes, with the student's distributions; then measured beside that file. One that brings nothing is not shipped.
@@ -282,6 +292,7 @@ class Recipe(Section):
     round: tuple[Round, ...] = ()
     calibrate: Calibrate = Calibrate()
     quantize: dict[str, QuantizeOverride] = Field(default={})
+    temperature: Temperature | None = None
     tune: Tune | None = None
     draft: Draft | None = None
     suites: dict[str, Suite] = Field(default={})
@@ -300,17 +311,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        for place, section in {"tune": self.tune, "draft": self.draft}.items():
+        skipping = {"temperature": self.temperature, "tune": self.tune, "draft": self.draft}
+        for place, section in skipping.items():
             if section and isinstance(section.skip, tuple) and len(section.skip) != len(section.files):
                 raise ValueError(f"{place}.skip has {len(section.skip)} counts for {len(section.files)} files")
         sections = {
             "adapt": self.adapt,
             "heal": self.heal,
             "prompts": self.prompts,
-            "tune": self.tune,
-            "draft": self.draft,
+            **skipping,
+            "distill.keep": self.distill.keep,
         }
-        sections["distill.keep"] = self.distill.keep
         for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):
                 raise ValueError(f"{place}.rows has {len(section.rows)} counts for {len(section.files)} files")

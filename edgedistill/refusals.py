@@ -83,7 +83,15 @@ def refuse(inputs: Inputs) -> list[str]:
             key="distill.method",
             file=inputs.path,
         )
-    every = (*inputs.prompts, *inputs.gold, *inputs.healing, *inputs.tuning, *inputs.drafting, *inputs.general)
+    every = (
+        *inputs.prompts,
+        *inputs.gold,
+        *inputs.healing,
+        *inputs.tuning,
+        *inputs.drafting,
+        *inputs.tempering,
+        *inputs.general,
+    )
     taught = {id(row): row for row in every}  # files may be shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
         raise RecipeError(
@@ -97,6 +105,7 @@ def refuse(inputs: Inputs) -> list[str]:
         warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]
     _refuse_order(inputs)
     _refuse_draft(inputs)
+    _refuse_temperature(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
 
 
@@ -168,6 +177,24 @@ def _refuse_order(inputs: Inputs) -> None:
                 key=f"{table}.curriculum",
                 file=inputs.path,
             )
+
+
+def _refuse_temperature(inputs: Inputs) -> None:
+    """Refuse models whose final norm may not scale the logits, and rows that were taught: there a student is rightly sure."""
+    if inputs.recipe.temperature is None:
+        return
+    told: tuple[str, str] | None = None
+    taught = {row.id for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}
+    family = inputs.student.facts.architecture
+    if family not in NARROWABLE:
+        told = (f"a temperature cannot be folded into the final norm of {family}", "leave [temperature] out")
+    elif seen := sum(row.id in taught for row in inputs.tempering):
+        told = (
+            f"{seen} of {len(inputs.tempering)} rows of [temperature] are taught before: of these the student is rightly sure",
+            "leave them out with temperature.skip, or take other files",
+        )
+    if told is not None:
+        raise RecipeError(*told, key="temperature.files", file=inputs.path)
 
 
 def _refuse_draft(inputs: Inputs) -> None:

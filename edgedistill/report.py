@@ -208,6 +208,9 @@ class ReportData:
     waiting: int  # steps that cannot run before those
     warnings: list[str]
     drafts: list[DraftLine] = field(default_factory=list)
+    temper: dict[str, Any] = field(
+        default_factory=dict
+    )  # the fitted temperature, before and after (training/temperature.py)
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

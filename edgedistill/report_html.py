@@ -26,6 +26,7 @@ from edgedistill.report_sheets import (
     models_sheet,
     rounds_sheet,
     speeds_sheet,
+    temper_sheet,
     training_sheet,
     types_sheet,
 )
@@ -452,6 +453,7 @@ def _details(data: ReportData) -> list[Html]:
         details_sheet: "Wrong as the teacher: wrong answers that are the teacher's, word for word.",
         forgetting_sheet: "Perplexity of the references. Its ratio to the base model's is unpaired, hence wide; that of "
         "distill.keep is to the student before training, paired by row.",
+        temper_sheet: "On rows that neither student nor temperature was fitted on; greedy answers are the same.",
         divergence_sheet: "On the same tokens: mean KL divergence, and how often both choose the same next token.",
         calibration_sheet: "On the references of the first scored suite, token by token; below 0 is too modest.",
     }
@@ -459,7 +461,11 @@ def _details(data: ReportData) -> list[Html]:
     for make, note in notes.items():
         sheet = make(data)
         if sheet.rows:
-            parts += [h("h3", sheet.title.capitalize()), _table(sheet), h("p", note, cls="note")]
+            parts += [
+                h("h3", sheet.title.capitalize()),
+                _table(sheet),
+                h("p", ". ".join([*sheet.notes, note]), cls="note"),
+            ]
     return parts
 
 

@@ -125,6 +125,7 @@ def read(session: Session) -> ReportData:
         waiting=waiting,
         warnings=list(session.plan.warnings),
         drafts=_drafts(reader),
+        temper=dict(reader.facts("temper").get("temper", {})),
     )
 
 

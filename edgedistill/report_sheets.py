@@ -152,7 +152,7 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
     sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
-    sheets += [calibration_sheet(data)]
+    sheets += [calibration_sheet(data), temper_sheet(data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [
         speeds_sheet(data),
@@ -310,6 +310,24 @@ def calibration_sheet(data: ReportData) -> Sheet:
             rows.append([model.label, *cells, _count(found["gap"].n)])
     columns = ("model", "expected calibration error", "confidence above accuracy", "nats a token", "rows")
     return Sheet(title="how sure they are", columns=columns, rows=rows, right=frozenset({1, 2, 3, 4}))
+
+
+def temper_sheet(data: ReportData) -> Sheet:
+    """Lay out how sure the student is and how right, before and after its temperature was folded in."""
+    found, rows = data.temper, []
+    for when in ("before", "after") if found else ():
+        one = found[when]
+        figures = {name: Figure.read(one[name]) for name in ("nll", "error", "gap")}
+        cells = [_text(figure, 4) for figure in figures.values()]
+        rows.append([when, *cells, _count(one["tokens"]), _count(figures["nll"].n if figures["nll"] else None)])
+    columns = ("student", "nats a token", "expected calibration error", "confidence above accuracy", "tokens", "rows")
+    notes = []
+    if found:
+        notes.append(
+            f"T = {found['temperature']:.3f}, fitted on {found['fitted_rows']} other rows and folded into the final norm"
+            + ("" if found["helped"] else ": no help, so the student is as it was")
+        )
+    return Sheet(title="one temperature", columns=columns, rows=rows, right=frozenset(range(1, 6)), notes=notes)
 
 
 def divergence_sheet(data: ReportData) -> Sheet:

@@ -54,6 +54,7 @@ class Shape(Stage):
 
         source = ctx.path(self.model, "model")
         ctx.progress(0, 1, "pruning")
+        tokens = self._tokens(source)  # before what takes minutes: a vocabulary may turn out too small for the rows
         model = load_model(source)
         facts: dict[str, Any] = {"params_before": sum(p.numel() for p in model.parameters())}
         layers, found = self.choose(model, source)
@@ -74,20 +75,31 @@ class Shape(Stage):
                 model, examples, self.ffn, layers=layers, run=_to_run(model), progress=ctx.progress
             )
         pruned = prune_depth(model, layers)
-        if self.vocabulary is not None:
-            from edgedistill.training.vocabulary import choose_tokens, trim_vocabulary, write_trimmed_tokenizer
-
-            examples = encode_rows(self.taught, source)
-            used = {token for example in examples for token in (*example.prompt_ids, *example.completion_ids)}
-            tokens = choose_tokens(source, used, self.vocabulary)
-            trim_vocabulary(pruned, tokens)
-            facts |= {"tokens_used": len(used), "tokens": len(tokens)}
-        pruned.save_pretrained(ctx.out / "model")
-        if self.vocabulary is None:
+        if tokens is None:
+            pruned.save_pretrained(ctx.out / "model")
             copy_tokenizer(source, ctx.out / "model")
         else:
-            write_trimmed_tokenizer(source, ctx.out / "model", tokens)
+            from edgedistill.training.vocabulary import trim_vocabulary, write_trimmed_tokenizer
+
+            used, kept = tokens
+            trim_vocabulary(pruned, kept)
+            facts |= {"tokens_used": used, "tokens": len(kept)}
+            pruned.save_pretrained(ctx.out / "model")
+            write_trimmed_tokenizer(source, ctx.out / "model", kept)
         return {**facts, "params": sum(p.numel() for p in pruned.parameters())}
+
+    def _tokens(self, source: Path) -> tuple[int, Any] | None:
+        """Return how many tokens the taught rows use, and the ids to keep, ascending; None for all. Raises UsageError if they
+        need more than that.
+        """
+        if self.vocabulary is None:
+            return None
+        from edgedistill.training.recipe import encode_rows
+        from edgedistill.training.vocabulary import choose_tokens
+
+        examples = encode_rows(self.taught, source)
+        used = {token for example in examples for token in (*example.prompt_ids, *example.completion_ids)}
+        return len(used), choose_tokens(source, used, self.vocabulary)
 
     def choose(self, model: Any, source: Path) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Return the layers to keep, and what was found on the way."""

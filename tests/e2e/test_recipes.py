@@ -31,8 +31,13 @@ CALLS: dict[str, Any] = {
 # As many rows as choose the neurons well: a fit to a few leaves weights so large that float32 feels them in the merge.
 CUT = {"heal.rows": 32, "student.ffn_rows": 96}
 REDUCED: dict[str, dict[str, Any]] = {
-    "answer": {**CALLS, "student.ffn": None},
+    "answer": {
+        **{**CALLS, "student.ffn": None},
+        "temperature": {"files": ["data/train.jsonl"], "skip": 2000, "rows": 24},
+    },
     "chain": {**CALLS, "student.ffn": None, "chain.0.ffn": None},
+    # every way of cutting but the FFNs', which test_build.py cuts
+    "pocket": {**CALLS, "student.ffn": None, "tune.rows": 16},
     "rationale": WORDS,
     "rounds": {**CALLS, "student.ffn": None},
     "think": WORDS,
@@ -68,13 +73,14 @@ def test_a_recipe_builds_and_says_whether_its_method_helped(name: str, tmp_path:
     arms = [f"student@{arm}" for arm in recipe.compare] + ["gold-sft"] * recipe.baselines.gold_sft
     arms += ["before-rounds"] * bool(recipe.round)
     assert arms  # it compares itself with what one would do without it
+    scored = [name for name, suite in recipe.suites.items() if suite.metric != "perplexity"]
     of_links = [f"{name}@link-{at}" for at, link in enumerate(recipe.chain, 1) for name in ("student", *link.targets)]
     assert bool(of_links) == bool(recipe.chain)  # the packaged chain ships its link, too
     for model in ("teacher", "student", *arms, *recipe.targets, *of_links):
         found = data.model(model)
         assert found is not None
-        assert {suite: found.suites[suite].score.n for suite in recipe.suites} == dict.fromkeys(recipe.suites, ROWS)  # pyright: ignore[reportOptionalMemberAccess]
-    assert {(one.other, one.suite) for one in data.comparisons} == {(arm, s) for arm in arms for s in recipe.suites}
+        assert {suite: found.suites[suite].score.n for suite in scored} == dict.fromkeys(scored, ROWS)  # pyright: ignore[reportOptionalMemberAccess]
+    assert {(one.other, one.suite) for one in data.comparisons} == {(arm, s) for arm in arms for s in scored}
     told = " ".join(verdict_notes(data))
     for one in data.comparisons:
         low, high = one.figure.low, one.figure.high
@@ -87,6 +93,9 @@ def test_a_recipe_builds_and_says_whether_its_method_helped(name: str, tmp_path:
     if recipe.generate.style == "think":
         thinking = data.model("teacher").suites["holdout"].thinking  # pyright: ignore[reportOptionalMemberAccess]
         assert thinking is not None and thinking["n"] == ROWS
+    if recipe.temperature:
+        assert data.temper["fitted_rows"] == 12 and 0.25 <= data.temper["temperature"] <= 4
+        assert not data.temper["helped"] or data.temper["max_logit_difference"] < 1e-4
     if recipe.chain:
         sizes = [found.size for found in map(data.model, ("teacher", "student")) if found]
         assert sizes[0] and sizes[1] and sizes[0] / sizes[1] > 3

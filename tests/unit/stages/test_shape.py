@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.recipe import Heal as HealTable
 from edgedistill.stages.heal import Heal
@@ -88,6 +89,14 @@ def test_each_way_is_chosen_on_what_the_ones_before_it_leave(
     found, wanted = logits(shaped, ids), logits(by_hand, [kept[one] for one in ids])[:, kept]
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
     assert facts["params"] == sum(p.numel() for p in shaped.parameters()) < facts["params_before"]
+
+
+def test_a_vocabulary_that_is_too_small_is_told_before_anything_is_computed(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgedistill.training.recipe.load_model", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(UsageError, match=r"student\.vocabulary = 256: the rows that are taught need"):
+        run(shape(vocabulary=256), tmp_path / "out", **{MODEL: SimpleNamespace(path=whole, facts={})})
 
 
 def test_it_heals_in_its_own_basis_and_converts(whole: Path, tmp_path: Path) -> None:
