@@ -227,7 +227,7 @@ class _Expander(RoundSteps, DraftSteps):
         """
         whole, of = (self.inputs, self.recipe, self.s_params), f"link-{number}"
         self.inputs, self.recipe, self.s_params = link, link.recipe, student_facts(link).params()
-        title = f"student of link {number}"
+        title, student = f"student of link {number}", self._temper(student, step_of("temper", of))
         teacher_gguf = self._convert("convert/teacher", teacher, link.teacher, self.t_params)
         gguf = self._convert(step_of("convert/student", of), student, link.student, self.s_params, title=title)
         imatrix = self._calibrate(step_of("calibrate", of), gguf, kept, self.s_params)

@@ -164,13 +164,13 @@ class TrainingSteps:
         whole = self.recipe.score.kind == "dense" and distill.loss.kd > 0
         return teacher if whole or (distill.features is not None and distill.features.on) else None
 
-    def _temper(self, student: Key) -> Key:
+    def _temper(self, student: Key, name: str = "temper") -> Key:
         """Add the fit of one temperature, where the recipe asks for it."""
         if self.recipe.temperature is None:
             return student
         rows = self.inputs.tempering
         return self.graph.add(
-            "temper",
+            name,
             Temper(student=student, rows_digest=rows_digest(rows), rows=rows),
             Work(kind="forward", amount=2 * self.s_params * sum(map(row_tokens, rows))),
             memory=12 * self.s_params + RUNTIME_MIB * MIB,

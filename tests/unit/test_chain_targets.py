@@ -131,6 +131,14 @@ def test_onnx_and_tuned_files_of_a_link(recipe: Path) -> None:
     assert onnx.model == key["merge/1"] and onnx.calibration is None
 
 
+def test_a_link_that_ships_is_tempered_and_teaches_as_it_was(recipe: Path) -> None:
+    temperature = {"files": ["data/train.jsonl"], "skip": 1200, "rows": 50}
+    plain, plan = planned(recipe, **SHIPS), planned(recipe, **SHIPS, temperature=temperature)
+    key, stage = keys(plan), {name: step.stage for step in plan.plan.steps for name in step.ids}
+    assert key["temper@link-1"] in stage["convert/student@link-1"].inputs()
+    assert key["merge/1"] in stage["temper@link-1"].inputs() and key["distill/2"] == keys(plain)["distill/2"]
+
+
 @pytest.mark.parametrize(
     ("changes", "key", "message"),
     [
