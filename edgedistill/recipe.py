@@ -112,7 +112,7 @@ class Filter(Section):
     LATER = ("min_words", "max_words", "corrections", "keep", "by")
 
     kind: Literal["reference", "thinking", "best"]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = "json-exact"
     otherwise: Literal["drop", "gold"] = "drop"
     min_words: Annotated[int, Field(ge=0)] = Field(
         default=LEAST_WORDS, description="thinking: fewer words are no thought"
@@ -229,7 +229,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "perplexity"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "perplexity"]
     grammar: Path | None = None
     max_new_tokens: Count = 64
 

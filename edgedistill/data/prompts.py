@@ -24,7 +24,7 @@ from typing import Any
 from edgedistill.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id")
+FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id", "reasoning_gym")
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Message = dict[str, Any]
@@ -34,7 +34,8 @@ Message = dict[str, Any]
 class Row:
     """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word, and
     ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``). ``tools`` are definitions for the
-    chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``).
+    chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``). ``reasoning_gym`` is the problem that
+    the row is made of, for its verifier (``evals/reasoning.py``).
     """
 
     id: str
@@ -46,11 +47,12 @@ class Row:
     seed_id: str | None = None
     rationale: str | None = None
     trace: str | None = None
+    reasoning_gym: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id", "trace"):
+        for name in ("reference", "rationale", "split", "seed_id", "trace", "reasoning_gym"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -179,6 +181,12 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
     for name in ("rationale", "split", "seed_id"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise UsageError(f"{where}: {name} must be a string, not {_kind(record[name])}", f'Write "{name}": "...".')
+    problem = record.get("reasoning_gym")
+    if problem is not None and not isinstance(problem, dict):
+        raise UsageError(
+            f"{where}: reasoning_gym must be an object, not {_kind(problem)}",
+            "Make rows with: edgedistill data make TASK",
+        )
     return Row(
         id=identity,
         messages=messages,
@@ -188,6 +196,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         split=record.get("split"),
         seed_id=record.get("seed_id"),
         rationale=record.get("rationale"),
+        reasoning_gym=problem,
     )
 
 
