@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from edgedistill import __version__
+from edgedistill.cli_data import app as data_app
 from edgedistill.cli_exchange import app as exchange_app
 
 app = typer.Typer(
@@ -22,7 +23,6 @@ app = typer.Typer(
 targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Hardware profiles.")
 store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The build store.")
 app.add_typer(targets_app, name="targets")
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What a recipe learns from.")
 app.add_typer(store_app, name="store")
 app.add_typer(data_app, name="data")
 app.add_typer(exchange_app)

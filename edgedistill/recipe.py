@@ -106,7 +106,7 @@ class Filter(Section):
     LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge")
 
     kind: Literal["reference", "thinking", "best"]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls"] = "json-exact"
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = "json-exact"
     otherwise: Literal["drop", "gold", "hedge"] = "drop"
     hedge: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description='otherwise = "hedge": what the student says instead of an answer, word for word'
@@ -238,7 +238,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "perplexity"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "perplexity"]
     grammar: Path | None = None
     max_new_tokens: Count = 64
 

@@ -10,6 +10,7 @@ from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
 from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.evals import reasoning
 from edgedistill.families import of_any_width
 from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, student_facts
 from edgedistill.pairing import check_features, tokens_differ
@@ -23,6 +24,7 @@ ROTATABLE = ("llama", "mistral")
 """Architectures whose residual stream ``student.hidden`` makes narrower: RMS norms without offsets, before each half alone.
 (llama.cpp reads a Qwen 2 only where its heads are together as wide as the stream.)
 """
+GYM = "reasoning-gym"
 GAP = 4.0  # times fewer parameters than the teacher that one step of distillation mostly recovers
 TOKENS_A_WORD = 1.4  # English prose, in the tokenizers of small models
 BLOCK = 32  # weights in a block of the smallest block types; a row must be a multiple
@@ -102,6 +104,7 @@ def refuse(inputs: Inputs) -> list[str]:
             file=inputs.path,
         )
     warnings += _refuse_tools(inputs)
+    _refuse_problems(inputs)
     for number, link in enumerate(links, 1):
         who = "this student" if number == len(links) else f"link {number} of the chain"
         warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]
@@ -133,6 +136,23 @@ def _refuse_tools(inputs: Inputs) -> list[str]:
             'generate.style = "tool-trace", and every row of prompts.files is one turn: "answer" does the same'
         )
     return found
+
+
+def _refuse_problems(inputs: Inputs) -> None:
+    """Refuse the metric "reasoning-gym" without the library, and rows that its verifiers cannot judge."""
+    recipe = inputs.recipe
+    judged = {
+        f"suites.{name}.metric": inputs.suites[name] for name, suite in recipe.suites.items() if suite.metric == GYM
+    }
+    judged |= {f"filter.{at}.metric": inputs.prompts for at, one in enumerate(recipe.filter) if one.metric == GYM}
+    for key, rows in judged.items():
+        if not reasoning.installed():
+            raise RecipeError("reasoning-gym is not installed", reasoning.INSTALL, key=key, file=inputs.path)
+        for row in rows:
+            try:
+                reasoning.check_entry(row.reasoning_gym)
+            except UsageError as error:
+                raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
 
 
 def _thinking(inputs: Inputs) -> list[str]:

@@ -45,7 +45,16 @@ def _no_onnx() -> str:
     return "" if find_spec("onnxruntime_genai") else "onnxruntime-genai missing: pip install 'edgedistill[onnx]'"
 
 
-PARTS: dict[str, Callable[[], str]] = {"onnx": _no_onnx, "container": _no_container_tools, "browser": _no_browser}
+def _no_reasoning() -> str:
+    return "" if find_spec("reasoning_gym") else "reasoning-gym missing: pip install 'edgedistill[reasoning]'"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "onnx": _no_onnx,
+    "reasoning": _no_reasoning,
+    "container": _no_container_tools,
+    "browser": _no_browser,
+}
 
 
 def _has_gpu() -> bool:

@@ -24,7 +24,10 @@ from typing import Any
 from edgedistill.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
-FIELDS = ("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id", "evolution")
+FIELDS = (
+    *("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id"),
+    *("evolution", "reasoning_gym"),
+)
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 Message = dict[str, Any]
@@ -35,7 +38,8 @@ class Row:
     """Hold one prompt. ``messages`` end with the turn to answer; ``reference`` is the wanted answer, word for word, and
     ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``). ``tools`` are definitions for the
     chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``). ``evolution`` is the round of evolution
-    that made the prompt, 0 for a seed: what ``distill.curriculum = "evolution"`` orders by.
+    that made the prompt, 0 for a seed: what ``distill.curriculum = "evolution"`` orders by. ``reasoning_gym`` is the problem that
+    the row is made of, for its verifier (``evals/reasoning.py``).
     """
 
     id: str
@@ -48,11 +52,12 @@ class Row:
     rationale: str | None = None
     trace: str | None = None
     evolution: int | None = None
+    reasoning_gym: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution"):
+        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution", "reasoning_gym"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -186,6 +191,12 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         raise UsageError(
             f"{where}: evolution must be a whole number from 0", 'Write "evolution": 2 for a prompt evolved twice.'
         )
+    problem = record.get("reasoning_gym")
+    if problem is not None and not isinstance(problem, dict):
+        raise UsageError(
+            f"{where}: reasoning_gym must be an object, not {_kind(problem)}",
+            "Make rows with: edgedistill data make TASK",
+        )
     return Row(
         id=identity,
         messages=messages,
@@ -196,6 +207,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         seed_id=record.get("seed_id"),
         rationale=record.get("rationale"),
         evolution=evolution,
+        reasoning_gym=problem,
     )
 
 

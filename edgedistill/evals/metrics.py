@@ -1,6 +1,7 @@
 """Metrics: how one answer is scored against one reference.
 
-A text metric maps (answer, reference) to a Score between 0 and 1. A likelihood metric (perplexity) scores the
+A text metric maps (answer, reference) to a Score between 0 and 1; one that ``needs_problem`` is given the row's problem of
+reasoning-gym, too. A likelihood metric (perplexity) scores the
 reference's tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan``
 looks names up.
 """
@@ -11,7 +12,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,18 +30,23 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Describe one metric. ``score(answer, reference)`` exists for kind "text" only."""
+    """Describe one metric; ``function`` is that of kind "text"."""
 
     name: str
     kind: Literal["text", "likelihood"]
     summary: str
     higher_is_better: bool = True
-    function: Callable[[str, str], Score] | None = None
+    function: Callable[..., Score] | None = None
+    needs_problem: bool = False
 
-    def __call__(self, answer: str, reference: str) -> Score:
-        """Score one answer. Raises UsageError for a likelihood metric, which has no answer to score."""
+    def __call__(self, answer: str, reference: str, problem: Mapping[str, Any] | None = None) -> Score:
+        """Score one answer. Raises UsageError for a likelihood metric, which has no answer to score, and without a problem
+        where one is needed.
+        """
         if self.function is None:
             raise UsageError(f"{self.name} scores likelihoods, not answers", "Use it as a suite's metric.")
+        if self.needs_problem:
+            return self.function(answer, reference, problem)
         return self.function(answer, reference)
 
 
@@ -164,6 +170,20 @@ def tool_calls(answer: str, reference: str) -> Score:
     return Score(value=float(made is not None and same_json(made, wanted)), details=details)
 
 
+def reasoning_gym(answer: str, reference: str, problem: Mapping[str, Any] | None) -> Score:
+    """Score 1 if the verifier of the problem finds the answer right. Details: ``credit``, what it gives, 0 to 1. Raises
+    UsageError for a row without a problem.
+    """
+    from edgedistill.evals.reasoning import credit
+
+    if problem is None:
+        raise UsageError(
+            "reasoning-gym: the row holds no problem of the library", "Make rows with: edgedistill data make TASK"
+        )
+    given = credit(answer, problem)
+    return Score(value=float(given == 1.0), details={"credit": given})
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -172,6 +192,13 @@ METRICS: dict[str, Metric] = {
         Metric(name="contains", kind="text", summary="the reference stands in the answer", function=contains),
         Metric(
             name="tool-calls", kind="text", summary="the same calls, or none where none are due", function=tool_calls
+        ),
+        Metric(
+            name="reasoning-gym",
+            kind="text",
+            summary="right by the verifier of the row's problem",
+            function=reasoning_gym,
+            needs_problem=True,
         ),
         Metric(
             name="perplexity",
@@ -188,9 +215,9 @@ AFTER_THINKING = "think:"
 
 
 def _after_thinking(metric: Metric) -> Metric:
-    def score(answer: str, reference: str) -> Score:
+    def score(answer: str, reference: str, *problem: Mapping[str, Any] | None) -> Score:
         thought = split(answer)
-        found = metric(thought.answer, split(reference).answer)
+        found = metric(thought.answer, split(reference).answer, *problem)
         words = None if thought.thinking is None else thought.words
         return Score(value=found.value, details={**found.details, "thinking_words": words})
 

@@ -182,7 +182,7 @@ def evaluate(
     answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
     results = []
     for row, reference, answer in zip(rows, references, answers, strict=True):
-        score = metric(answer.text, reference)
+        score = metric(answer.text, reference, row.reasoning_gym)
         results.append(
             RowResult(
                 id=row.id,
@@ -249,7 +249,9 @@ def _reference(row: Row, metric: Metric) -> str:
         raise UsageError(f"row {row.id!r} has no reference to score against", 'Add "reference": "..." to the row.')
     if metric.kind == "text":
         try:
-            metric("", row.reference)  # reads the reference: a wrong one must not cost a decoded suite
+            metric(
+                "", row.reference, row.reasoning_gym
+            )  # reads the reference: a wrong one must not cost a decoded suite
         except UsageError as error:
             raise UsageError(f"row {row.id!r}: {error.message}", error.hint) from None
     return row.reference

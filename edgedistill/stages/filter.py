@@ -66,7 +66,11 @@ class Filter(Stage):
                 good = (
                     best(found, **{key: spec[key] for key in ("keep", "by") if key in spec})
                     if spec["kind"] == "best"
-                    else [a for a in found if self.passes(spec, a["text"], rows[row_id].reference or "")]
+                    else [
+                        a
+                        for a in found
+                        if self.passes(spec, a["text"], rows[row_id].reference or "", rows[row_id].reasoning_gym)
+                    ]
                 )
                 why = f"reference ({spec['metric']})" if spec["kind"] == "reference" else spec["kind"]
                 rejected += [{**a, "why": why} for a in found if a not in good]
@@ -140,9 +144,11 @@ class Filter(Stage):
         """Say why something is no answer at all, before any filter; None where it is one."""
         return None if answer["finish"] == "stop" else "did not end"
 
-    def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
+    def passes(
+        self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None
+    ) -> bool:
         """Tell whether one answer passes one filter."""
-        return find_metric(spec["metric"])(text, reference).value == 1.0
+        return find_metric(spec["metric"])(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what the student learns from one kept answer."""
@@ -197,12 +203,14 @@ class ThinkingFilter(Filter):
         """Return the answer without its block: what a user sees of it."""
         return split(text).answer
 
-    def passes(self, spec: Mapping[str, Any], text: str, reference: str) -> bool:
+    def passes(
+        self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None
+    ) -> bool:
         """Tell whether one answer passes one filter."""
         if spec["kind"] == "thinking":
             words, most = split(text).words, spec.get("max_words")
             return words >= spec.get("min_words", LEAST_WORDS) and (most is None or words <= most)
-        return find_metric(AFTER_THINKING + spec["metric"])(text, reference).value == 1.0
+        return find_metric(AFTER_THINKING + spec["metric"])(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the text whole, or in the style ``rationale`` the answer, and the rationale as a task of its own."""

@@ -77,7 +77,10 @@ def test_version_is_one() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["onnx"]])
+OPTIONAL = [*PROJECT["optional-dependencies"]["onnx"], *PROJECT["optional-dependencies"]["reasoning"]]
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *OPTIONAL])
 def test_requirement_is_imported(requirement: str) -> None:
     name, _ = required(requirement)
     module = IMPORTED_AS.get(name, name.replace("-", "_"))
