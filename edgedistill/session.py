@@ -63,9 +63,9 @@ def prepare(
     def chosen(names: Sequence[str], key: str) -> list[Target]:
         return [_target(recipe, name, path, key) for name in names if not targets or name in targets]
 
+    own = chosen(recipe.targets, "targets")
     of_links = [chosen(link.targets, f"chain.{at}.targets") for at, link in enumerate(recipe.chain)]
     teacher, student = _models(recipe, path, store, note)
-    own = chosen(recipe.targets, "targets")
     inputs = read_inputs(recipe, path, teacher, student, own, link_targets=of_links, ship_anyway=ship_anyway)
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
