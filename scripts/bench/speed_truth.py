@@ -4,12 +4,13 @@
 llama-bench is compiled from the source that the installed llama-cpp-python vendors (its sdist), but only the tool: it
 is linked against the very libllama and libggml that our measurement loads from site-packages.
 
-Design. Speed differs between *processes* by more than between samples of one (where pages land, which core), so a
-sample here is a fresh process on both sides: load, warm up, one run (or --reps runs and their median). Two sides take
-turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs with a 95 % bootstrap interval. First llama-bench
-against itself (A/A): if that interval is not inside the bounds, this machine cannot tell a 3 % difference now; the
-script says so and exits with 3. Pairs during which other processes were busy are taken again; what decides that is
-their CPU time, never the result, and the count is printed.
+Design. Speed differs between *processes* (where pages land, which core), so a sample here is a fresh process on both
+sides: load, warm up, --reps runs, of which the fastest counts. What disturbs a run from outside (a neighbour on the same
+host takes half of a core's speed for seconds, and no counter shows it) only ever slows it down; a cost of our own would be
+in every run, the fastest too. Two sides take turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs
+with a 95 % bootstrap interval. First llama-bench against itself (A/A): if that interval is not inside the bounds, this
+machine cannot tell a 3 % difference now; the script says so and exits with 3. Pairs during which other processes were busy
+are taken again; what decides that is their CPU time, never the result, and the count is printed.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
         "--pairs", type=int, default=20, help="least pairs of processes in each of the two comparisons"
     )
     arguments.add_argument("--most-pairs", type=int, default=70, help="go on to so many while the interval is too wide")
-    arguments.add_argument("--reps", type=int, default=1, help="runs in each process: more processes are worth more")
+    arguments.add_argument("--reps", type=int, default=3, help="runs in each process, of which the fastest counts")
     arguments.add_argument("--patience", type=float, default=600, help="seconds to wait in all for a quiet machine")
     options = arguments.parse_args()
     if options.quick:
@@ -218,7 +219,7 @@ def compare(
 
 
 def run_llama_bench(binary: Path, model: Path, threads: int, reps: int) -> Sample:
-    """Run llama-bench once, with its defaults but for threads and repetitions; return the median of each test."""
+    """Run llama-bench once, with its defaults but for threads and repetitions; return the fastest run of each test."""
     command = [
         str(binary),
         "-m",
@@ -241,12 +242,12 @@ def run_llama_bench(binary: Path, model: Path, threads: int, reps: int) -> Sampl
     for test in json.loads(done.stdout):
         n = test["n_prompt"] or test["n_gen"]
         label = "pp512" if test["n_prompt"] else "tg128"
-        sample[label] = percentile([n / (nanoseconds / 1e9) for nanoseconds in test["samples_ns"]], 0.5)
+        sample[label] = n / (min(test["samples_ns"]) / 1e9)
     return sample
 
 
 def run_ours(model: Path, threads: int, reps: int) -> Sample:
-    """Do what `edgedistill.devices.local.measure` does for pp512 and tg128, in a fresh process; return the medians.
+    """Do what `edgedistill.devices.local.measure` does for pp512 and tg128, in a fresh process; return the fastest runs.
 
     In llama-bench's order and with its warm-ups: a whole prompt, but one generated token only.
     """
@@ -254,7 +255,7 @@ def run_ours(model: Path, threads: int, reps: int) -> Sample:
     with Worker(model, threads) as worker:
         for label, (test, n) in TESTS.items():
             worker.ask(test, n=n)
-            sample[label] = percentile([n / worker.ask(test, n=n)["seconds"] for _ in range(reps)], 0.5)
+            sample[label] = n / min(worker.ask(test, n=n)["seconds"] for _ in range(reps))
     return sample
 
 
