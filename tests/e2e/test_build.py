@@ -106,6 +106,7 @@ def test_a_changed_limit_repackages_only(built: Any, session_of: Callable[..., A
         own.unlink()
 
 
+@pytest.mark.slow  # by keys alone: test_plan.py
 def test_another_type_reruns_its_own_five_steps(built: Any, session_of: Callable[..., Any]) -> None:
     session = session_of(
         targets=[TARGET],
@@ -199,6 +200,7 @@ def test_the_student_is_the_teacher_with_fewer_neurons_and_tokens(built: Any) ->
     assert found["teacher"]["kld"]["value"] < 5
 
 
+@pytest.mark.slow
 def test_a_depth_pruned_student_heals_and_merges(built: Any, session_of: Callable[..., Any]) -> None:
     """By importance: which layers stay is found by the shape step, and the healing is shown their states."""
     settings = {"student.layers": 10, "student.ffn": None, "student.vocabulary": None, "baselines": {}}
@@ -224,9 +226,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [*list(WAYS)[:2], *(pytest.param(way, marks=pytest.mark.slow) for way in list(WAYS)[2:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(WAYS))
 def test_other_targets_and_ways_teach_too(way: str, built: Any, session_of: Callable[..., Any]) -> None:
     kind, settings = WAYS[way]
     session = session_of(targets=[TARGET], **{"score.kind": kind, "baselines": {}, **settings})
