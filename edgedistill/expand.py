@@ -160,18 +160,7 @@ class _Expander(RoundSteps, DraftSteps):
         imatrix = self._calibrate("calibrate", student_gguf, kept, self.s_params)
         quantized: list[tuple[Target, Key, str]] = []
         for target in self.inputs.targets:
-            onnx = target.runtime.format == "onnx"
-            key = self._quantize(
-                f"quantize/{target.name}",
-                student if onnx else student_gguf,
-                imatrix if target.quantize.imatrix and not onnx else None,
-                target.runtime.format,
-                target.quantize,
-                self.s_params,
-            )
-            if self.recipe.tune and target.name in self.recipe.tune.targets:
-                key = self._tune(f"tune/{target.name}", key, student)
-            quantized.append((target, key, "onnx" if onnx else "model.gguf"))
+            quantized.append((target, *self._typed(target.name, target, student, student_gguf, imatrix)))
         student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
         evaluations = [
             # onnxruntime-genai reads no GBNF: there the answers are free ones only
@@ -221,6 +210,21 @@ class _Expander(RoundSteps, DraftSteps):
                 drafts.get(target.name),
             )
 
+    def _typed(self, name: str, target: Target, student: Key, gguf: Key, imatrix: Key) -> tuple[Key, str]:
+        """Add the student in a target's type, its norms tuned where the recipe asks for it; return the key and the file in it."""
+        onnx = target.runtime.format == "onnx"
+        key = self._quantize(
+            f"quantize/{name}",
+            student if onnx else gguf,
+            imatrix if target.quantize.imatrix and not onnx else None,
+            target.runtime.format,
+            target.quantize,
+            self.s_params,
+        )
+        if self.recipe.tune and target.name in self.recipe.tune.targets:
+            key = self._tune(f"tune/{name}", key, student)
+        return key, "onnx" if onnx else "model.gguf"
+
     def _ship_link(self, number: int, link: Inputs, student: Key, teacher: Key, kept: Key, scores: Key) -> None:
         """Add what an intermediate student needs to ship for targets of its own: the steps that the last one has, named after the
         link (``quantize/laptop-x86@link-1``), held against the same teacher.
@@ -234,21 +238,11 @@ class _Expander(RoundSteps, DraftSteps):
         scored = self._evaluate(step_of("evaluate/student", of), gguf, "model.gguf", self.s_params)
         self._measure(step_of("measure/student", of), gguf, "model.gguf", None, None)
         for target in link.targets:
-            onnx, name = target.runtime.format == "onnx", step_of(target.name, of)
-            file = "onnx" if onnx else "model.gguf"
-            key = self._quantize(
-                f"quantize/{name}",
-                student if onnx else gguf,
-                imatrix if target.quantize.imatrix and not onnx else None,
-                target.runtime.format,
-                target.quantize,
-                self.s_params,
-            )
-            if self.recipe.tune and target.name in self.recipe.tune.targets:
-                key = self._tune(f"tune/{name}", key, student)
+            name = step_of(target.name, of)
+            key, file = self._typed(name, target, student, gguf, imatrix)
             references = {"student": gguf, "teacher": teacher_gguf}
             evaluation = self._evaluate(
-                f"evaluate/{name}", key, file, self.s_params, references=references, grammar=not onnx
+                f"evaluate/{name}", key, file, self.s_params, references=references, grammar=file != "onnx"
             )
             speed = self._measure(f"measure/{name}", key, file, teacher_gguf, target)
             self.packages[name] = self._package(

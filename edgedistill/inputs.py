@@ -266,9 +266,7 @@ def taught_rows(inputs: Inputs) -> tuple[Row, ...]:
     if any(one.corrections for one in inputs.recipe.filter):  # so is the objection to a wrong answer
         objection = {"role": "user", "content": WRONG}
         rows.append(replace(first, id=f"{first.id}+fix", messages=(*first.messages, objection)))
-    if hedge := next(
-        (one.hedge for one in inputs.recipe.filter if one.hedge), None
-    ):  # and what is said instead of an answer
+    if hedge := inputs.recipe.hedge:  # and what is said instead of an answer
         rows.append(replace(first, id=f"{first.id}+hedge", reference=hedge))
     return tuple(rows)
 

@@ -331,6 +331,11 @@ class Recipe(Section):
         default={}, description='for `edgedistill sweep`: dotted keys and their values, "distill.lora.rank" = [8, 16]'
     )
 
+    @property
+    def hedge(self) -> str | None:
+        """What the student says where its teacher fails; None where it is not taught to."""
+        return next((one.hedge for one in self.filter if one.hedge), None)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         skipping = {"temperature": self.temperature, "tune": self.tune, "draft": self.draft}

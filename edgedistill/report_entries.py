@@ -1,4 +1,4 @@
-"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked."""
+"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked, sources."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.inputs import Inputs
 from edgedistill.store import Entry
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
@@ -57,3 +58,18 @@ def hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
         if isinstance(report, Mapping):
             found[name] = {key: value for key, value in report.items() if isinstance(value, int | float | str)}
     return found
+
+
+def sources(inputs: Inputs) -> list[dict[str, Any]]:
+    """Return where teacher and student come from, with revisions and licences."""
+    return [
+        {
+            "role": role,
+            "source": model.source,
+            "revision": model.revision,
+            "digest": model.digest,
+            "licence": model.facts.licence,
+            "quantized_from": model.facts.quantized_from,
+        }
+        for role, model in (("teacher", inputs.teacher), ("student", inputs.student))
+    ]

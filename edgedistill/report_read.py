@@ -11,7 +11,7 @@ from edgedistill.compare import flat, step_of
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
-from edgedistill.report_entries import curve, fallbacks, hops
+from edgedistill.report_entries import curve, fallbacks, hops, sources
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def read(session: Session) -> ReportData:
             for step in session.plan.steps
             for name, e in [(step.id, reader.entry(step.id))]
         ],
-        sources=_sources(session),
+        sources=sources(session.inputs),
         versions={k: v for e in sorted(built, key=lambda e: e.created) for k, v in e.versions.items()},
         created=max((entry.created for entry in built), default=""),
         missing=missing,
@@ -314,7 +314,7 @@ def _hedges(reader: _Reader, answers: Mapping[str, tuple[float, str]] | None) ->
     """Return the share of rows that a model does not answer but hedges, and its score on the others."""
     from edgedistill.evals.statistics import mean
 
-    hedge = next((one.hedge for one in reader.session.recipe.filter if one.hedge), None)
+    hedge = reader.session.recipe.hedge
     if hedge is None or not answers:
         return None, None
     rest = [score for score, text in answers.values() if text.strip() != hedge.strip()]
@@ -498,19 +498,3 @@ def _rounds(reader: _Reader) -> list[Round]:
         good = Figure.read(proportion(facts["good"], facts["prompts"])) if facts["prompts"] else None
         found.append(Round(step=step, kind=one.kind, **counts, good=good, right=Figure.read(judged.get("score"))))
     return found
-
-
-def _sources(session: Session) -> list[dict[str, Any]]:
-    rows = []
-    for role, model in (("teacher", session.inputs.teacher), ("student", session.inputs.student)):
-        rows.append(
-            {
-                "role": role,
-                "source": model.source,
-                "revision": model.revision,
-                "digest": model.digest,
-                "licence": model.facts.licence,
-                "quantized_from": model.facts.quantized_from,
-            }
-        )
-    return rows

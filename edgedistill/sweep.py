@@ -297,6 +297,7 @@ def rows_of_point(point: Point, key: str) -> int:
         "prompts.rows": inputs.prompts,
         "adapt.rows": inputs.gold,
         "heal.rows": inputs.healing,
+        "temperature.rows": inputs.tempering,
         "tune.rows": inputs.tuning,
         "draft.rows": inputs.drafting,
         "distill.keep.rows": inputs.general,

@@ -5,9 +5,9 @@ llama-bench is compiled from the source that the installed llama-cpp-python vend
 is linked against the very libllama and libggml that our measurement loads from site-packages.
 
 Design. Speed differs between *processes* (where pages land, which core), so a sample here is a fresh process on both
-sides: load, warm up, --reps runs, of which the fastest counts. What disturbs a run from outside (a neighbour on the same
-host takes half of a core's speed for seconds, and no counter shows it) only ever slows it down; a cost of our own would be
-in every run, the fastest too. Two sides take turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs
+sides: load, warm up, --reps runs, of which the fastest counts. What disturbs a run from outside (within one
+process pp512 fell from 740 to 410 tokens/s for seconds, with both cores all its own) slows it down; a cost of our own would
+be in every run, the fastest too. Two sides take turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs
 with a 95 % bootstrap interval. First llama-bench against itself (A/A): if that interval is not inside the bounds, this
 machine cannot tell a 3 % difference now; the script says so and exits with 3. Pairs during which other processes were busy
 are taken again; what decides that is their CPU time, never the result, and the count is printed.
