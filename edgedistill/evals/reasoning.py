@@ -56,7 +56,7 @@ def installed() -> bool:
 
 def _library() -> Any:
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError as error:
         raise UsageError(f"reasoning-gym cannot be imported ({error})", INSTALL) from None
     return reasoning_gym

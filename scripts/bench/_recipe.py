@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from edgedistill.training.targets import Kind, TargetsHeader
 
 
-def recipe_folder(name: str, part: str) -> Path:
-    """Return a copy of the quickstart of the bench's own; made on the first call."""
+def recipe_folder(name: str, part: str, *, recipe: str = "quickstart") -> Path:
+    """Return a copy of a packaged recipe of the bench's own; made on the first call."""
     folder = cache_folder(name) / part
     if not (folder / "recipe.toml").is_file():
-        copy_recipe("quickstart", folder)
+        copy_recipe(recipe, folder)
     return folder
 
 

@@ -7,6 +7,9 @@ cached, resumable, shared with the quickstart. (Where there is a GPU, answers an
 from the GGUF file.) Compared are exact match on the suites, KL divergence to the teacher and
 calibration (expected calibration error of the next token, 15 bins) along the references, and bytes a token of the stored targets.
 Values are averaged over the seeds row by row; rows are the sample, and differences to the dense teacher are paired.
+
+Reasons need a teacher that gives them, so their arm is a pair of its own: the packaged recipe `rationale`, against the same rows
+without reasons, read twice, which are about as many student tokens.
 """
 
 from __future__ import annotations
@@ -58,6 +61,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "dense, half on-policy": {"score.kind": "dense", "distill.on_policy": 0.5},
     "12 draws, hidden states": {"score.kind": "sampled", "score.n": 12, "distill.features.weight": 1.0},
 }
+REASONS = "rationale"
+READ_TWICE: dict[str, Any] = {"generate.style": "answer", "heal.epochs": 2.0, "distill.epochs": 2.0}
 QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
 
 
@@ -138,6 +143,33 @@ def judge(session: Session, rows: int) -> dict[str, Any]:
     return found
 
 
+def with_and_without_reasons(seeds: int) -> dict[str, Any]:
+    """Return the exact matches of students that learn reasons too and of those that read the answers alone twice, the tokens
+    that each was distilled on, and the paired difference of the two, averaged over seeds row by row.
+    """
+    folder = recipe_folder(NAME, REASONS, recipe=REASONS)
+    found: dict[str, Any] = {}
+    right: dict[str, list[dict[str, float]]] = {"with": [], "alone": []}
+    for arm, overrides in (("with", {}), ("alone", READ_TWICE)):
+        for seed in range(seeds):
+            say(f"{REASONS}, {arm}, seed {seed}")
+            common = {"gates": {}, "baselines": {}, "compare": {}, "distill.seed": seed}
+            step = "evaluate/student"
+            session = build(folder, [step], targets=[TARGET], overrides={**common, **overrides})
+            answers = entry_of(session, step).path / "answers"
+            right[arm].append(
+                {f"{suite} {one.id}": one.score for suite in SUITES for one in load_answers(answers / f"{suite}.jsonl")}
+            )
+            found[f"{arm}_tokens"] = entry_of(session, "distill/1").facts["train"]["tokens"]
+    names = sorted(right["with"][0])
+    means = {arm: [mean(one[name] for one in some) for name in names] for arm, some in right.items()}
+    return {
+        **found,
+        **{arm: mean(values) for arm, values in means.items()},
+        "difference": paired_difference(means["with"], means["alone"]),
+    }
+
+
 def calibration_error(confidence: list[float], hit: list[int]) -> float:
     """Return the expected calibration error: |accuracy - confidence| in bins of confidence, weighted by their tokens."""
     sure, right = np.asarray(confidence), np.asarray(hit, dtype=float)
@@ -195,7 +227,11 @@ def main() -> None:
     options = parser(__doc__ or "", quick="three arms, one seed, 24 rows to learn from and 24 to score")
     options.add_argument("--seeds", type=int, default=3)
     options.add_argument(
-        "--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="dense and 12 draws always run"
+        "--arms",
+        nargs="+",
+        choices=[*ARMS, REASONS],
+        default=[*ARMS, REASONS],
+        help="dense and 12 draws always run",
     )
     options.add_argument(
         "--share",
@@ -205,7 +241,7 @@ def main() -> None:
     )
     given = options.parse_args()
     if given.quick:
-        given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]
+        given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]  # and no reasons: their teacher is one more
     arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}]
     folder = recipe_folder(NAME, "quick" if given.quick else "full")
     common = base_overrides(folder, given.quick)
@@ -222,6 +258,10 @@ def main() -> None:
     if given.share is not None:
         say(f"share {given.share[0]} of {given.share[1]} is built; without --share the table is printed")
         return
+    try:
+        reasons = with_and_without_reasons(given.seeds) if REASONS in given.arms else None
+    except EdgeDistillError as error:
+        could_not_measure(NAME, str(error))
     every = {arm: average(some) for arm, some in found.items()}
     differences = {arm: against(one, every[DENSE]) for arm, one in every.items()}
     n, n_kl = len(every[DENSE]["right"]), len(every[DENSE]["kl"])
@@ -241,6 +281,20 @@ def main() -> None:
             for arm, one in every.items()
         ],
     )
+    if reasons is not None:
+        table(
+            f"recipe {REASONS}, {given.seeds} seeds; exact match over n = {reasons['difference'].n} answers",
+            ["arm", "exact", "difference", "student tokens"],
+            [
+                ["answers alone, read twice", f"{reasons['alone']:.4f}", "", str(reasons["alone_tokens"])],
+                [
+                    "answers, and reasons when asked",
+                    f"{reasons['with']:.4f}",
+                    interval(reasons["difference"], 4),
+                    str(reasons["with_tokens"]),
+                ],
+            ],
+        )
     print(f"\nstudent tokens of every arm: {', '.join(sorted({str(one['tokens']) for one in every.values()}))}")
     print(machine_line())
     of_draws = differences[DRAWS]
@@ -264,6 +318,7 @@ def main() -> None:
             }
             for arm, one in every.items()
         },
+        reasons=None if reasons is None else {**reasons, "difference": reasons["difference"].to_json()},
         quick=given.quick,
     )
 

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgedistill.devices.protocol import Settings
 from edgedistill.recipes import copy_recipe
 from edgedistill.session import prepare
 from edgedistill.store import Store
 
 SIZES = {"drills": 16, "train": 48, "lists": 12, "holdout": 8, "ood": 6, "general": 3}
-PROMPTS = SIZES["train"] + SIZES["drills"]  # what the teacher is asked
+PROMPTS = 40  # what the teacher is asked
 REDUCED = {
     "teacher.min_score": {},
     "adapt.rows": 32,
     "adapt.epochs": 1.0,
+    "student.ffn_rows": 64,
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,
     "tune.skip": 0,
     "tune.rows": 12,
+    "prompts.rows": [32, PROMPTS - 32],
     "generate.batch_size": 8,
+    "generate.max_new_tokens": 40,
     "gates.min_retention": {},
     "gates.max_drop": {},
 }
@@ -42,6 +47,14 @@ def reduce(folder: Path) -> Path:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Fewer tokens for each speed; the same processes, pairs and repetitions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=128, tg=32, ttft_prompts=4))
+        yield
 
 
 @pytest.fixture(scope="session")

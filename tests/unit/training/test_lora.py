@@ -36,10 +36,17 @@ def test_merge_is_exact(tmp_path: Path, variant: dict[str, bool]) -> None:
     report = merge(base, adapter, tmp_path / "merged", rows=ROWS)
     assert report.max_logit_difference < 1e-4
     assert report.top1_agreement == 1.0
-    assert report.positions == 49
+    assert report.positions == 47  # of 49: the first token of each row is the attention sink
     assert {file.name for file in (tmp_path / "merged").iterdir()} >= {"config.json", "model.safetensors"}
     assert not list((tmp_path / "merged").glob("*.bin"))
     assert json.loads(json.dumps(report.to_json()))["dtype"] == "float32"
+
+
+def test_a_row_of_one_token_is_compared_too(tmp_path: Path) -> None:
+    base, adapter = _adapted(tmp_path)
+    report = merge(base, adapter, tmp_path / "merged", rows=[[5], [6, 7]])
+    assert report.positions == 2
+    assert report.logit_scale > 0
 
 
 def test_merge_to_bf16_says_what_the_rounding_costs(tmp_path: Path) -> None:
