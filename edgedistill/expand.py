@@ -98,7 +98,10 @@ class _Expander(RoundSteps, DraftSteps):
             shaped = self._shape(f"shape{suffix}", base_student if number == 1 else before)
             healed = self._heal(f"heal{suffix}", shaped, kept, before)
             merge = "merge" if number == len(links) + len(recipe.round) else f"merge/{number}"
-            student = self._distill(f"distill/{number}", merge, healed, kept, targets, teacher=self._beside(before))
+            states = self._states(f"states{suffix}", before, kept)
+            student = self._distill(
+                f"distill/{number}", merge, healed, kept, targets, teacher=self._beside(before), states=states
+            )
             before, above = student, before
             if number < len(links) and link.targets:
                 shipping.append((number, link, student))

@@ -50,6 +50,7 @@ class RoundSteps(TrainingSteps):
                 kept,
                 targets,
                 teacher=self._beside(above),
+                states=self._states(f"states/{tag}", above, kept),
             )
         self.tokens = tokens
         return student

@@ -18,12 +18,14 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, trai
 from edgedistill.refusals import refuse
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base
-from edgedistill.stages.distill import Distill, DistillBeside
+from edgedistill.stages.distill import Distill, DistillBeside, DistillCached
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
 from edgedistill.stages.score import Score
 from edgedistill.stages.shape import MeasuredShape, Shape
+from edgedistill.stages.states import States
 from edgedistill.stages.temper import Temper
+from edgedistill.training.objectives import even_pairs
 
 ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
 
@@ -160,9 +162,31 @@ class TrainingSteps:
 
     def _beside(self, teacher: Key) -> Key | None:
         """Return the teacher where it runs beside its student: for its whole distributions, or for its hidden states."""
-        distill = self.recipe.distill
-        whole = self.recipe.score.kind == "dense" and distill.loss.kd > 0
-        return teacher if whole or (distill.features is not None and distill.features.on) else None
+        features = self.recipe.distill.features
+        whole = self.recipe.score.kind == "dense" and self.recipe.distill.loss.kd > 0
+        return teacher if whole or (features is not None and features.on and not features.cached) else None
+
+    def _states(self, name: str, teacher: Key, kept: Key) -> Key | None:
+        """Add the storing of the teacher's hidden states, where the recipe asks for it."""
+        features = self.recipe.distill.features
+        if features is None or not (features.on and features.cached):
+            return None
+        layers = tuple(sorted({of_teacher for of_teacher, _ in self._pairs()}))
+        return self.graph.add(
+            name,
+            States(teacher=teacher, kept=kept, layers=layers),
+            Work(kind="forward", amount=2 * self.t_params * self.tokens),
+            memory=2 * self.t_params + RUNTIME_MIB * MIB,
+            disk=2 * len(layers) * self.inputs.teacher.facts.hidden * self.tokens,
+        )
+
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        """Return the pairs of layers (teacher's, student's) whose hidden states are compared."""
+        features = self.recipe.distill.features
+        assert features is not None
+        if features.pairs != "even":
+            return tuple((of_teacher, at) for of_teacher, at in features.pairs)
+        return even_pairs(self.inputs.teacher.facts.layers, student_facts(self.inputs).layers)
 
     def _temper(self, student: Key, name: str = "temper") -> Key:
         """Add the fit of one temperature, where the recipe asks for it."""
@@ -186,11 +210,12 @@ class TrainingSteps:
         targets: Key | None,
         *,
         teacher: Key | None = None,
+        states: Key | None = None,
         gold: bool = False,
         beside: type[DistillBeside] = DistillBeside,
     ) -> Key:
         """Add distill and, for an adapter, merge; return the key of the entry that holds ``model/``. With a ``teacher`` beside the
-        student the stage is ``beside``.
+        student the stage is ``beside``; ``states`` are its hidden states, stored.
         """
         settings = self.recipe.distill
         loss = (
@@ -205,6 +230,8 @@ class TrainingSteps:
             *(("curriculum",) if gold and settings.curriculum == "confidence" else ()),  # no targets, no confidence
         )
         training = settings.keyed("loss", "seed", "keep", *unused)
+        if "features" in training:
+            training["features"].pop("cached", None)  # where they come from, not what is compared
         if keep is not None:
             training["keep"] = {**keep.keyed("files", "rows"), "rows_digest": rows_digest(self.inputs.general)}
         fields: dict[str, Any] = {
@@ -218,6 +245,8 @@ class TrainingSteps:
             "general": self.inputs.general,
         }
         stage = Distill(**fields) if teacher is None else beside(**fields, teacher=teacher)
+        if states is not None:
+            stage = DistillCached(**fields, states=states, pairs=self._pairs())
         tokens = self.tokens * settings.epochs
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:

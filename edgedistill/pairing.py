@@ -75,8 +75,17 @@ def check_features(
         )
     if told[0]:
         raise RecipeError(told[0], told[1], key=f"distill.features{told[2]}", file=path)
+    if features.cached:
+        if recipe.score.kind == "dense" and recipe.distill.loss.kd > 0:
+            raise RecipeError(
+                'score.kind = "dense" keeps the teacher beside the student: there is nothing to store its hidden states for',
+                'set cached = false, or store draws of its distributions (score.kind = "sampled")',
+                key="distill.features.cached",
+                file=path,
+            )
+        return []
     size = 2 * max(teacher.params() for teacher, _ in links)
     return [
         f"distill.features keeps the teacher beside the student: about {format_size(size)} of memory, and its forward over "
-        "every row in every epoch"
+        "every row in every epoch; cached = true stores what it gives instead, on disk"
     ]

@@ -43,6 +43,8 @@ class Relations(Section):
 class Features(Section):
     """Hidden states that are drawn to the teacher's, which runs beside the student. ``weight`` 0 compares relations alone."""
 
+    LATER = ("cached",)
+
     weight: Annotated[float, Field(ge=0)] = Field(default=1.0, description="of the mean error of a token's states")
     pairs: Literal["even"] | Annotated[tuple[tuple[Layer, Layer], ...], Field(min_length=1)] = Field(
         default="even",
@@ -55,6 +57,10 @@ class Features(Section):
         default=False, description="through a matrix in training where the widths agree, too; it does not ship"
     )
     relations: Relations = Relations()
+    cached: bool = Field(
+        default=False,
+        description="the teacher's states are stored once, by a step of their own, instead of computed in every epoch",
+    )
 
     @property
     def on(self) -> bool:

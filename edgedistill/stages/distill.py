@@ -47,6 +47,7 @@ class Distill(Stage):
             train_settings,
         )
         from edgedistill.training.selfcheck import selfcheck
+        from edgedistill.training.targets import tokenizer_hash
         from edgedistill.training.trainer import train
         from edgedistill.training.vocabulary import origin_towards
 
@@ -54,11 +55,9 @@ class Distill(Stage):
         examples, tokenizer = load_kept(
             kept_rows, source, text=self.text, think_weight=self.training.get("think_weight", 1.0)
         )
-        targets, left_out = None, 0
+        targets, kept_count = None, len(examples)
         if self.targets is not None:
-            kept = len(examples)
             examples, targets = load_targets(ctx.path(self.targets, "targets"), examples, tokenizer, source)
-            left_out = kept - len(examples)
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         vocab_size = min(len(tokenizer), model.config.vocab_size)
@@ -84,6 +83,8 @@ class Distill(Stage):
                 guide = Features(whole, model, settings.features, tokens=tokens, seed=self.seed)
             if settings.on_policy:
                 writer = student_writer(model, tokenizer, vocab_size)
+        if isinstance(self, DistillCached):
+            examples, targets, guide = self.guided(ctx, examples, targets, model, settings, tokenizer_hash(tokenizer))
         ctx.progress(0, 1, "checking the losses")
         checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size, guide=guide)
         result = train(
@@ -101,7 +102,12 @@ class Distill(Stage):
         )
         watched = self.watch(ctx, result)
         take_results(result, ctx.work, ctx.out, source=source)
-        return {"train": result.to_json(), "selfcheck": checks.to_json(), "left_out": left_out, **watched}
+        return {
+            "train": result.to_json(),
+            "selfcheck": checks.to_json(),
+            "left_out": kept_count - len(examples),
+            **watched,
+        }
 
     def watch(self, ctx: Context, result: Any) -> Mapping[str, Any]:
         """Look at the trained student; raises StepFailed where it has stopped thinking."""
@@ -118,6 +124,32 @@ class DistillBeside(Distill):
     """
 
     teacher: Key
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillCached(Distill):
+    """Train one student towards hidden states of its teacher that are stored, at ``pairs`` (teacher's layer, student's)."""
+
+    states: Key
+    pairs: tuple[tuple[int, int], ...]
+
+    def guided(
+        self,
+        ctx: Context,
+        examples: list[Any],
+        targets: list[Any] | None,
+        model: Any,
+        settings: Any,
+        tokenizer: str,
+    ) -> tuple[list[Any], list[Any] | None, Any]:
+        """Return the examples whose states are stored, with their targets, and what compares the states."""
+        from edgedistill.training.cached_states import CachedFeatures, CachedStates, teachers_hashes
+
+        states = CachedStates(ctx.path(self.states, "states"))
+        keys = teachers_hashes(examples, ctx.path(self.student, "model"), states, tokenizer=tokenizer)
+        known = [at for at, one in enumerate(examples) if one.token_hash in keys]
+        guide = CachedFeatures(states, keys, model, settings.features, self.pairs, seed=self.seed)
+        return [examples[at] for at in known], targets and [targets[at] for at in known], guide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,13 @@ class Features(Guide):
     ) -> None:
         pairs = terms.pairs or even_pairs(len(layers_of(teacher)), len(layers_of(student)))
         super().__init__(teacher, pairs, tokens=tokens)
-        self.terms = terms
-        self.projections: list[torch.nn.Parameter] = []
-        above, below = teacher.config.hidden_size, student.config.hidden_size
-        if terms.weight and (above != below or terms.project):
-            self.projections = [_start(above, below, seed, at) for at in range(len(self.pairs))]
+        self.terms, self.projections = terms, self._matrices(terms, teacher.config.hidden_size, student, seed)
+
+    def _matrices(self, terms: FeatureTerms, above: int, student: Any, seed: int) -> list[torch.nn.Parameter]:
+        """Make the matrix of each pair of layers, from the student's width to ``above``, as far as they are needed."""
+        below = student.config.hidden_size
+        needed = terms.weight and (above != below or terms.project)
+        return [_start(above, below, seed, at) for at in range(len(self.pairs))] if needed else []
 
     def to(self, device: Any, dtype: torch.dtype) -> None:
         super().to(device, dtype)

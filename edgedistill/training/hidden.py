@@ -24,20 +24,25 @@ class Guide(ABC):
     """A teacher that reads what its student reads, and the states of both at some pairs of layers.
 
     ``pairs`` are (layer of the teacher, layer of the student), counted from 0. ``tokens`` are the teacher's numbers of the
-    student's tokens, where its vocabulary was trimmed.
+    student's tokens, where its vocabulary was trimmed. There may be no ``teacher``: its states are stored
+    (``cached_states.py``).
     """
 
     reads_along: ClassVar[bool] = True
+    """Whether a teacher reads the student's batch."""
 
-    def __init__(self, teacher: Any, pairs: Iterable[tuple[int, int]], *, tokens: Sequence[int] | None = None) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+    def __init__(
+        self, teacher: Any | None, pairs: Iterable[tuple[int, int]], *, tokens: Sequence[int] | None = None
+    ) -> None:
+        self.teacher: Any = None if teacher is None else teacher.eval().requires_grad_(False)
         self.pairs = list(pairs)
         self.tokens = None if tokens is None else torch.as_tensor(tokens)
         self._teachers: dict[int, torch.Tensor] = {}
         self._students: dict[int, torch.Tensor] = {}
         self._watched: list[Any] = []
-        for at in {of_teacher for of_teacher, _ in self.pairs}:
-            catch_output(layers_of(teacher)[at], at, self._teachers)
+        if teacher is not None:
+            for at in {of_teacher for of_teacher, _ in self.pairs}:
+                catch_output(layers_of(teacher)[at], at, self._teachers)
 
     def watch(self, student: Any) -> None:
         """Keep the states of the student's layers from now on, and those of no other student."""
@@ -48,9 +53,10 @@ class Guide(ABC):
 
     def to(self, device: Any, dtype: torch.dtype) -> None:
         """Move the teacher; its rotary frequencies are buffers and stay in float32."""
-        for parameter in self.teacher.parameters():
-            parameter.data = parameter.data.to(dtype)
-        self.teacher.to(device)
+        if self.teacher is not None:
+            for parameter in self.teacher.parameters():
+                parameter.data = parameter.data.to(dtype)
+            self.teacher.to(device)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return what is trained beside the student and not shipped, by name."""

@@ -193,7 +193,7 @@ def _features(check: _Check, model: Any, few: Sequence[Example], guide: Features
     guide.watch(model)
 
     def sums(rows: Sequence[Example]) -> dict[str, float]:
-        with packed_mode(model, guide.teacher) as packed:
+        with packed_mode(model, *([guide.teacher] if guide.reads_along else [])) as packed:
             batch = make_batch(rows, packed=packed)
             completion_states(model, batch)
             own.update({name: float(value) for name, value in guide.of_itself(batch, rows).items()})

@@ -558,6 +558,22 @@ def test_features_keep_the_teacher_beside_the_student_and_plan_says_what_that_ta
     assert adapt.key in related.match("distill/1")[0].stage.inputs()
 
 
+def test_stored_states_are_a_step_of_their_own_and_the_teacher_is_not_beside(folder: Path) -> None:
+    live, plan = make(folder, distill__features={"weight": 2.0}), make(folder, distill__features={"cached": True})
+    (states,), (distill,), (adapt,) = (plan.match(name) for name in ("states", "distill/1", "adapt"))
+    assert states.key in distill.stage.inputs() and adapt.key not in distill.stage.inputs()
+    assert adapt.key in states.stage.inputs() and states.disk > 0
+    assert distill.memory < live.match("distill/1")[0].memory
+    assert not any("keeps the teacher beside the student" in one for one in plan.warnings)
+    again = make(folder, distill__features={"cached": True, "distance": "cosine"}, distill__seed=7)
+    assert again.match("states")[0].key == states.key and again.match("distill/1")[0].key != distill.key
+    few = make(folder, distill__features={"cached": True, "pairs": [[19, 9], [29, 14]]})
+    assert few.match("states")[0].stage.fields()["layers"] == (19, 29)
+    with pytest.raises(RecipeError, match="keeps the teacher beside the student") as error:
+        make(folder, distill__features={"cached": True}, score__kind="dense")
+    assert error.value.key == "distill.features.cached"
+
+
 def test_features_are_matched_in_every_link_of_a_chain(folder: Path) -> None:
     chain: dict[str, Any] = {"chain": [{"layers": 20}], "student__layers": 10}
     plan = make(folder, **chain, distill__features__pairs=[[19, 9]])

@@ -1,4 +1,5 @@
-"""distill with a teacher beside the student, from entries on disk to a checkpoint: hidden states, and another tokenizer."""
+"""distill with a teacher beside the student, from entries on disk to a checkpoint: hidden states, of a teacher in memory or
+stored, and another tokenizer."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import pytest
 
 from edgedistill.fingerprint import Key
 from edgedistill.recipe_distill import Distill as Settings
-from edgedistill.stages.distill import DistillBeside
-from edgedistill.step import Context
+from edgedistill.stages.distill import DistillBeside, DistillCached
+from edgedistill.stages.states import States
+from edgedistill.step import Context, Stage
 from tests.unit.formats.gguf.conftest import TEXT, make_model, make_tokenizer
 
 LOSS = {"kd": 0.5, "ce": 0.5, "divergence": "forward-kl", "temperature": 1.0}
@@ -35,24 +37,12 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[Key, Any]:
     return {Key(name): SimpleNamespace(path=root / name, facts={}) for name in ("student", "teacher", "other", "kept")}
 
 
-def build(entries: dict[Key, Any], out: Path, teacher: str, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
-    """Run the step with a recipe's settings; return its facts and its log."""
-    loss = {**LOSS, **options.pop("loss", {})}
-    table: dict[str, Any] = {"method": "full", "batch_size": 4, "epochs": 1.0, "lr": 1e-3, **options}
-    stage = DistillBeside(
-        student=Key("student"),
-        kept=Key("kept"),
-        text="text",
-        targets=None,
-        training=Settings.model_validate(table).keyed("loss", "seed"),
-        loss=loss,
-        seed=0,
-        teacher=Key(teacher),
-    )
+def run(stage: Stage, entries: dict[Key, Any], out: Path) -> Any:
+    """Run a step; return its facts."""
     for folder in (out / "out", out / "work"):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     rows: Any = None
-    facts = stage.run(
+    return stage.run(
         Context(
             out=out / "out",
             work=out / "work",
@@ -63,6 +53,29 @@ def build(entries: dict[Key, Any], out: Path, teacher: str, **options: Any) -> t
             note=lambda _: None,
         )
     )
+
+
+def build(
+    entries: dict[Key, Any], out: Path, teacher: str, states: str = "", **options: Any
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Run distill with a recipe's settings; return its facts and its log."""
+    loss = {**LOSS, **options.pop("loss", {})}
+    table: dict[str, Any] = {"method": "full", "batch_size": 4, "epochs": 1.0, "lr": 1e-3, **options}
+    fields: dict[str, Any] = {
+        "student": Key("student"),
+        "kept": Key("kept"),
+        "text": "text",
+        "targets": None,
+        "training": Settings.model_validate(table).keyed("loss", "seed"),
+        "loss": loss,
+        "seed": 0,
+    }
+    stage = (
+        DistillCached(**fields, states=Key(states), pairs=((1, 0), (3, 1)))
+        if states
+        else DistillBeside(**fields, teacher=Key(teacher))
+    )
+    facts = run(stage, entries, out)
     return facts, [json.loads(line) for line in (out / "out" / "log" / "train.jsonl").read_text().splitlines()]
 
 
@@ -82,6 +95,27 @@ def test_features_and_relations_of_a_recipe_train_and_only_the_student_ships(
     assert {"features", "own features"} <= set(facts["selfcheck"]["differences"])
     shipped = load_file(tmp_path / "out" / "model" / "model.safetensors")
     assert set(shipped) == set(load_file(entries[Key("student")].path / "model" / "model.safetensors"))
+
+
+def test_stored_states_teach_as_those_of_a_teacher_beside_the_student(entries: dict[Key, Any], tmp_path: Path) -> None:
+    stage = States(teacher=Key("teacher"), kept=Key("kept"), layers=(1, 3))
+    (tmp_path / "states" / "work").mkdir(parents=True)
+    (tmp_path / "states" / "work" / "00000.partial").write_bytes(b"of a killed run")
+    facts = run(stage, entries, tmp_path / "states")
+    assert (facts["rows"], facts["layers"]) == (8, [1, 3])
+    assert [file.name for file in (tmp_path / "states" / "out" / "states").iterdir()] == ["00000.safetensors"]
+    stored = {**entries, Key("states"): SimpleNamespace(path=tmp_path / "states" / "out", facts={})}
+    table: dict[str, Any] = {
+        "loss": {"kd": 0.0, "ce": 1.0},
+        "features": {"weight": 2.0, "pairs": [[1, 0], [3, 1]], "relations": {"distances": 5.0}},
+        "epochs": 2.0,
+    }
+    _, live = build(entries, tmp_path / "live", "teacher", **table)
+    cached_facts, cached = build(stored, tmp_path / "cached", "teacher", "states", **table)
+    assert cached_facts["left_out"] == 0
+    for one, other in zip(live, cached, strict=True):
+        for name in ("loss", "ce", "features", "distances"):
+            assert other[name] == pytest.approx(one[name], rel=2e-2), name
 
 
 @pytest.mark.parametrize("divergence", ["uld", "gold"])
