@@ -7,15 +7,21 @@ is linked against the very libllama and libggml that our measurement loads from 
 Design. Speed differs between *processes* (where pages land, which core), so a sample here is a fresh process on both
 sides: load, warm up, --reps runs, of which the fastest counts. What disturbs a run from outside (within one
 process pp512 fell from 740 to 410 tokens/s for seconds, with both cores all its own) slows it down; a cost of our own would
-be in every run, the fastest too. Two sides take turns (ab, ba, ab, ...), and the ratio is the median over neighbouring pairs
-with a 95 % bootstrap interval. First llama-bench against itself (A/A): if that interval is not inside the bounds, this
-machine cannot tell a 3 % difference now; the script says so and exits with 3. Pairs during which other processes were busy
-are taken again; what decides that is their CPU time, never the result, and the count is printed.
+be in every run, the fastest too. Both sides let malloc give every large buffer pages of its own (`PLACEMENT`), as our
+measurements do: where a buffer lies in a page, an accident of what a program allocated before, moves pp512 by 4 %, and did
+so between llama-bench and a small C++ program that makes the same calls.
+
+A round is llama-bench, llama-bench again and ours, in changing order, so that all three see the same machine (one after the
+other, a quiet quarter of an hour once vouched for the noisy one behind it). The first of llama-bench over the second is A/A, ours
+over the mean of both is what is asked; each is the median over rounds with a 95 % bootstrap interval. If A/A is not inside the
+bounds, this machine cannot tell a 3 % difference now; the script says so and exits with 3. Rounds during which other processes
+were busy are taken again; what decides that is their CPU time, never the result, and the count is printed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -32,7 +38,7 @@ from typing import Any
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
 
 from edgedistill.devices.host import busy_seconds, fingerprint
-from edgedistill.devices.local import Worker
+from edgedistill.devices.local import PLACEMENT, Worker
 from edgedistill.devices.protocol import percentile
 from edgedistill.evals.statistics import Estimate, median_ratio
 
@@ -81,18 +87,16 @@ Sample = dict[str, float]  # test -> tokens/s of one process
 
 def main() -> None:
     """Build llama-bench if need be, run A/A, then ours against it, and print the verdict."""
-    arguments = parser(str(__doc__).partition("\n")[0], quick="3 pairs, 1 run each")
+    arguments = parser(str(__doc__).partition("\n")[0], quick="3 rounds, 1 run each")
     arguments.add_argument("--model", type=Path, help="a .gguf file; default: SmolLM2-135M-Instruct in Q8_0")
     arguments.add_argument("--threads", type=int, default=fingerprint().cores, help="threads of both sides")
-    arguments.add_argument(
-        "--pairs", type=int, default=20, help="least pairs of processes in each of the two comparisons"
-    )
-    arguments.add_argument("--most-pairs", type=int, default=70, help="go on to so many while the interval is too wide")
+    arguments.add_argument("--rounds", type=int, default=20, help="least rounds of three processes")
+    arguments.add_argument("--most-rounds", type=int, default=90, help="go on to so many while an interval is too wide")
     arguments.add_argument("--reps", type=int, default=3, help="runs in each process, of which the fastest counts")
     arguments.add_argument("--patience", type=float, default=600, help="seconds to wait in all for a quiet machine")
     options = arguments.parse_args()
     if options.quick:
-        options.pairs = options.most_pairs = 3
+        options.rounds = options.most_rounds = 3
         options.reps = 1
     quiet = Quiet(math.inf if options.quick else MOST_LOAD, options.patience)
 
@@ -106,20 +110,23 @@ def main() -> None:
     def ours() -> Sample:
         return run_ours(model, options.threads, options.reps)
 
-    same = compare("A/A", theirs, theirs, options.pairs, options.most_pairs, quiet)
+    same, truth = compare(theirs, ours, options.rounds, options.most_rounds, quiet)
     line = machine_line(**build)
     rows = [row(f"{test} llama-bench / itself", same[test]) for test in TESTS]
-    if not options.quick and not all(inside(same[test][0]) for test in TESTS):
-        table("tokens/s, medians over processes", COLUMNS, rows)
-        print(f"\n{line}")
-        wide = "; ".join(f"{test} {same[test][0]}" for test in TESTS if not inside(same[test][0]))
-        could_not_measure(NAME, f"llama-bench differs from itself by more than the bounds: {wide}", aa=as_json(same))
-    truth = compare("ours", ours, theirs, options.pairs, options.most_pairs, quiet)
     rows += [row(f"{test} ours / llama-bench", truth[test]) for test in TESTS]
     table("tokens/s, medians over processes", COLUMNS, rows)
+    if not options.quick and not all(inside(same[test][0]) for test in TESTS):
+        print(f"\n{line}")
+        wide = "; ".join(f"{test} {same[test][0]}" for test in TESTS if not inside(same[test][0]))
+        could_not_measure(
+            NAME,
+            f"llama-bench differs from itself by more than the bounds: {wide}",
+            aa=as_json(same),
+            ratio=as_json(truth),
+        )
     print(
         f"\n{line}\nlibrary: {build['libllama']}, shared by both; model: {model.name}; {options.threads} threads; "
-        f"{quiet.again} pairs were taken again because others kept more than {MOST_LOAD} cores busy"
+        f"{quiet.again} rounds were taken again because others kept more than {MOST_LOAD} cores busy"
     )
     finish(
         name=NAME,
@@ -131,7 +138,7 @@ def main() -> None:
         wanted=WANTED,
         holds=all(inside(truth[test][0]) for test in TESTS),
         aa=as_json(same),
-        pairs_taken_again=quiet.again,
+        rounds_taken_again=quiet.again,
         model=model.name,
         threads=options.threads,
         build=build,
@@ -142,7 +149,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 Compared = dict[str, tuple[Estimate, list[float], list[float]]]
-COLUMNS = ("test", "first", "second", "ratio", "95 % interval", "pairs")
+COLUMNS = ("test", "first", "second", "ratio", "95 % interval", "rounds")
 
 
 class Quiet:
@@ -163,7 +170,7 @@ class Quiet:
         """Take ``seconds`` that the load of others has cost off the patience."""
         self.patience -= seconds
         if self.patience <= 0:
-            could_not_measure(NAME, f"other processes keep {load:.1f} cores busy ({self.again} pairs were in vain)")
+            could_not_measure(NAME, f"other processes keep {load:.1f} cores busy ({self.again} rounds were in vain)")
 
     def load_during(self, work: Callable[[], None]) -> float:
         """Do ``work`` and return how many cores others kept busy meanwhile, as far as the system can tell."""
@@ -181,41 +188,42 @@ def _children_seconds() -> float:
 
 
 def compare(
-    label: str, first: Callable[[], Sample], second: Callable[[], Sample], least: int, most: int, quiet: Quiet
-) -> Compared:
-    """Run pairs of processes in turns until the intervals are narrow enough to decide, or ``most`` pairs are done.
+    theirs: Callable[[], Sample], ours: Callable[[], Sample], least: int, most: int, quiet: Quiet
+) -> tuple[Compared, Compared]:
+    """Run rounds until all intervals are narrow enough to decide, or ``most`` are done; return A/A, and ours over theirs.
 
-    Stopping looks at the width of the interval alone, not at where it lies, so that it favours no answer.
+    Stopping looks at the width of the intervals alone, not at where they lie, so that it favours no answer.
     """
-    left: list[Sample] = []
-    right: list[Sample] = []
-    result: Compared = {}
-    while len(left) < most:
+    orders = list(itertools.permutations(range(3)))
+    rounds: list[tuple[Sample, ...]] = []
+    same: Compared = {}
+    truth: Compared = {}
+    while len(rounds) < most:
         quiet.wait()
-        pair = len(left)
-        turns = [(first, left), (second, right)]
+        taken: dict[int, Sample] = {}
 
-        def take(turns: list[tuple[Callable[[], Sample], list[Sample]]] = turns[:: -1 if pair % 2 else 1]) -> None:
-            for run, kept in turns:
-                kept.append(run())
+        def take(order: tuple[int, ...] = orders[len(rounds) % len(orders)], taken: dict[int, Sample] = taken) -> None:
+            for side in order:
+                taken[side] = (theirs, theirs, ours)[side]()
 
         start = time.perf_counter()
         load = quiet.load_during(take)
         if load > quiet.most:
-            left.pop()
-            right.pop()
             quiet.again += 1
             quiet.lose(time.perf_counter() - start, load)
             continue
-        result = {}
+        rounds.append((taken[0], taken[1], taken[2]))
         for test in TESTS:
-            a, b = [sample[test] for sample in left], [sample[test] for sample in right]
-            result[test] = (median_ratio(a, b, paired=True), a, b)
-        say(f"{label} {pair + 1}: " + ", ".join(f"{test} {result[test][0]}" for test in TESTS))
-        narrow = all(one.high - one.low < (BOUNDS[1] - BOUNDS[0]) / 2 for one, _, _ in result.values())
-        if pair + 1 >= least and narrow:
+            one, other, own = ([sample[side][test] for sample in rounds] for side in range(3))
+            both = [(a + b) / 2 for a, b in zip(one, other, strict=True)]
+            same[test] = (median_ratio(one, other, paired=True), one, other)
+            truth[test] = (median_ratio(own, both, paired=True), own, both)
+        for label, result in (("A/A", same), ("ours", truth)):
+            say(f"{len(rounds)} {label}: " + ", ".join(f"{test} {result[test][0]}" for test in TESTS))
+        estimates = [result[test][0] for result in (same, truth) for test in TESTS]
+        if len(rounds) >= least and all(one.high - one.low < (BOUNDS[1] - BOUNDS[0]) / 2 for one in estimates):
             break
-    return result
+    return same, truth
 
 
 def run_llama_bench(binary: Path, model: Path, threads: int, reps: int) -> Sample:
@@ -235,7 +243,7 @@ def run_llama_bench(binary: Path, model: Path, threads: int, reps: int) -> Sampl
         "-o",
         "json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**PLACEMENT, **os.environ})
     if done.returncode:
         could_not_measure(NAME, f"llama-bench failed ({done.returncode}): {done.stderr.strip()[-500:]}")
     sample = {}
