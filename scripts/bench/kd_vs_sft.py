@@ -197,7 +197,7 @@ def main() -> None:
     distill = session.recipe.distill
     job = {
         **places(session),
-        "training": distill.model_dump(exclude={"loss"}),
+        "training": distill.keyed("loss", "seed"),
         "loss": distill.loss.model_dump(),
         "suites": {name: str(session.path.parent / "data" / f"{name}.jsonl") for name in SUITES},
         "rows": 16 if given.quick else 480,
