@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgedistill.fingerprint import Key
+from edgedistill.stages.score import SHARD_ROWS
 from edgedistill.step import Context, Stage
-
-SHARD_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,8 @@ class CachedStates:
             self._shards.append(shard)
         if not self._places:
             raise UsageError(f"{folder}: no hidden states are stored there", "build the states step again")
-        names = [name for name in self._shards[0].keys() if name.startswith("layer.")]  # noqa: SIM118 (no dict)
+        stored: list[str] = self._shards[0].keys()
+        names = [name for name in stored if name.startswith("layer.")]
         self.tokenizer: str = self._shards[0].metadata()["tokenizer"]
         self.layers = sorted(int(name.removeprefix("layer.")) for name in names)
         self.width = int(self._shards[0].get_slice(names[0]).get_shape()[1])
@@ -74,7 +75,10 @@ class CachedFeatures(Features):
         seed: int = 0,
     ) -> None:
         if absent := {of_teacher for of_teacher, _ in pairs} - set(states.layers):
-            raise UsageError(f"the hidden states of the teacher's layers {sorted(absent)} are not stored")
+            raise UsageError(
+                f"the hidden states of the teacher's layers {sorted(absent)} are not stored",
+                "build the states step again",
+            )
         Guide.__init__(self, None, pairs)
         self.states, self.keys = states, keys
         self.terms, self.projections = terms, self._matrices(terms, states.width, student, seed)
