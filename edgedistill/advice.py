@@ -36,6 +36,8 @@ def _quantizing_alone(inputs: Inputs) -> list[str]:
     from edgedistill.formats.gguf.types import estimate_file_size
 
     fits = []
+    if inputs.server is not None:
+        return []
     for target in inputs.targets:
         limit, quantize = target.limits.file_size, target.quantize
         if target.runtime.format != "gguf" or limit is None:

@@ -16,6 +16,7 @@ from edgedistill.errors import RecipeError
 from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.expand_draft import DraftSteps
 from edgedistill.expand_rounds import RoundSteps
+from edgedistill.expand_text import TextSteps
 from edgedistill.fingerprint import Key, digest
 from edgedistill.inputs import (
     Inputs,
@@ -30,8 +31,6 @@ from edgedistill.recipe import Suite
 from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.convert import Convert
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
-from edgedistill.stages.filter import Filter, ThinkingFilter
-from edgedistill.stages.generate import Generate
 from edgedistill.stages.measure import Measure
 from edgedistill.stages.package import DraftedPackage, Package
 from edgedistill.stages.quantize import Quantize
@@ -46,45 +45,18 @@ def expand(inputs: Inputs) -> Plan:
     return _Expander(inputs).plan()
 
 
-class _Expander(RoundSteps, DraftSteps):
+class _Expander(TextSteps, RoundSteps, DraftSteps):
     """Adds the steps of one recipe, from the base models to the packages."""
 
     def plan(self) -> Plan:
-        recipe, seed = self.recipe, self.recipe.seed
+        recipe = self.recipe
         base_teacher = self._base("base/teacher", self.inputs.teacher)
         teacher = self._adapt(base_teacher)
         from_teacher = recipe.student.model == "teacher"
         base_student = teacher if from_teacher else self._base("base/student", self.inputs.student)
-        scores = self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
-        rows = rows_digest(self.inputs.prompts)
-        answers = self.graph.add(
-            "generate",
-            Generate(
-                teacher=teacher,
-                rows_digest=rows,
-                rows=self.inputs.prompts,
-                seed=seed,
-                scores=scores,
-                min_score=recipe.teacher.min_score,
-                **recipe.generate.model_dump(),
-            ),
-            Work(kind="decode", amount=2 * self.t_params * self.tokens),
-            memory=2 * self.t_params + RUNTIME_MIB * MIB,
-            disk=len(self.inputs.prompts) * recipe.generate.samples * 600,
-        )
-        style = recipe.generate.style
-        filtered: dict[str, Any] = {
-            "answers": answers,
-            "rows_digest": rows,
-            "rows": self.inputs.prompts,
-            "filters": tuple(one.keyed() for one in recipe.filter),
-        }
-        kept = self.graph.add(
-            "filter",
-            ThinkingFilter(**filtered, style=style) if style in BLOCKS else Filter(**filtered),
-            Work(kind="bytes", amount=len(self.inputs.prompts) * 1000.0),
-            disk=len(self.inputs.prompts) * 800,
-        )
+        self.asked, self.whole_student = teacher, base_student
+        scores = self._prove(teacher)
+        kept = self._text(teacher, scores)
         healed = student = base_student
         before, above, links = teacher, teacher, along_chain(self.inputs)
         whole = self.inputs, self.recipe, self.t_params
@@ -124,6 +96,13 @@ class _Expander(RoundSteps, DraftSteps):
         check_machine(plan)
         return plan
 
+    def _prove(self, teacher: Key) -> Key:
+        """Evaluate the teacher: one behind a server by what it writes."""
+        if self.server is None:
+            return self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
+        written = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
+        return self._evaluate("evaluate/teacher", teacher, "served.json", 0, kind="served", only=written)
+
     def _unpruned(self, teacher: Key, base_teacher: Key, base: Key) -> None:
         """Evaluate what the student was before it was cut and taught, where suites tell what was forgotten and nothing else
         evaluates it.
@@ -157,9 +136,11 @@ class _Expander(RoundSteps, DraftSteps):
         """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""
         baselines = self.recipe.baselines
         self.packages: dict[str, Key] = {}
-        teacher_gguf = self._convert("convert/teacher", teacher, self.inputs.teacher, self.t_params)
+        teacher_gguf = None
+        if self.server is None:
+            teacher_gguf = self._convert("convert/teacher", teacher, self.inputs.teacher, self.t_params)
         student_gguf = self._convert("convert/student", student, self.inputs.student, self.s_params)
-        references = {"student": student_gguf, "teacher": teacher_gguf}
+        references = {"student": student_gguf} | ({"teacher": teacher_gguf} if teacher_gguf else {})
         imatrix = self._calibrate("calibrate", student_gguf, kept, self.s_params)
         quantized: list[tuple[Target, Key, str]] = []
         for target in self.inputs.targets:
@@ -179,7 +160,7 @@ class _Expander(RoundSteps, DraftSteps):
             gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)
             gold_gguf = self._convert("convert/gold-sft", gold, self.inputs.student, self.s_params)
             self._evaluate("evaluate/gold-sft", gold_gguf, "model.gguf", self.s_params)
-        if baselines.quantized_teacher:
+        if baselines.quantized_teacher and teacher_gguf:
             teacher_imatrix = self._calibrate("calibrate/teacher", teacher_gguf, kept, self.t_params)
             small = self._quantize(
                 "quantize/teacher",
@@ -191,7 +172,8 @@ class _Expander(RoundSteps, DraftSteps):
             )
             self._evaluate("evaluate/quantized-teacher", small, "model.gguf", self.t_params)
             self._measure("measure/quantized-teacher", small, "model.gguf", None, None)
-        self._measure("measure/teacher", teacher_gguf, "model.gguf", None, None)
+        if teacher_gguf:
+            self._measure("measure/teacher", teacher_gguf, "model.gguf", None, None)
         self._measure("measure/student", student_gguf, "model.gguf", None, None)
         measured = [
             self._measure(f"measure/{target.name}", key, file, teacher_gguf, target) for target, key, file in quantized
@@ -349,20 +331,22 @@ class _Expander(RoundSteps, DraftSteps):
         kind = kind or ("decode-onnx" if file == "onnx" else "decode-gguf")
         tokens = sum(sum(map(row_tokens, rows)) for rows in suites.values())
         tokens += sum(sum(map(row_tokens, suites[spec.name])) for spec in specs if spec.grammar)
+        served = kind == "served"
         stage = Evaluate(
             model=model,
             file=file,
             suites=specs,
             shots=few_shots(self.inputs.gold, shots),
             references=dict(references or {}),
-            build={"decode": "transformers", "decode-onnx": self.onnx}.get(kind, self.llama),
-            isa=self.isa,
+            build={"decode": "transformers", "decode-onnx": self.onnx, "served": "openai"}.get(kind, self.llama),
+            isa="" if served else self.isa,
             rows=suites,
+            server=self.server if served else None,
         )
         return self.graph.add(
             name,
             stage,
-            Work(kind=kind, amount=2 * params * tokens),
+            Work(kind=kind, amount=tokens if served else 2 * params * tokens),
             memory=4 * params + bool(references) * 2 * (self.t_params + self.s_params) + RUNTIME_MIB * MIB,
             disk=sum(len(rows) for rows in suites.values()) * 400,
         )
@@ -409,7 +393,7 @@ class _Expander(RoundSteps, DraftSteps):
         measurement: Key,
         scores: Key,
         student: Key,
-        reference: Key,
+        reference: Key | None,
         draft: tuple[Key, Key] | None = None,
         *,
         of: str = "",

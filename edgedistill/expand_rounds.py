@@ -85,7 +85,8 @@ class RoundSteps(TrainingSteps):
             memory=4 * self.s_params + RUNTIME_MIB * MIB,
             disk=len(rows) * 400,
         )
-        stage = GenerateFailed(**self._question(one, teacher, number), student=judged, suite=PROMPTS)
+        asked = self._question(one, teacher, number)
+        stage = GenerateFailed(**asked, student=judged, suite=PROMPTS, server=self.server)
         return self._ask(tag, one, stage, "decode-failed", params)
 
     def _question(self, one: Round, asked: Key, number: int) -> dict[str, Any]:
@@ -107,7 +108,9 @@ class RoundSteps(TrainingSteps):
         return self.graph.add(
             f"generate/{tag}",
             stage,
-            Work(kind=kind, amount=2 * params * sum(map(row_tokens, rows)) * one.samples),
+            Work(kind=kind, amount=2 * params * sum(map(row_tokens, rows)) * one.samples)
+            if params
+            else Work(kind="served", amount=FAILED * sum(map(row_tokens, rows)) * one.samples),
             memory=2 * params + RUNTIME_MIB * MIB,
             disk=len(rows) * one.samples * 600,
         )

@@ -16,12 +16,13 @@ from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.refusals import refuse
+from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.stages.adapt import Adapt
-from edgedistill.stages.base import Base
-from edgedistill.stages.distill import Distill, DistillBeside, DistillCached
+from edgedistill.stages.base import Base, Served
+from edgedistill.stages.distill import Distill, DistillBeside, DistillCached, DistillServed
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
-from edgedistill.stages.score import Score
+from edgedistill.stages.score import Score, ScoreServed
 from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.states import States
 from edgedistill.stages.temper import Temper
@@ -45,8 +46,14 @@ class TrainingSteps:
         self.t_params = inputs.teacher.facts.params()
         self.s_params = student_facts(inputs).params()
         self.checks = inputs.prompts[:64]
+        self.server = inputs.server
+        self.asked: Key | None = None  # a served teacher, and the model with the tokens that it is asked about
+        self.whole_student: Key | None = None
 
     def _base(self, name: str, model: Resolved) -> Key:
+        if model.kind == SERVED_KIND:
+            assert self.server is not None
+            return self.graph.add(name, Served(identity=self.server.identity), Work(kind="bytes", amount=1000.0))
         dequantize = model.path.is_file()
         stage = Base(
             source_digest=model.digest, dtype="float32", tool=self.gguf_tool if dequantize else "", path=model.path
@@ -89,10 +96,15 @@ class TrainingSteps:
             temperature=score.temperature or self.recipe.distill.loss.temperature,
             seed=self.recipe.seed,
         )
+        work = Work(kind="forward", amount=2 * self.t_params * self.tokens)
+        if self.server is not None:
+            assert self.whole_student is not None
+            stage = ScoreServed(**stage.fields(), student=self.whole_student, server=self.server)
+            work = Work(kind="served-scores", amount=self.tokens)
         return self.graph.add(
             name,
             stage,
-            Work(kind="forward", amount=2 * self.t_params * self.tokens),
+            work,
             memory=2 * self.t_params + RUNTIME_MIB * MIB,
             disk=self.tokens * 48,
         )
@@ -247,6 +259,10 @@ class TrainingSteps:
         stage = Distill(**fields) if teacher is None else beside(**fields, teacher=teacher)
         if states is not None:
             stage = DistillCached(**fields, states=states, pairs=self._pairs())
+        if self.server is not None and settings.on_policy and not gold:
+            assert self.whole_student is not None and self.asked is not None
+            more = {"teacher": self.asked, "tokens": self.whole_student, "n": self.recipe.score.n}
+            stage = DistillServed(**fields, **more, server=self.server)
         tokens = self.tokens * settings.epochs
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:

@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgedistill.chat import read_chat
+from edgedistill.data.corrections import WRONG
 from edgedistill.data.prompts import Row, load_rows
-from edgedistill.data.thinking import WRONG, asking_why, two_tasks, with_block
+from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Training
 from edgedistill.recipe_distill import Distill
+from edgedistill.served import Server
 from edgedistill.target import Target
 from edgedistill.training.shaping import choose_layers
 
@@ -44,6 +46,11 @@ class Inputs:
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
+
+    @property
+    def server(self) -> Server | None:
+        """The teacher's, where its weights are not here."""
+        return self.teacher.server
 
 
 class _Files:

@@ -17,11 +17,14 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest, file_digest
 from edgedistill.store import write_atomic
+
+if TYPE_CHECKING:
+    from edgedistill.served import Server
 
 KINDS = ("hf", "path", "pypi", "gguf")
 
@@ -81,7 +84,9 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A model that is here: ``revision`` and ``digest`` pin it, ``path`` is a GGUF file or an HF folder."""
+    """A model that is here: ``revision`` and ``digest`` pin it, ``path`` is a GGUF file or an HF folder. Or one that stands behind
+    a ``server``: there ``path`` is that of its student, for the tokens that they share.
+    """
 
     source: str
     kind: str
@@ -89,6 +94,7 @@ class Resolved:
     digest: str
     path: Path
     facts: ModelFacts
+    server: Server | None = None
 
 
 def resolve(

@@ -32,12 +32,14 @@ DEFAULTS = {
     "quantize-gptq": 6e6,
     "build-onnx": 20e6,
     "measure": 1e9,
+    "served": 100.0,  # tokens that a server reads and writes; its speed is not this machine's
+    "served-scores": 1000.0,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """An amount of one kind of work: floating-point operations for training and decoding, bytes for the rest."""
+    """An amount of one kind of work: floating-point operations for training and decoding, tokens of servers, bytes for the rest."""
 
     kind: str
     amount: float

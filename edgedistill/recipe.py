@@ -1,8 +1,8 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
-Every default lives in these classes, once (``recipe_base.py``: what the tables share, ``recipe_distill.py``: how the student is
-taught). A key that is not built does not exist, and is refused with its line and a suggestion.
-Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for editors.
+Every default lives in these classes, once (``recipe_base.py``: what the tables share, ``recipe_teacher.py`` and
+``recipe_distill.py``: who teaches, and how the student is taught). A key that is not built does not exist, and is refused with its
+line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for editors.
 """
 
 from __future__ import annotations
@@ -13,26 +13,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
-from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Share, Skip, Training
+from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
+from edgedistill.recipe_teacher import Teacher, refuse_served
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
 THINKING = " or ".join(f'"{style}"' for style in BLOCKS)
+ANALYSED = tuple(style for style in BLOCKS if style != "rationale")
+"""Styles whose answers can say what was wrong before."""
 UNLOADABLE = {
     "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
     'be neither run nor measured here; take kind = "model"',
     "medusa": 'llama.cpp cannot load Medusa heads; take kind = "model"',
 }
 """Heads for speculative decoding that people ask for by name, and why they are refused (llama-cpp-python 0.3.36)."""
-
-
-class Teacher(Section):
-    """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated."""
-
-    model: str
-    backend: Literal["transformers"] = "transformers"
-    min_score: dict[str, Share] = Field(default={})
 
 
 class Adapt(Training):
@@ -103,7 +98,7 @@ class Filter(Section):
     is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
-    LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge")
+    LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge", "analysis")
 
     kind: Literal["reference", "thinking", "best"]
     metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = "json-exact"
@@ -120,6 +115,11 @@ class Filter(Section):
         description="reference: so many wrong answers to each prompt become lessons: shown one, and that it is not right, the "
         "student learns to write what was kept",
     )
+    analysis: bool = Field(
+        default=False,
+        description="corrections: the teacher itself is told that it was wrong; what it says of it is learnt where its new "
+        "answer is right",
+    )
     keep: Count = Field(default=1, description="best: so many answers to each prompt")
     by: Literal["likelihood", "shortest", "drawn"] = Field(
         default="likelihood", description="best: of the whole text; drawn: the first ones, a fair draw"
@@ -135,6 +135,8 @@ class Filter(Section):
             raise ValueError('keep and by are for kind = "best"')
         if self.kind != "reference" and self.corrections:
             raise ValueError('corrections are for kind = "reference": only there an answer is wrong')
+        if self.analysis and not self.corrections:
+            raise ValueError("analysis is how corrections are written: set corrections, too")
         if self.max_words is not None and self.max_words < self.min_words:
             raise ValueError(f"max_words = {self.max_words} is under min_words = {self.min_words}: nothing would pass")
         return self
@@ -337,6 +339,12 @@ class Recipe(Section):
         return next((one.hedge for one in self.filter if one.hedge), None)
 
     @model_validator(mode="after")
+    def _served(self) -> Recipe:
+        if self.teacher.backend == "openai":
+            refuse_served(self)
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         skipping = {"temperature": self.temperature, "tune": self.tune, "draft": self.draft}
         for place, section in skipping.items():
@@ -401,6 +409,13 @@ class Recipe(Section):
                 f'distill.think_weight = 0 in the style "{self.generate.style}" would teach neither to go on after the answer nor '
                 'to end there: set generate.style = "answer"'
             )
+        for at, one in enumerate(self.filter):
+            if one.analysis and self.generate.style not in ANALYSED:
+                raise key_error(
+                    f"filter.{at}.analysis",
+                    "what is wrong is said in a block beside the answer: set generate.style = "
+                    + " or ".join(f'"{style}"' for style in ANALYSED),
+                )
         if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
             raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
         for at, one in enumerate(self.filter):
@@ -442,9 +457,10 @@ class Recipe(Section):
                 raise ValueError(
                     "baselines.few_shot puts single answers before a prompt, and rows are traces: leave it out"
                 )
-        if self.distill.on_policy and not (self.score.kind == "dense" and self.distill.loss.kd > 0):
+        live = "top-k" if self.teacher.backend == "openai" else "dense"
+        if self.distill.on_policy and not (self.score.kind == live and self.distill.loss.kd > 0):
             raise ValueError(
-                'distill.on_policy needs the teacher beside the student: set score.kind = "dense" and loss.kd above 0'
+                f'distill.on_policy needs the teacher beside the student: set score.kind = "{live}" and loss.kd above 0'
             )
         if self.distill.on_policy and self.distill.loss.divergence in WHOLE:
             raise ValueError(

@@ -58,6 +58,7 @@ def refuse(inputs: Inputs) -> list[str]:
             "quantized model "
             "(dequantized to full precision)"
         )
+    _refuse_served(inputs)
     links = along_chain(inputs, _refuse_shape)
     warnings += _gaps(links)
     warnings += check_features(
@@ -97,8 +98,11 @@ def refuse(inputs: Inputs) -> list[str]:
     )
     taught = {id(row): row for row in every}  # files may be shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
+        one, other = (
+            "the training rows" if name == "train" else f"the suite {name!r}" for name, _ in (found.first, found.second)
+        )
         raise RecipeError(
-            f"the prompt {found.prompt[:60]!r} stands in the training rows and in a suite",
+            f"the prompt {found.prompt[:60]!r} stands in {one} and in {other}",
             "remove it from one of the files: a score on seen prompts proves nothing",
             key="suites",
             file=inputs.path,
@@ -112,6 +116,35 @@ def refuse(inputs: Inputs) -> list[str]:
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
+
+
+def _refuse_served(inputs: Inputs) -> None:
+    """Refuse what the server of the teacher cannot do."""
+    server, recipe = inputs.server, inputs.recipe
+    if server is None:
+        return
+    told: tuple[str, str, str] | None = None
+    by = [at for at, one in enumerate(recipe.filter) if one.kind == "best" and one.by == "likelihood"]
+    if recipe.score.kind == "top-k" and not server.abilities.scores:
+        told = (
+            f"{server.url} gives no log-probabilities of given tokens, or fewer than {recipe.score.n} at each",
+            "serve the teacher by vLLM (--max-logprobs), or distil on its text: score.kind = 'none', distill.loss.kd = 0",
+            "score.kind",
+        )
+    elif by and not server.abilities.logprobs:
+        told = (
+            f"{server.url} gives no log-probabilities of what it writes",
+            'choose by = "shortest" or "drawn"',
+            f"filter.{by[0]}.by",
+        )
+    elif any(row.tools for row in inputs.prompts):
+        told = (
+            "rows have tools, and calls of a server's are not read yet",
+            "describe the functions in the system message",
+            "prompts.files",
+        )
+    if told is not None:
+        raise RecipeError(told[0], told[1], key=told[2], file=inputs.path)
 
 
 def _refuse_tools(inputs: Inputs) -> list[str]:

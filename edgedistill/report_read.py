@@ -151,7 +151,9 @@ def _models(reader: _Reader) -> list[Model]:
     """List teacher, baselines, arms, merged student and artifacts: those that are evaluated, measured or written so far."""
     session, base = reader.session, reader.session.recipe.baselines
     rows = [
-        ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
+        ("teacher", "teacher, served", "teacher", "", "")
+        if session.inputs.server
+        else ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
         ("base", "base, untaught", "baseline", "", ""),
         ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
         (

@@ -52,13 +52,21 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """A stored answer: the text, the token ids the teacher emitted, why it stopped, its log-probability in nats."""
+    """A stored answer: the text, the token ids the teacher emitted, why it stopped, its log-probability in nats. A server gives
+    no ids: there ``tokens`` is their number.
+    """
 
     key: str
     text: str
     token_ids: tuple[int, ...]
     finish: str
     logprob: float
+    tokens: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Return the number of tokens."""
+        return len(self.token_ids) if self.tokens is None else self.tokens
 
 
 class RowStore:
@@ -121,6 +129,7 @@ class RowStore:
                                 "token_ids": answer.token_ids,
                                 "finish": answer.finish,
                                 "logprob": answer.logprob,
+                                **({} if answer.tokens is None else {"tokens": answer.tokens}),
                             }
                         ),
                         now,
@@ -157,4 +166,5 @@ def _answered(key: str, raw: str) -> Answered:
         token_ids=tuple(body["token_ids"]),
         finish=body["finish"],
         logprob=body["logprob"],
+        tokens=body.get("tokens"),
     )

@@ -16,6 +16,7 @@ from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.runner import Verdict, assess
+from edgedistill.served import resolve_served, server_of
 from edgedistill.store import Store
 from edgedistill.target import Target, find_target, format_size
 
@@ -97,7 +98,8 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
     pins = read_lock(lock)
     found: dict[str, Resolved] = {}
     of_student = recipe.teacher.model if recipe.student.model == "teacher" else recipe.student.model
-    for source in dict.fromkeys((recipe.teacher.model, of_student)):
+    server = server_of(recipe)
+    for source in dict.fromkeys((of_student,) if server else (recipe.teacher.model, of_student)):
         local = source.split(":", 1)[0] in (
             "path",
             "gguf",
@@ -105,7 +107,10 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
         pin = None if local else pins.get(source)
         found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
-    return found[recipe.teacher.model], found[of_student]
+    if server is None:
+        return found[recipe.teacher.model], found[of_student]
+    scored = recipe.score.n if recipe.score.kind == "top-k" else 0
+    return resolve_served(server, found[of_student], store.root, scored=scored), found[of_student]
 
 
 def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:

@@ -49,11 +49,17 @@ def _no_reasoning() -> str:
     return "" if find_spec("reasoning_gym") else "reasoning-gym missing: pip install 'edgedistill[reasoning]'"
 
 
+def _no_vllm() -> str:
+    python = os.environ.get("EDGEDISTILL_VLLM", "")
+    return "" if python and shutil.which(python) else "no vLLM: export EDGEDISTILL_VLLM=$(scripts/vllm-env FOLDER)"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "onnx": _no_onnx,
     "reasoning": _no_reasoning,
     "container": _no_container_tools,
     "browser": _no_browser,
+    "vllm": _no_vllm,
 }
 
 

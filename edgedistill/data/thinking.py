@@ -34,8 +34,6 @@ LEAST_WORDS = 3
 """A block of fewer words is empty: "OK." is no thought."""
 REQUEST = "Explain how to get to the answer."
 """What is added to a prompt to ask for the rationale alone."""
-WRONG = "That is not right. Find the mistake and answer again."
-"""What the user says to a wrong answer, for a lesson in correcting it."""
 COLLAPSED = 0.5
 """Share of empty blocks beyond which thinking has collapsed."""
 

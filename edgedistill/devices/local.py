@@ -32,9 +32,6 @@ from edgedistill.errors import StepFailed, UsageError
 
 __all__ = ["Local", "bandwidth", "fingerprint", "measure", "measure_ratio"]
 
-PLACEMENT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""Of a process that is measured: glibc gives every large buffer pages of its own. Where it lies in a page is else an accident of
-what was allocated before, and moved pp512 by 4 % from one program to another over the same library and file."""
 _PAIRS = 8  # fewest pairs of a ratio: below, the bootstrap interval of a median is mostly luck
 
 
@@ -224,7 +221,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**PLACEMENT, **os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path},
         )
         try:
             self.loaded = self.ask("load", path=str(self.artifact.resolve()), threads=self.threads, draft=self.draft)

@@ -6,6 +6,7 @@ lies."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,19 @@ from typing import Any, ClassVar
 
 from edgedistill.models import model_files
 from edgedistill.step import Context, Stage, unkeyed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Stage):
+    """Name a teacher that stands behind a server: its answers are kept as those of ``identity``, wherever the server is."""
+
+    name: ClassVar[str] = "served"
+    identity: Mapping[str, Any]
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Write down who it is."""
+        (ctx.out / "served.json").write_text(json.dumps(self.identity, indent=1, sort_keys=True) + "\n")
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

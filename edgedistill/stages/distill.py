@@ -6,12 +6,14 @@ dense, shift and mask are right."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
+from edgedistill.served import Server
 from edgedistill.step import Context, Stage, unkeyed
 
 
@@ -61,7 +63,7 @@ class Distill(Stage):
         settings = train_settings(self.training, loss=self.loss, seed=self.seed)
         model = load_model(source)
         vocab_size = min(len(tokenizer), model.config.vocab_size)
-        guide = teacher = writer = None
+        guide = teacher = writer = served = None
         if isinstance(self, DistillBeside):
             above = ctx.path(self.teacher, "model")
             origin, whole = origin_towards(source, above), load_model(above)
@@ -87,19 +89,23 @@ class Distill(Stage):
             examples, targets, guide = self.guided(ctx, examples, targets, model, settings, tokenizer_hash(tokenizer))
         ctx.progress(0, 1, "checking the losses")
         checks = selfcheck(model, examples, targets, terms=settings.loss, vocab_size=vocab_size, guide=guide)
-        result = train(
-            model,
-            examples,
-            targets,
-            settings=settings,
-            out=ctx.work,
-            vocab_size=vocab_size,
-            guide=guide,
-            teacher=teacher,
-            writer=writer,
-            general=encode_rows(self.general, source) if self.general else (),
-            progress=ctx.progress,
-        )
+        if isinstance(self, DistillServed):
+            served = self.beside(ctx, examples, targets)
+            teacher, targets, writer = served, None, student_writer(model, tokenizer, vocab_size)
+        with contextlib.closing(served.server) if served else contextlib.nullcontext():
+            result = train(
+                model,
+                examples,
+                targets,
+                settings=settings,
+                out=ctx.work,
+                vocab_size=vocab_size,
+                guide=guide,
+                teacher=teacher,
+                writer=writer,
+                general=encode_rows(self.general, source) if self.general else (),
+                progress=ctx.progress,
+            )
         watched = self.watch(ctx, result)
         take_results(result, ctx.work, ctx.out, source=source)
         return {
@@ -150,6 +156,32 @@ class DistillCached(Distill):
         known = [at for at, one in enumerate(examples) if one.token_hash in keys]
         guide = CachedFeatures(states, keys, model, settings.features, self.pairs, seed=self.seed)
         return [examples[at] for at in known], targets and [targets[at] for at in known], guide
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillServed(Distill):
+    """Train one student whose teacher scores, behind a server, what the student writes: ``n`` best tokens at each place.
+
+    ``teacher`` says who it is, ``tokens`` is a model with its tokenizer (the student, before its vocabulary was trimmed).
+    """
+
+    teacher: Key
+    tokens: Key
+    n: int
+    server: Server = unkeyed()
+
+    def beside(self, ctx: Context, examples: list[Any], targets: list[Any] | None) -> Any:
+        """Return the teacher, which knows the ``targets`` of the ``examples``."""
+        from transformers import AutoTokenizer
+
+        from edgedistill.teachers.beside import ServedTeacher
+        from edgedistill.teachers.openai import OpenAITeacher
+        from edgedistill.training.vocabulary import read_origin
+
+        tokenizer = AutoTokenizer.from_pretrained(ctx.path(self.tokens, "model"))
+        origin = read_origin(ctx.path(self.student, "model"))
+        asked = OpenAITeacher(self.server, tokenizer=tokenizer)
+        return ServedTeacher(asked, examples, targets or [], n=self.n, origin=origin)
 
 
 @dataclass(frozen=True, kw_only=True)

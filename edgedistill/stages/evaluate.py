@@ -11,11 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
+from edgedistill.served import Server
 from edgedistill.step import Context, Stage, unkeyed
+
+if TYPE_CHECKING:
+    from edgedistill.evals.runners.base import Runner
 
 LIKELIHOOD_ROWS = 64
 
@@ -37,22 +41,22 @@ class Evaluate(Stage):
 
     name: ClassVar[str] = "evaluate"
     model: Key
-    file: str  # "model", "model.gguf" or "onnx" inside the entry
+    file: str  # "model", "model.gguf", "onnx" or "served.json" inside the entry
     suites: tuple[SuiteSpec, ...]
     shots: tuple[Mapping[str, Any], ...]
     references: Mapping[str, Key]  # "student" and "teacher": entries with a model.gguf
     build: str
     isa: str
     rows: Mapping[str, tuple[Row, ...]] = unkeyed()
+    server: Server | None = unkeyed(default=None)  # that of a teacher whose weights are not here
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Answer, score, compare distributions."""
-        from edgedistill.evals.runners import open_runner
         from edgedistill.evals.suites import evaluate
 
         facts: dict[str, Any] = {"suites": {}, "likelihood": {}}
         (ctx.out / "answers").mkdir()
-        runner = open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
+        runner = self._open(ctx)
         try:
             for suite in self.suites:
                 rows = self.rows[suite.name]
@@ -80,6 +84,14 @@ class Evaluate(Stage):
             runner.close()
         (ctx.out / "scores.json").write_text(json.dumps(_timeless(facts), indent=1, sort_keys=True))
         return facts
+
+    def _open(self, ctx: Context) -> Runner:
+        from edgedistill.evals.runners import open_runner
+        from edgedistill.evals.runners.served import ServedRunner
+
+        if self.server is not None:
+            return ServedRunner(self.server)
+        return open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
 
     def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:
         from edgedistill.evals.likelihood import perplexity

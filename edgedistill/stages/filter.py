@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
+from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, WRONG, asking_why, share_of_empty, split
+from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
@@ -77,7 +78,8 @@ class Filter(Stage):
                 alive[row_id] = good
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
         written = from_gold = hedged = corrected = 0
-        wrong = self.wrong(rejected)
+        most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
+        wrong = wrong_answers(rejected, most, self.shown)
         carried = self.carried(ctx)
         with (ctx.out / "kept.jsonl").open("w") as file:
             for one in carried:
@@ -158,26 +160,13 @@ class Filter(Stage):
         """Return what a user sees of an answer."""
         return text
 
-    def wrong(self, rejected: list[dict[str, Any]]) -> dict[str, list[str]]:
-        """Return, by row, what users see of the answers that missed the reference: the first that differ."""
-        most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
-        found: dict[str, dict[str, None]] = {}
-        for answer in rejected if most else ():
-            if answer["why"].startswith("reference"):
-                found.setdefault(answer["id"], {})[self.shown(answer["text"])] = None
-        return {row_id: list(shown)[:most] for row_id, shown in found.items()}
-
     def corrections(self, right: dict[str, Any], wrong: list[str]) -> list[dict[str, Any]]:
         """Return a lesson for each wrong answer: it stands in the conversation, the user objects, and the right one is learnt."""
         return [
             {
                 **right,
                 "id": f"{right['id']}+fix{number}",
-                "messages": [
-                    *right["messages"],
-                    {"role": "assistant", "content": shown},
-                    {"role": "user", "content": WRONG},
-                ],
+                "messages": objection(right["messages"], shown),
                 "task": "correction",
             }
             for number, shown in enumerate(wrong, 1)

@@ -1,23 +1,28 @@
 """generate: the teacher answers the prompts.
 
-In: teacher checkpoint, prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the
+In: teacher checkpoint (or its server), prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the
 row's key. Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the
 batch in flight only and no other recipe asks again. Shards are fixed from the sorted list of questions before the
 first is put. The batch size is not in the key: batches change the last bit of a bf16 logit, and that is not worth
-buying every answer again. In an online round only the prompts that the student fails are put."""
+buying every answer again. In an online round only the prompts that the student fails are put; to be told of its mistakes, the
+teacher is put those that it failed itself."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.rows import Answered, Question
+from edgedistill.served import Server
 from edgedistill.step import Context, Stage, unkeyed
+
+if TYPE_CHECKING:
+    from edgedistill.teachers.protocol import Answer
 
 
 def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
@@ -61,6 +66,7 @@ class Generate(Stage):
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
     min_score: Mapping[str, float] = unkeyed()
+    server: Server | None = unkeyed(default=None)  # the teacher's, where its weights are not here
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prove the teacher, ask what is not stored yet, write the view."""
@@ -87,13 +93,14 @@ class Generate(Stage):
         missing = {question.key: question for question in questions if question.key not in stored}
         found = len(questions) - len(missing)
         if missing:
-            self._ask(ctx, list(missing.values()), found, len(questions))
+            ask = self._ask if self.server is None else self._ask_server
+            ask(ctx, list(missing.values()), found, len(questions))
             stored = ctx.rows.get(question.key for question in questions)
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
             for index, question in enumerate(questions):
                 row, answer = rows[index // self.samples], stored[question.key]
-                tokens += len(answer.token_ids)
+                tokens += answer.count
                 line = {
                     "id": row.id,
                     "row": question.key,
@@ -150,21 +157,70 @@ class Generate(Stage):
                 row_ids=[question.key for question in asked],
                 batch_size=self.batch_size,
             )
-            ctx.rows.add(
-                (
-                    asked[answer.index],
-                    Answered(
-                        key=answer.row_id,
-                        text=answer.text,
-                        token_ids=tuple(answer.token_ids),
-                        finish=answer.finish_reason,
-                        logprob=float(answer.logprob),
-                    ),
-                )
-                for answer in answers
-            )
+            ctx.rows.add((asked[answer.index], _stored(answer)) for answer in answers)
             done += len(shard)
             ctx.progress(done, total, "answers")
+
+    def _ask_server(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
+        """Put the questions to the server, some at a time; each answer is stored when it arrives."""
+        from edgedistill.teachers.openai import OpenAITeacher
+        from edgedistill.teachers.protocol import Sampling
+
+        assert self.server is not None
+        sampling = Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
+        )
+        done = found
+
+        def store(answers: list[Answer]) -> None:
+            nonlocal done
+            ctx.rows.add((questions[answer.index], _stored(answer)) for answer in answers)
+            done += len(answers)
+            ctx.progress(done, total, "answers")
+
+        with OpenAITeacher(self.server, style=self.style) as teacher:
+            # In small shards, so that what was asked is noted before it is, and little more than what is in flight.
+            size = 4 * self.server.concurrency
+            for start in range(0, len(questions), size):
+                shard = questions[start : start + size]
+                ctx.rows.asking(shard)
+                list(
+                    teacher.generate(
+                        [conversation(one.messages)[0] for one in shard],
+                        sampling=sampling,
+                        row_ids=[one.key for one in shard],
+                        on_batch=lambda answers, start=start: store(
+                            [replace(one, index=start + one.index) for one in answers]
+                        ),
+                    )
+                )
+
+
+def _stored(answer: Answer) -> Answered:
+    """Return an answer as the row store keeps it."""
+    return Answered(
+        key=answer.row_id,
+        text=answer.text,
+        token_ids=tuple(answer.token_ids),
+        finish=answer.finish_reason,
+        logprob=float(answer.logprob),
+        tokens=answer.tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateAnalyses(Generate):
+    """Tell the teacher of up to ``corrections`` wrong answers of its own to each prompt, as ``filtered`` rejected them."""
+
+    filtered: Key
+    corrections: int
+
+    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+        """Return the conversations with the objection; there may be none."""
+        from edgedistill.data.corrections import to_analyse
+
+        rejected = ctx.path(self.filtered, "rejected.jsonl").read_text().splitlines()
+        return tuple(to_analyse(self.rows, map(json.loads, rejected), self.corrections))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage
+from edgedistill.served import Server
+from edgedistill.step import Context, Stage, unkeyed
+
+if TYPE_CHECKING:
+    from edgedistill.teachers.openai import OpenAITeacher
+    from edgedistill.teachers.transformers import TransformersTeacher
 
 SHARD_ROWS = 256
 
@@ -37,19 +43,25 @@ class Score(Stage):
         """Run the teacher forward over the kept rows, shard by shard."""
         from edgedistill.teachers.transformers import TransformersTeacher
         from edgedistill.training.draws import stored_temperatures
+
+        model = ctx.path(self.teacher, "model")
+        return self.write(ctx, model, TransformersTeacher(model), stored_temperatures(self.temperature))
+
+    def write(
+        self, ctx: Context, model: Path, teacher: TransformersTeacher | OpenAITeacher, temperatures: tuple[float, ...]
+    ) -> Mapping[str, Any]:
+        """Write what ``teacher`` gives along the kept rows in the tokens of ``model``; ``temperatures`` have normalisers."""
         from edgedistill.training.recipe import load_kept
         from edgedistill.training.targets import TargetsHeader, TargetsWriter, certain
 
-        model = ctx.path(self.teacher, "model")
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
         lines = map(json.loads, ctx.path(self.kept, "kept.jsonl").read_text().splitlines())
         hedged = {line["id"] for line in lines if line["source"] == "hedge"}
-        teacher = TransformersTeacher(model)
         header = TargetsHeader(
             kind=self.kind,
             n=self.n,
             temperature=self.temperature,
-            temperatures=stored_temperatures(self.temperature),
+            temperatures=temperatures,
             vocab_size=teacher.vocab_size,
             tokenizer=teacher.tokenizer_hash,
             teacher=ctx.entries[self.teacher].digest,
@@ -82,3 +94,21 @@ class Score(Stage):
             "bytes": size,
             "bytes_per_token": round(size / max(1, tokens), 2),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreServed(Score):
+    """Ask a server for the best tokens along the kept text, in the tokens of ``student``, which have to be the teacher's, too."""
+
+    student: Key
+    server: Server = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Ask the server over the kept rows, shard by shard."""
+        from transformers import AutoTokenizer
+
+        from edgedistill.teachers.openai import OpenAITeacher
+
+        model = ctx.path(self.student, "model")
+        with OpenAITeacher(self.server, tokenizer=AutoTokenizer.from_pretrained(model)) as teacher:
+            return self.write(ctx, model, teacher, ())

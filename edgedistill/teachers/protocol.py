@@ -18,7 +18,7 @@ class Answer:
     """One answer. ``index`` is the place of its prompt in the request; ``token_ids`` are without the end-of-turn token.
 
     ``logprob`` is the sum of the log-probabilities, at temperature 1, of the tokens written, the end-of-turn token
-    included.
+    included. A server gives no ids: there ``tokens`` is their number.
     """
 
     index: int
@@ -28,6 +28,7 @@ class Answer:
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     logprob: float
+    tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

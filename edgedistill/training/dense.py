@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
-from edgedistill.training.data import PaddedBatch
+from edgedistill.training.data import Example, PaddedBatch
 from edgedistill.training.packing import PackedBatch, causal_lm, read_beside
+
+if TYPE_CHECKING:
+    from edgedistill.training.losses import BatchTargets
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,24 @@ class DenseTargets:
     def logits(self, start: int, end: int) -> torch.Tensor:
         """Return the teacher's logits of some positions, float32 [end - start, V]."""
         return torch.nn.functional.linear(self.states[start:end], self.head, self.bias).float()
+
+
+class Beside(Protocol):
+    """A teacher that gives the targets of a batch when they are needed."""
+
+    reads_along: ClassVar[bool]
+    """Whether it is a model in memory whose batch is the student's."""
+    teacher: Any
+
+    def to(self, device: Any, dtype: torch.dtype) -> None:
+        """Move its weights, where it has any here."""
+        ...
+
+    def targets(
+        self, batch: PackedBatch | PaddedBatch, rows: Sequence[int], examples: Sequence[Example]
+    ) -> DenseTargets | BatchTargets:
+        """Return the targets of a batch of ``examples``; ``rows`` are the numbers of those that they came from."""
+        ...
 
 
 class DenseTeacher:
@@ -56,7 +77,9 @@ class DenseTeacher:
         rows = slice(self.vocab_size) if self.tokens is None else self.tokens.to(device)
         self._head = head.weight[rows], None if head.bias is None else head.bias[rows]
 
-    def targets(self, batch: PackedBatch | PaddedBatch, rows: Sequence[int] = ()) -> DenseTargets:
-        """Run the teacher over a batch that the student has seen, or will; ``rows`` are the numbers of its examples."""
+    def targets(
+        self, batch: PackedBatch | PaddedBatch, rows: Sequence[int] = (), examples: Sequence[Example] = ()
+    ) -> DenseTargets:
+        """Run the teacher over a batch that the student has seen, or will."""
         assert self._head is not None  # to() comes first
         return DenseTargets(read_beside(self.teacher, batch, self.tokens), *self._head)

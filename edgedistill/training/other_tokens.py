@@ -63,7 +63,9 @@ class OtherTeacher(DenseTeacher):
             offsets = torch.zeros(len(order), dtype=head.dtype, device=device) if bias is None else bias[rows]
             self._head = head[rows], offsets.masked_fill(~there, -torch.inf)
 
-    def targets(self, batch: PackedBatch | PaddedBatch, rows: Sequence[int] = ()) -> DenseTargets:
+    def targets(
+        self, batch: PackedBatch | PaddedBatch, rows: Sequence[int] = (), examples: Sequence[Example] = ()
+    ) -> DenseTargets:
         """Run the teacher over its own tokens of some rows; ``batch`` is how the student reads them."""
         own = [self.own[row] for row in rows]
         states = read_beside(self.teacher, make_batch(own, packed=packable(causal_lm(self.teacher))), None)

@@ -200,8 +200,8 @@ def check_settings(
         raise UsageError(f"method = {settings.method!r}: use 'lora', 'full' or 'norms'")
     if settings.on_policy and not (dense and settings.loss.kd):
         raise UsageError(
-            "on_policy needs the teacher in memory: what the student writes was never scored",
-            hint="set score.kind = 'dense' and loss.kd above 0",
+            "on_policy needs the teacher beside the student: what that writes was never scored",
+            hint="set score.kind = 'dense' (a served teacher: 'top-k') and loss.kd above 0",
         )
     if settings.loss.kd and targets is None and not dense:
         raise UsageError("loss.kd is set, but there are no soft targets", hint="set loss.kd = 0, or a score step")

@@ -332,7 +332,9 @@ def iter_targets(path: Path) -> Iterator[tuple[str, bytes, SparseTargets]]:
                     ids=part("ids", row).astype(np.int32),
                     counts=part("counts", row).astype(np.float32) if drawn else np.zeros(0, np.float32),
                     logp=part("logp", row).astype(np.float32),
-                    normalisers=part("normalisers", row).astype(np.float32).reshape(len(sizes), -1),
+                    normalisers=part("normalisers", row)
+                    .astype(np.float32)
+                    .reshape(len(sizes), len(header.temperatures)),
                 ),
             )
 

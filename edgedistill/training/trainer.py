@@ -24,7 +24,7 @@ from edgedistill.errors import UsageError
 from edgedistill.training import curriculum
 from edgedistill.training.checkpoint import State, StepLog, latest_checkpoint, load_checkpoint, save_checkpoint
 from edgedistill.training.data import Example
-from edgedistill.training.dense import DenseTeacher
+from edgedistill.training.dense import Beside
 from edgedistill.training.fast_lora import restore, speed_up
 from edgedistill.training.hidden import Guide, tokens_of
 from edgedistill.training.keeping import Keeper
@@ -63,7 +63,7 @@ def train(
     out: Path,
     vocab_size: int | None = None,
     guide: Guide | None = None,
-    teacher: DenseTeacher | None = None,
+    teacher: Beside | None = None,
     writer: OnPolicy | None = None,
     general: Sequence[Example] = (),
     progress: Progress | None = None,
@@ -75,7 +75,7 @@ def train(
     from the last checkpoint and ends with the same weights (same machine and thread count). ``model`` is used up.
     ``vocab_size`` is the tokenizer's.
     ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` or ``settings.features`` is set;
-    ``teacher`` the one whose whole distributions stand in for ``targets``; ``writer`` how the student writes where
+    ``teacher`` the one that is asked in place of ``targets``; ``writer`` how the student writes where
     ``settings.on_policy`` is set; ``general`` the rows that hold it to its start where ``settings.keep`` is set.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
@@ -93,7 +93,7 @@ class _Run:
         out: Path,
         vocab_size: int | None,
         guide: Guide | None,
-        teacher: DenseTeacher | None,
+        teacher: Beside | None,
         writer: OnPolicy | None,
         general: Sequence[Example],
         progress: Progress | None,
@@ -449,7 +449,7 @@ class _Run:
         batch = make_batch(examples, packed=self.packed)
         soft = None
         if self.teacher is not None:
-            soft = self.teacher.targets(batch, rows)
+            soft = self.teacher.targets(batch, rows, examples)
         elif self.targets is not None and terms.kd:
             soft = batch_targets([self.targets[row] for row in rows], terms.temperature)
         states = completion_states(self.model, batch)

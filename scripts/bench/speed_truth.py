@@ -7,9 +7,9 @@ is linked against the very libllama and libggml that our measurement loads from 
 Design. Speed differs between *processes* (where pages land, which core), so a sample here is a fresh process on both
 sides: load, warm up, --reps runs, of which the fastest counts. What disturbs a run from outside (within one
 process pp512 fell from 740 to 410 tokens/s for seconds, with both cores all its own) slows it down; a cost of our own would
-be in every run, the fastest too. Both sides let malloc give every large buffer pages of its own (`PLACEMENT`), as our
-measurements do: where a buffer lies in a page, an accident of what a program allocated before, moves pp512 by 4 %, and did
-so between llama-bench and a small C++ program that makes the same calls.
+be in every run, the fastest too. Which pages a process gets is an accident of what it allocated before, and moves pp512 by 4 %: so
+much lay between llama-bench and a small C++ program that makes the same calls. So both sides are told to put every large
+buffer in huge pages of its own (`PLACEMENT`), which takes most of that luck out; --plain-malloc leaves it in.
 
 A round is llama-bench, llama-bench again and ours, in changing order, so that all three see the same machine (one after the
 other, a quiet quarter of an hour once vouched for the noisy one behind it). The first of llama-bench over the second is A/A, ours
@@ -38,7 +38,7 @@ from typing import Any
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
 
 from edgedistill.devices.host import busy_seconds, fingerprint
-from edgedistill.devices.local import PLACEMENT, Worker
+from edgedistill.devices.local import Worker
 from edgedistill.devices.protocol import percentile
 from edgedistill.evals.statistics import Estimate, median_ratio
 
@@ -46,6 +46,7 @@ NAME = "speed_truth"
 MOST_LOAD = 0.2  # cores
 BOUNDS = (0.97, 1.03)
 WANTED = "95 % interval of ours / llama-bench within 0.97 to 1.03, for pp512 and tg128"
+PLACEMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=131072"}
 TESTS = {"pp512": ("prompt", 512), "tg128": ("generate", 128)}
 
 # Upstream's own lists of sources, with the libraries imported instead of built. LICENSE bookkeeping is of no use here.
@@ -94,7 +95,10 @@ def main() -> None:
     arguments.add_argument("--most-rounds", type=int, default=90, help="go on to so many while an interval is too wide")
     arguments.add_argument("--reps", type=int, default=3, help="runs in each process, of which the fastest counts")
     arguments.add_argument("--patience", type=float, default=600, help="seconds to wait in all for a quiet machine")
+    arguments.add_argument("--plain-malloc", action="store_true", help="leave where buffers lie to malloc")
     options = arguments.parse_args()
+    if not options.plain_malloc:
+        os.environ.update(PLACEMENT)  # of this process's children, that is of both sides
     if options.quick:
         options.rounds = options.most_rounds = 3
         options.reps = 1
@@ -142,6 +146,7 @@ def main() -> None:
         model=model.name,
         threads=options.threads,
         build=build,
+        plain_malloc=options.plain_malloc,
         quick=options.quick,
     )
 
@@ -243,7 +248,7 @@ def run_llama_bench(binary: Path, model: Path, threads: int, reps: int) -> Sampl
         "-o",
         "json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**PLACEMENT, **os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         could_not_measure(NAME, f"llama-bench failed ({done.returncode}): {done.stderr.strip()[-500:]}")
     sample = {}

@@ -114,7 +114,7 @@ def test_settings_at_their_defaults_are_no_part_of_the_key(folder: Path) -> None
         ({"files": ["data/train.jsonl"], "rows": [8, 9]}, "", "draft.rows has 2 counts for 1 files"),
         ({"files": ["data/train.jsonl"], "skip": [8, 9]}, "", "draft.skip has 2 counts for 1 files"),
         ({"files": ["data/train.jsonl"], "skip": 9999}, "draft.skip", "leaves out 9999 rows"),
-        ({"files": ["data/holdout.jsonl"]}, "suites", "stands in the training rows and in a suite"),
+        ({"files": ["data/holdout.jsonl"]}, "suites", "stands in the training rows and in the suite"),
         ({"targets": ["laptop-x86-onnx"]}, "draft.targets", "drafts run in llama.cpp"),
         ({"targets": ["nowhere"]}, "", "draft.targets names the target 'nowhere'"),
         ({"min_probability": 1.0}, "draft.min_probability", "less than 1"),

@@ -135,7 +135,7 @@ def test_general_rows_rerun_from_distill_on_wherever_their_file_lies(folder: Pat
     for keep, key, message in (
         ({"files": ["chat.jsonl"], "rows": 9}, "distill.keep.rows", "9 general rows are too few"),
         ({"files": ["nothing.jsonl"]}, "distill.keep.files", "no such file"),
-        ({"files": ["data/general.jsonl"]}, "suites", "stands in the training rows and in a suite"),
+        ({"files": ["data/general.jsonl"]}, "suites", "stands in the training rows and in the suite"),
     ):
         with pytest.raises(RecipeError, match=message) as error:
             make(folder, distill__keep=keep)
@@ -522,8 +522,9 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"tune__skip": 99999}, {}, "leaves out 99999 rows"),
         ({}, {"architecture": "qwen2"}, "the llama family"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
-        ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in a suite"),
-        ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in a suite"),
+        ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in the suite"),
+        ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in the suite"),
+        ({"suites__ood__files": ["data/holdout.jsonl"]}, {}, "stands in the suite 'holdout' and in the suite 'ood'"),
         ({"prompts__files": ["data/nothing.jsonl"], "prompts__rows": 9}, {}, "no such file"),
         ({"suites__holdout__grammar": "no.gbnf"}, {}, "No such file"),
     ],

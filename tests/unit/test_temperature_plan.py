@@ -49,7 +49,7 @@ def test_all_that_is_made_of_the_student_is_made_of_the_tempered_one(folder: Pat
     [
         ({"files": ["data/train.jsonl"], "rows": 200}, {}, "200 of 200 rows of .temperature. are taught before"),
         (FILES, {"architecture": "gpt2"}, "cannot be folded into the final norm of gpt2"),
-        ({"files": ["data/holdout.jsonl"]}, {}, "stands in the training rows and in a suite"),
+        ({"files": ["data/holdout.jsonl"]}, {}, "stands in the training rows and in the suite"),
         ({**FILES, "rows": [1, 2]}, {}, r"temperature\.rows has 2 counts for 1 files"),
         ({**FILES, "skip": [1, 2]}, {}, r"temperature\.skip has 2 counts for 1 files"),
         ({**FILES, "skip": 99999}, {}, r"temperature\.skip leaves out 99999 rows"),

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from edgedistill.data.corrections import WRONG
 from edgedistill.data.pairs import preference_pairs
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import WRONG, join
+from edgedistill.data.thinking import join
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
 from edgedistill.stages.filter import Filter, ThinkingFilter

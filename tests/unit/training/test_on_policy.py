@@ -128,7 +128,7 @@ def test_other_divergences_and_small_batches_take_part(tmp_path: Path) -> None:
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="on_policy needs the teacher in memory"):
+    with pytest.raises(UsageError, match="on_policy needs the teacher beside the student"):
         train(make_llama(), make_examples(), None, settings=SETTINGS, out=tmp_path, writer=WRITER)
     with pytest.raises(UsageError, match="nothing says how the student writes"):
         train(make_llama(), make_examples(), None, settings=SETTINGS, out=tmp_path, teacher=teacher())

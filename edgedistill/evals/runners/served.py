@@ -1,0 +1,82 @@
+"""Answer through an OpenAI-compatible server: what a teacher without weights here is proved by."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
+from edgedistill.evals.runners.base import Answer, Progress
+from edgedistill.served import Server
+
+
+class ServedRunner:
+    """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared."""
+
+    def __init__(self, server: Server) -> None:
+        from edgedistill.teachers.openai import OpenAITeacher
+
+        self.server, self.teacher = server, OpenAITeacher(server)
+
+    def describe(self) -> dict[str, Any]:
+        """Name the engine and the model; where the server is, changes nothing."""
+        return {"engine": "openai", **self.server.identity}
+
+    def answer(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        grammar: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[Answer]:
+        """Answer every row greedily, in the order of ``rows``. Raises UsageError for a grammar: no two servers take it alike."""
+        from edgedistill.teachers.protocol import Sampling
+
+        if grammar is not None:
+            raise UsageError("a server is given no grammar here", "leave suites.….grammar out")
+        started = time.monotonic()
+        found = list(
+            self.teacher.generate(
+                [list(row.messages) for row in rows],
+                sampling=Sampling(max_new_tokens=max_new_tokens),
+                row_ids=[row.id for row in rows],
+                progress=progress,
+            )
+        )
+        share = (time.monotonic() - started) / max(1, len(found))
+        return [
+            Answer(id=one.row_id, text=one.text, token_ids=(), seconds=share, finish=one.finish_reason) for one in found
+        ]
+
+    def encode(self, row: Row) -> list[int]:
+        """Refuse: the server's tokens are its own."""
+        _refuse()
+
+    def encode_text(self, text: str) -> list[int]:
+        """Refuse: the server's tokens are its own."""
+        _refuse()
+
+    def end_token(self) -> int:
+        """Refuse: the server's tokens are its own."""
+        _refuse()
+
+    def pieces(self) -> list[str]:
+        """Refuse: the server's tokens are its own."""
+        _refuse()
+
+    def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Refuse: a server gives no whole distribution."""
+        _refuse()
+
+    def close(self) -> None:
+        """Close the connections. May be called twice."""
+        self.teacher.close()
+
+
+def _refuse() -> NoReturn:
+    raise UsageError("a served teacher's tokens are not known here", "compare the texts of its answers")

@@ -1,0 +1,126 @@
+"""Who teaches: the recipe's table of the teacher, and what a teacher without weights here rules out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from edgedistill.recipe_base import Count, Positive, Section, Share
+from edgedistill.toml_source import key_error
+
+if TYPE_CHECKING:
+    from edgedistill.recipe import Recipe
+
+SERVED = "openai:"
+"""Before the name of a model that stands behind a server."""
+OWN_BODY = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream", "logprobs")
+"""What a request for an answer holds anyway."""
+MOST_SCORED = 100
+"""Best tokens of a position that it is sensible to ask a server for; vLLM gives 20 unless it is told otherwise."""
+
+
+class Teacher(Section):
+    """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
+    it stands behind a server that speaks as OpenAI's does (vLLM, SGLang, llama-server, Ollama, hosted ones): ``model`` is
+    "openai:" and the name that it is served by, ``server`` the address.
+    """
+
+    OF_SERVER: ClassVar[tuple[str, ...]] = (
+        "server",
+        "revision",
+        "key_env",
+        "body",
+        "concurrency",
+        "timeout",
+        "retries",
+    )
+
+    model: str
+    backend: Literal["transformers", "openai"] = "transformers"
+    min_score: dict[str, Share] = Field(default={})
+    server: str | None = Field(default=None, description="address up to its /v1: http://127.0.0.1:8000/v1")
+    revision: str = Field(
+        default="", description="a label of yours, never sent: with another one the same name is asked anew"
+    )
+    key_env: str = Field(
+        default="OPENAI_API_KEY", description="the environment variable that holds the server's key, where it wants one"
+    )
+    body: dict[str, Any] = Field(
+        default={},
+        description="what each request for an answer says, too: { chat_template_kwargs = { enable_thinking = false } }",
+    )
+    concurrency: Count = Field(default=16, description="requests at a time")
+    timeout: Positive = Field(default=300.0, description="seconds to wait for an answer")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        default=8, description="times that a request is put again when the server is busy, broken or gone"
+    )
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        return url if url is None else check_url(url)
+
+    @model_validator(mode="after")
+    def _served(self) -> Teacher:
+        if self.backend == "openai":
+            if not self.model.startswith(SERVED) or self.model == SERVED:
+                raise key_error(
+                    "model", f'a served teacher is named "{SERVED}" and the name that the server knows it by'
+                )
+            if self.server is None:
+                raise key_error("server", "where is it? http://127.0.0.1:8000/v1, or https://api.openai.com/v1")
+            if taken := sorted(set(self.body) & set(OWN_BODY)):
+                raise key_error("body", f"{taken[0]} is set by [generate] and [teacher]")
+            return self
+        if self.model.startswith(SERVED):
+            raise key_error("model", 'this names a served teacher: set backend = "openai"')
+        given = [name for name in self.OF_SERVER if name in self.model_fields_set]
+        if given:
+            raise key_error(given[0], 'this is for backend = "openai", and the weights of this teacher are here')
+        return self
+
+
+def refuse_served(recipe: Recipe) -> None:
+    """Refuse what needs the weights of a teacher that has none here."""
+    features, loss = recipe.distill.features, recipe.distill.loss
+    wrong = {
+        "adapt": recipe.adapt is not None and "it cannot be trained here: leave [adapt] out",
+        "student.model": recipe.student.model == "teacher"
+        and "no student can be cut out of it: name a model whose weights are here",
+        "heal.hidden": bool(recipe.heal and recipe.heal.hidden) and "it shows no hidden states: set it to 0",
+        "distill.features": bool(features and features.on) and "it shows no hidden states: leave the table out",
+        "score.kind": recipe.score.kind not in ("top-k", "none")
+        and 'a server gives the best tokens and no more: set "top-k" (vLLM; the student\'s tokenizer), or "none" and '
+        "distill.loss.kd = 0",
+        "score.n": recipe.score.kind == "top-k"
+        and recipe.score.n > MOST_SCORED
+        and "servers give a few best tokens: 20 is usual",
+        "distill.loss.temperature": loss.kd > 0
+        and loss.temperature != 1.0
+        and "of a server's distribution only the temperature 1 is known: set it to 1",
+        "score.temperature": recipe.score.temperature not in (None, 1.0)
+        and "of a server's distribution only the temperature 1 is known: leave it out",
+        "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
+        and "it cannot be quantized here: leave the key out",
+        "gates.min_speedup": recipe.gates.min_speedup is not None
+        and "there is no file of it to be faster than: leave the key out",
+        "gates.min_shrink": recipe.gates.min_shrink is not None
+        and "there is no file of it to be smaller than: leave the key out",
+        "generate.style": recipe.generate.style == "tool-trace"
+        and "calls of a server's are not read yet: take another",
+    }
+    for key, why in wrong.items():
+        if why:
+            raise key_error(key, f"the teacher stands behind a server: {why}")
+
+
+def check_url(url: str) -> str:
+    """Return a server's address if it can be one. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r} is no address of a server: write it as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password:
+        raise ValueError("a key in an address ends up in logs: put it into the environment, and its name into key_env")
+    return url

@@ -1,0 +1,195 @@
+"""A teacher behind an OpenAI-compatible server, at plan time: where it is, how it may be asked, and what it can do.
+
+No torch. What was found is kept in the store by address and name, so that a build whose steps are all cached needs no server.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import UsageError
+from edgedistill.fingerprint import digest
+from edgedistill.models import ModelFacts, Resolved
+from edgedistill.recipe import Recipe
+from edgedistill.recipe_teacher import SERVED
+from edgedistill.store import write_atomic
+
+KIND = SERVED.removesuffix(":")
+SCORED = "prompt_logprobs"
+"""vLLM's parameter for the log-probabilities of given text; the others' ``echo`` gives those of text that they cut themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abilities:
+    """What a server can do. ``context`` 0: it does not say; ``logprobs``: of what it writes; ``scores``: the number of best tokens
+    that it gives at each token of a given text, 0 where it gives none (or was not asked).
+    """
+
+    context: int = 0
+    logprobs: bool = False
+    scores: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Where a teacher is served and how hard it may be asked; of these only ``model``, ``revision`` and ``body`` tell one
+    teacher from another.
+
+    ``url`` ends before ``/chat/completions``; ``key_env`` names the environment variable with the server's key; ``body`` is
+    added to each request for an answer; ``timeout`` is in seconds.
+    """
+
+    url: str
+    model: str
+    revision: str = ""
+    key_env: str
+    body: Mapping[str, Any] = field(default_factory=dict)
+    concurrency: int
+    timeout: float
+    retries: int
+    abilities: Abilities = Abilities()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what its answers depend on: as far as anyone can tell from here, its name and what is always asked along."""
+        return {"model": self.model, "body": dict(self.body), **({"revision": self.revision} if self.revision else {})}
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers of a request, with the key where there is one."""
+        key = os.environ.get(self.key_env, "")
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def hide(self, text: str) -> str:
+        """Return a text without the key, for messages."""
+        key = os.environ.get(self.key_env, "")
+        return text.replace(key, "…") if key else text
+
+
+def server_of(recipe: Recipe) -> Server | None:
+    """Return the server of the recipe's teacher; None where its weights are here."""
+    teacher = recipe.teacher
+    if teacher.backend != "openai" or teacher.server is None:
+        return None
+    return Server(
+        url=teacher.server.rstrip("/"),
+        model=teacher.model.removeprefix(SERVED),
+        revision=teacher.revision,
+        key_env=teacher.key_env,
+        body=teacher.body,
+        concurrency=teacher.concurrency,
+        timeout=teacher.timeout,
+        retries=teacher.retries,
+    )
+
+
+def resolve_served(server: Server, student: Resolved, store: Path, *, scored: int) -> Resolved:
+    """Return a served teacher as a model that has no weights here, with its server and what that can do; ``scored`` best tokens of
+    given text are wanted.
+
+    Its tokenizer is taken for the student's, which the steps that need it find out. Raises UsageError where the server does not
+    answer, or not for this model.
+    """
+    memo = store / "models" / "served" / f"{digest([server.url, server.identity, scored])}.json"
+    if memo.is_file():
+        abilities = Abilities(**json.loads(memo.read_text()))
+    else:
+        abilities = probe(server, scored=scored)
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memo, json.dumps(asdict(abilities)))
+    facts = ModelFacts(
+        architecture="",
+        layers=0,
+        hidden=0,
+        heads=1,
+        kv_heads=1,
+        ffn=0,
+        vocab=0,
+        tied=True,
+        context=abilities.context,
+        tokenizer=student.facts.tokenizer,
+        quantized_from="",
+        licence="not stated",
+        size=0,
+    )
+    return Resolved(
+        source=SERVED + server.model,
+        kind=KIND,
+        revision=server.revision or "served",
+        digest=digest(server.identity),
+        path=student.path,
+        facts=facts,
+        server=replace(server, abilities=abilities),
+    )
+
+
+def probe(server: Server, *, scored: int) -> Abilities:
+    """Ask a server for its models and one token, and with ``scored`` for the best tokens along a given text. Raises UsageError."""
+    import httpx2
+
+    with httpx2.Client(headers=server.headers(), timeout=server.timeout) as client:
+
+        def post(path: str, body: Mapping[str, Any]) -> httpx2.Response:
+            return client.post(server.url + path, json={"model": server.model, **body})
+
+        try:
+            context = _listed(client.get(f"{server.url}/models"), server)
+            asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **server.body}
+            answer = post("/chat/completions", {**asked, "logprobs": True})
+            if answer.status_code == 400:  # some models take no logprobs
+                answer = post("/chat/completions", asked)
+            if answer.status_code != 200:
+                raise UsageError(f"{server.url}: {refusal(server, answer)}", _remedy(server, answer.status_code))
+            logprobs = bool(answer.json()["choices"][0].get("logprobs"))
+            scores = 0
+            if scored:
+                given = post("/completions", {"prompt": "The sky is", "max_tokens": 1, SCORED: scored})
+                if given.status_code == 200 and given.json()["choices"][0].get(SCORED):
+                    scores = scored
+        except httpx2.TransportError as error:
+            raise UsageError(
+                f"{server.url}: the teacher's server does not answer: {error or type(error).__name__}",
+                "start it, or mend teacher.server",
+            ) from None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise UsageError(
+                f"{server.url}: what answers there is no OpenAI-compatible server", "mend teacher.server (…/v1)"
+            ) from None
+    return Abilities(context=context, logprobs=logprobs, scores=scores)
+
+
+def _listed(models: Any, server: Server) -> int:
+    """Return the context of the model that the server lists, 0 where it does not say; raises UsageError where it has others."""
+    if models.status_code in (401, 403):
+        raise UsageError(f"{server.url}: {refusal(server, models)}", _remedy(server, models.status_code))
+    listed = models.json().get("data", []) if models.status_code == 200 else []
+    names = [one["id"] for one in listed]
+    if names and server.model not in names:
+        shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+        raise UsageError(f"{server.url} serves no {server.model!r}", f"it has {shown}: mend teacher.model")
+    own = next((one for one in listed if one["id"] == server.model), {})
+    return int(own.get("max_model_len") or 0)
+
+
+def _remedy(server: Server, status: int) -> str:
+    if status in (401, 403):
+        return f"export {server.key_env}=…, or name another variable in teacher.key_env"
+    if status == 404:
+        return "teacher.server ends in /v1 with most servers; teacher.model is the name that it serves"
+    return "mend [teacher]"
+
+
+def refusal(server: Server, response: Any) -> str:
+    """Return what a server says of a request that it refuses, in one line and without the key."""
+    try:
+        told = response.json()
+        error = told.get("error", told) if isinstance(told, dict) else told
+        text = str(error.get("message", error) if isinstance(error, dict) else error)
+    except ValueError:
+        text = response.text
+    text = " ".join(server.hide(text).split())
+    return f"the server refuses ({response.status_code}): {text[:300] or 'it says nothing'}"

@@ -1,0 +1,221 @@
+"""A teacher behind an OpenAI-compatible server: it writes by chat completions, and scores given tokens where the server can.
+
+Scoring is vLLM's ``prompt_logprobs``: token ids go in, and at each of them the best tokens come out with their log-probability
+at temperature 1. What is beyond the best is one bucket (``top-k``): no server gives a whole distribution, and so none can be drawn
+from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgedistill.data.thinking import BLOCKS
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.fingerprint import digest
+from edgedistill.served import SCORED, Server
+from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
+from edgedistill.teachers.requests import Requests
+from edgedistill.training.data import Example
+from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
+
+BROKEN = "\ufffd"  # part of a character, by itself
+THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thought; vLLM has had both names
+
+
+class OpenAITeacher:
+    """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
+    the server parts from the answer.
+    """
+
+    def __init__(self, server: Server, *, tokenizer: Any = None, style: str = "answer") -> None:
+        self.server, self.tokenizer, self.style = server, tokenizer, style
+        self.requests = Requests(server)
+        self.vocab_size = 0 if tokenizer is None else len(tokenizer)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.requests.close()
+
+    def __enter__(self) -> OpenAITeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer, for the header of a file of targets."""
+        return tokenizer_hash(self.tokenizer)
+
+    def generate(
+        self,
+        prompts: Sequence[Messages],
+        *,
+        sampling: Sampling,
+        row_ids: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[list[Answer]], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Answer]:
+        """Yield the answers once all are there, in the order of ``prompts``; ``on_batch`` gets each as it arrives.
+
+        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
+        `Requests.post`.
+        """
+        names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
+        samples = sampling.samples if sampling.temperature > 0 else 1
+        jobs = [(at, sample) for at in range(len(prompts)) for sample in range(samples)]
+        found: list[Answer | None] = [None] * len(jobs)
+        started, arrived = time.monotonic(), 0
+
+        def take(job: int, reply: dict[str, Any]) -> None:
+            nonlocal arrived
+            at, sample = jobs[job]
+            answer = self._answer(reply, at, names[at], sample)
+            found[job], arrived = answer, arrived + 1
+            if on_batch is not None:
+                on_batch([answer])
+            if progress is not None:
+                progress(arrived, len(jobs), f"{arrived / (time.monotonic() - started):.1f} rows/s")
+
+        bodies = [self._question(prompts[at], names[at], sample, sampling) for at, sample in jobs]
+        self.requests.post("/chat/completions", bodies, take)
+        yield from (one for one in found if one is not None)
+
+    def _question(self, messages: Messages, name: str, sample: int, sampling: Sampling) -> dict[str, Any]:
+        drawn: dict[str, Any] = {}
+        if sampling.temperature > 0:
+            number = int(digest([sampling.seed, name, sample])[:8], 16) % 2**31  # a draw of its own for every sample
+            drawn = {"top_p": sampling.top_p, "seed": number}
+        return {
+            "model": self.server.model,
+            "messages": list(messages),
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            **drawn,
+            **({"logprobs": True} if self.server.abilities.logprobs else {}),
+            **self.server.body,
+        }
+
+    def _answer(self, reply: dict[str, Any], at: int, name: str, sample: int) -> Answer:
+        try:
+            choice = reply["choices"][0]
+            message = choice["message"]
+            text = message.get("content") or ""
+            thought = next((message[field] for field in THOUGHTS if message.get(field)), "")
+            tokens = [float(one["logprob"]) for one in ((choice.get("logprobs") or {}).get("content") or ())]
+            count = int((reply.get("usage") or {}).get("completion_tokens") or len(tokens))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise StepFailed(
+                f"{self.server.url}: an answer of another form than OpenAI's ({type(error).__name__}: {error})",
+                "is teacher.server an OpenAI-compatible one?",
+            ) from None
+        if thought and self.style in BLOCKS:
+            start, end = BLOCKS[self.style]
+            text = f"{start}\n{thought.strip()}\n{end}\n{text.lstrip()}"
+        return Answer(
+            index=at,
+            row_id=name,
+            sample=sample,
+            text=text,
+            token_ids=(),
+            finish_reason="stop" if choice.get("finish_reason") == "stop" else "length",
+            logprob=float(sum(tokens)),
+            tokens=count,
+        )
+
+    def score(
+        self,
+        examples: Sequence[Example],
+        *,
+        kind: Kind,
+        n: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, SparseTargets]]:
+        """Yield (index, the n best tokens at each completion token) in the order of ``examples``, once all are there.
+
+        Raises UsageError for what a server cannot give, StepFailed where it has another tokenizer or gives something else.
+        """
+        if kind != "top-k" or temperature != 1.0:
+            raise UsageError(f"a server gives the best tokens at temperature 1, and no {kind} at {temperature:g}")
+        found: list[SparseTargets | None] = [None] * len(examples)
+        started, arrived = time.monotonic(), 0
+
+        def take(at: int, reply: dict[str, Any]) -> None:
+            nonlocal arrived
+            found[at], arrived = self._targets(examples[at], reply, n), arrived + 1
+            if progress is not None:
+                progress(arrived, len(examples), f"{arrived / (time.monotonic() - started):.1f} rows/s")
+
+        bodies = [
+            {
+                "model": self.server.model,
+                "prompt": [*one.prompt_ids, *one.completion_ids],
+                "max_tokens": 1,
+                "temperature": 0.0,
+                SCORED: n,
+            }
+            for one in examples
+        ]
+        self.requests.post("/completions", bodies, take)
+        yield from ((at, one) for at, one in enumerate(found) if one is not None)
+
+    def _targets(self, example: Example, reply: dict[str, Any], n: int) -> SparseTargets:
+        """Read what the server says of the tokens of one example's completion."""
+        tokens = (*example.prompt_ids, *example.completion_ids)
+        places = None
+        try:
+            places = reply["choices"][0][SCORED]
+            if len(places) != len(tokens):
+                raise StepFailed(
+                    f"{self.server.url}: row {example.id!r} has {len(tokens)} tokens, and the server read {len(places)}",
+                    "serve the teacher without special tokens of its own, or distil on its text (score.kind = 'none')",
+                )
+            offsets, ids, logps = [0], list[int](), list[float]()
+            for token, place in zip(example.completion_ids, places[len(example.prompt_ids) :], strict=True):
+                self._same(token, place[str(token)].get("decoded_token"), example)
+                best = sorted(((float(one["logprob"]), -int(name)) for name, one in place.items()), reverse=True)[:n]
+                ids += [-name for _, name in best]
+                logps += [logp for logp, _ in best]
+                offsets.append(len(ids))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise StepFailed(
+                f"{self.server.url}: row {example.id!r}: the server does not score given tokens as vLLM does "
+                f"({type(error).__name__}: {error})",
+                "serve the teacher by vLLM, or distil on its text: score.kind = 'none', distill.loss.kd = 0",
+            ) from None
+        if ids and max(ids) >= self.vocab_size:
+            raise StepFailed(*self._differ(example, f"token {max(ids)}, and it has {self.vocab_size}"))
+        return SparseTargets(
+            kind="top-k",
+            n=n,
+            temperature=1.0,
+            temperatures=(),
+            offsets=np.asarray(offsets, dtype=np.int64),
+            ids=np.asarray(ids, dtype=np.int32),
+            counts=np.zeros(0, dtype=np.float32),
+            logp=np.asarray(logps, dtype=np.float32),
+            normalisers=np.zeros((len(example.completion_ids), 0), dtype=np.float32),
+        )
+
+    def _same(self, token: int, theirs: str | None, example: Example) -> None:
+        """Refuse a server that has another token of this number. Spaces are not compared: servers write them in several ways."""
+        own = self.tokenizer.decode([token])
+        if theirs is None or BROKEN in theirs or BROKEN in own:
+            return
+        if theirs.replace("\u2581", " ").strip() != own.strip():
+            raise StepFailed(*self._differ(example, f"{theirs!r} as token {token}, and to it that is {own!r}"))
+
+    def _differ(self, example: Example, what: str) -> tuple[str, str]:
+        return (
+            f"row {example.id!r}: the teacher has another tokenizer than the student: {what}",
+            "distributions need one tokenizer: take a student of the teacher's family, or set score.kind = 'none' and "
+            "distill.loss.kd = 0",
+        )

@@ -1,0 +1,106 @@
+"""A real HTTP server over a real model in this process: the part of OpenAI's protocol, and vLLM's prompt_logprobs, that a teacher
+behind a server is asked for. What vLLM itself answers is tested where it is installed (tests/e2e/test_vllm.py).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgedistill.teachers.protocol import Sampling
+from edgedistill.teachers.transformers import TransformersTeacher
+
+MOST = 20  # best tokens, as vLLM has it unless it is told otherwise
+
+
+class ModelServer:
+    """Serve one checkpoint as ``name`` while the ``with`` block runs; ``requests`` counts what was asked, by path."""
+
+    def __init__(self, folder: Path, name: str = "teacher", *, dtype: str = "auto", key: str = "") -> None:
+        self.teacher, self.name, self.key = TransformersTeacher(folder, dtype), name, key
+        self.lock, self.requests = threading.Lock(), Counter[str]()
+        self.thinks = ""  # put into reasoning_content
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self.reply(200, {"data": [{"id": outer.name, "max_model_len": outer.teacher.context}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if outer.key and self.headers["Authorization"] != f"Bearer {outer.key}":
+                    self.reply(401, {"error": {"message": f"not {self.headers['Authorization']}"}})
+                    return
+                with outer.lock:
+                    outer.requests[self.path] += 1
+                    answer = {"/v1/chat/completions": outer.chat, "/v1/completions": outer.complete}[self.path]
+                    try:
+                        self.reply(200, answer(body))
+                    except ValueError as error:
+                        self.reply(400, {"error": {"message": str(error)}})
+
+            def reply(self, status: int, body: dict[str, Any]) -> None:
+                raw = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self) -> ModelServer:
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        sampling = Sampling(
+            max_new_tokens=body["max_tokens"],
+            temperature=body.get("temperature", 0.0),
+            top_p=body.get("top_p", 1.0),
+            seed=body.get("seed", 0),
+        )
+        (answer,) = self.teacher.generate([body["messages"]], sampling=sampling)
+        message = {"role": "assistant", "content": answer.text, "reasoning_content": self.thinks or None}
+        choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
+        if body.get("logprobs"):
+            choice["logprobs"] = {"content": [{"token": "", "logprob": answer.logprob}]}
+        return {"choices": [choice], "usage": {"completion_tokens": len(answer.token_ids) + 1}}
+
+    @torch.inference_mode()
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        most = body["prompt_logprobs"]
+        if most > MOST:
+            raise ValueError(f"Requested prompt logprobs of {most}, which is greater than max allowed: {MOST}")
+        tokenizer, ids = self.teacher.tokenizer, body["prompt"]
+        if isinstance(ids, str):
+            ids = tokenizer(ids).input_ids
+        logits = self.teacher.model(input_ids=torch.tensor([ids])).logits[0, :, : self.teacher.vocab_size]
+        logp = torch.log_softmax(logits.float(), -1)
+        places: list[Any] = [None]
+        for at, token in enumerate(ids[1:]):
+            best = logp[at].topk(most).indices.tolist()
+            places.append(
+                {
+                    str(one): {"logprob": float(logp[at, one]), "rank": 0, "decoded_token": tokenizer.decode([one])}
+                    for one in [*best, *([] if token in best else [token])]
+                }
+            )
+        return {"choices": [{"index": 0, "text": "", "prompt_logprobs": places}]}

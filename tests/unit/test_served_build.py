@@ -1,0 +1,293 @@
+"""A teacher behind a real HTTP server: it is proved, asked, scores what is kept and what the student writes, and a file ships."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgedistill.devices.protocol import Settings
+from edgedistill.errors import EdgeDistillError, RecipeError, StepFailed, UsageError
+from edgedistill.report import collect
+from edgedistill.report_html import page
+from edgedistill.rows import RowStore
+from edgedistill.runner import Runner
+from edgedistill.served import Server
+from edgedistill.session import Session, prepare
+from edgedistill.store import Store
+from edgedistill.teachers.openai import OpenAITeacher
+from edgedistill.teachers.protocol import Sampling, Teacher
+from edgedistill.teachers.transformers import TransformersTeacher
+from edgedistill.training.recipe import load_kept
+from edgedistill.training.targets import read_targets
+from tests.model_server import ModelServer
+from tests.unit.formats.gguf.conftest import make_model
+
+LOCAL = """
+schema  = 1
+name    = "taught"
+targets = ["laptop-x86"]
+[teacher]
+model = "path:model"
+[adapt]
+files      = ["rows.jsonl"]
+method     = "full"
+epochs     = 40
+batch_size = 8
+lr         = 3e-3
+[student]
+model = "path:model"
+[prompts]
+files = ["rows.jsonl"]
+"""
+RECIPE = """
+schema  = 1
+name    = "served"
+targets = ["laptop-x86"]
+
+[teacher]
+model       = "openai:teacher"
+backend     = "openai"
+server      = "URL"
+concurrency = 4
+retries     = 0
+min_score   = { words = 0.9 }
+
+[student]
+model = "path:model"
+
+[prompts]
+files = ["rows.jsonl"]
+
+[generate]
+max_new_tokens = 12
+
+[[filter]]
+kind   = "reference"
+metric = "exact"
+
+[score]
+kind = "top-k"
+n    = 20
+
+[distill]
+method           = "full"
+epochs           = 6
+batch_size       = 8
+lr               = 2e-3
+on_policy        = 0.5
+on_policy_tokens = 8
+loss             = { kd = 1.0, ce = 0.0, temperature = 1.0 }
+
+[suites.words]
+files  = ["asked.jsonl"]
+metric = "exact"
+
+[suites.prose]
+files  = ["prose.jsonl"]
+metric = "perplexity"
+"""
+WORDS = ("alarm", "call", "volume", "song", "queue", "thirty", "percent", "turn", "play", "next", "down", "tomorrow")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, and rows; the model is taught them by the ordinary `adapt`."""
+    folder = tmp_path_factory.mktemp("served")
+    make_model(folder / "model", max_position_embeddings=1024)
+    rows = [{"id": word, "prompt": f"Say {word}.", "reference": word} for word in WORDS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = [{**row, "id": f"{row['id']}?", "prompt": f"please: {row['id']}"} for row in rows]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in suite))
+    prose = {"id": "p", "prompt": "Turn down the volume", "reference": "thirty percent"}
+    (folder / "prose.jsonl").write_text(json.dumps(prose) + "\n")
+    (folder / "local.toml").write_text(LOCAL)
+    session = prepare(folder / "local.toml", store=Store(folder / "store"))
+    plan = session.plan.only(session.plan.match("adapt"))
+    assert not Runner(plan, session.store).build().failed
+    entry = session.store.load(session.plan.match("adapt")[0].key)
+    assert entry is not None
+    (folder / "teacher").symlink_to(entry.path / "model")
+    return folder
+
+
+def prepared(folder: Path, url: str, store: Path, **overrides: Any) -> Session:
+    (folder / "recipe.toml").write_text(RECIPE.replace("URL", url))
+    return prepare(folder, store=Store(store), overrides={"teacher.min_score": {}, **overrides})
+
+
+def entry(session: Session, step: str) -> Any:
+    found = session.store.load(session.plan.match(step)[0].key)
+    assert found is not None
+    return found
+
+
+def test_it_is_built_to_the_package_and_built_again_without_the_server(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=64, tg=16, ttft_prompts=2, reps=2))
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "store")
+        names = {name for step in session.plan.steps for name in step.ids}
+        assert not names & {"convert/teacher", "measure/teacher", "adapt"}
+        outcome = Runner(session.plan, session.store).build()
+        assert not outcome.failed, outcome.failed
+        asked = dict(server.requests)
+    local = TransformersTeacher(folder / "teacher", "float32")
+
+    # What it says is what the model says here, and every question was put once.
+    (stored,) = [entry(session, "generate")]
+    lines = [json.loads(line) for line in (stored.path / "rows.jsonl").read_text().splitlines()]
+    alone = local.generate(
+        [[{"role": "user", "content": f"Say {word}."}] for word in WORDS], sampling=Sampling(max_new_tokens=12)
+    )
+    assert {one["id"]: one["text"] for one in lines} == {WORDS[one.index]: one.text for one in alone}
+    assert RowStore(session.store.root).asked_again() == []
+    assert stored.facts["tokens"] > len(WORDS) and all(one["logprob"] < 0 for one in lines)
+    assert asked["/v1/chat/completions"] == 1 + 2 * len(WORDS)  # the probe, the suite, the prompts
+
+    # Its targets are the model's best tokens.
+    kept = entry(session, "filter")
+    examples, _ = load_kept(kept.path / "kept.jsonl", folder / "teacher")
+    read = read_targets(sorted((entry(session, "score").path / "targets").glob("*.parquet")), examples)
+    here = dict(local.score(examples, kind="top-k", n=20))
+    for at, soft in enumerate(read):
+        assert np.array_equal(soft.ids, here[at].ids)
+        assert np.allclose(soft.logp, here[at].logp, atol=5e-3)
+
+    # The student wrote, the server scored it, and it learnt.
+    log = [
+        json.loads(line) for line in (entry(session, "distill/1").path / "log" / "train.jsonl").read_text().splitlines()
+    ]
+    written = sum(line["written_rows"] for line in log)
+    assert 0 < written < sum(8 if step % 2 == 0 else 4 for step in range(len(log)))
+    assert asked["/v1/completions"] <= 1 + len(examples) + written
+    assert log[-1]["kd"] < 0.5 * log[0]["kd"]
+
+    # It is kept without the server: nothing runs, the report and the manifest name who taught.
+    again = prepared(folder, server.url, tmp_path / "store")
+    assert Runner(again.plan, again.store).build().ran == []
+    manifest = json.loads((entry(session, "package/laptop-x86").path / "manifest.json").read_text())
+    assert "openai:teacher" in {source["source"] for source in manifest["sources"]}
+    assert "teacher, served" in page(collect(again))
+
+    # Another address of the same model changes nothing; another model or another thing asked along does.
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        moved = prepared(folder, server.url, tmp_path / "store")
+        assert Runner(moved.plan, moved.store).build().ran == []
+        other = prepared(folder, server.url, tmp_path / "store", **{"teacher.body": {"priority": 1}})
+        assert other.plan.match("generate")[0].key != moved.plan.match("generate")[0].key
+
+
+def test_a_trimmed_student_is_scored_in_its_own_tokens(folder: Path, tmp_path: Path) -> None:
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "store", **{"student.vocabulary": 380})
+        plan = session.plan.only(session.plan.match("distill/1"))
+        outcome = Runner(plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    log = [
+        json.loads(line) for line in (entry(session, "distill/1").path / "log" / "train.jsonl").read_text().splitlines()
+    ]
+    assert log[-1]["kd"] < 0.5 * log[0]["kd"]
+
+
+def test_a_teacher_that_is_not_good_enough_is_asked_nothing(folder: Path, tmp_path: Path) -> None:
+    with ModelServer(folder / "model", dtype="float32") as server:  # untaught
+        session = prepared(folder, server.url, tmp_path / "store", **{"teacher.min_score": {"words": 0.9}})
+        plan = session.plan.only(session.plan.match("generate"))
+        outcome = Runner(plan, session.store).build()
+        assert server.requests["/v1/chat/completions"] == 1 + len(WORDS)
+    assert "min_score" in str(outcome.failed["generate"])
+
+
+def test_another_tokenizer_is_found_out(folder: Path, tmp_path: Path, smollm2: Path) -> None:
+    with ModelServer(smollm2) as server:
+        teacher = OpenAITeacher(
+            Server(url=server.url, model="teacher", key_env="X", concurrency=2, timeout=60, retries=0),
+            tokenizer=TransformersTeacher(folder / "teacher").tokenizer,
+        )
+        assert isinstance(teacher, Teacher)
+        (tmp_path / "kept.jsonl").write_text(
+            json.dumps({"id": "a", "messages": [{"role": "user", "content": "Say alarm."}], "text": "alarm"}) + "\n"
+        )
+        examples, _ = load_kept(tmp_path / "kept.jsonl", folder / "teacher")
+        with teacher, pytest.raises(StepFailed, match="another tokenizer"):
+            list(teacher.score(examples, kind="top-k", n=5))
+
+
+def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -> None:
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        server.thinks = "First I think."
+        known = Server(url=server.url, model="teacher", key_env="X", concurrency=2, timeout=60, retries=0)
+        prompts = [[{"role": "user", "content": "Say alarm."}]]
+        for style, start in (("answer", "alarm"), ("think", "<think>\nFirst I think.\n</think>\nalarm")):
+            with OpenAITeacher(known, style=style) as teacher:
+                (answer,) = teacher.generate(prompts, sampling=Sampling(max_new_tokens=12))
+            assert answer.text.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ({"score.kind": "sampled"}, "score.kind"),
+        ({"adapt": {"files": ["rows.jsonl"]}}, "adapt"),
+        ({"student.model": "teacher"}, "student.model"),
+        ({"distill.loss.temperature": 2.0}, "distill.loss.temperature"),
+        ({"heal": {"hidden": 1.0}}, "heal.hidden"),
+        ({"distill.features": {"weight": 1.0}}, "distill.features"),
+        ({"baselines.quantized_teacher": "Q4_0"}, "baselines.quantized_teacher"),
+        ({"gates.min_speedup": 3.0}, "gates.min_speedup"),
+        ({"gates.min_shrink": 3.0}, "gates.min_shrink"),
+        ({"generate.style": "tool-trace", "distill.on_policy": 0.0}, "generate.style"),
+        ({"teacher.server": "127.0.0.1:8000"}, "teacher.server"),
+        ({"teacher.server": "http://me:sk-1@127.0.0.1/v1"}, "teacher.server"),
+        ({"teacher.model": "path:model"}, "teacher.model"),
+        ({"teacher.body": {"temperature": 1.0}}, "teacher.body"),
+        ({"teacher.backend": "transformers"}, "teacher.model"),
+        ({"teacher.backend": "transformers", "teacher.model": "path:model"}, "teacher.server"),
+    ],
+)
+def test_what_a_served_teacher_cannot_do_is_refused_before_it_is_asked(
+    folder: Path, tmp_path: Path, overrides: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        prepared(folder, "http://127.0.0.1:9/v1", tmp_path / "store", **overrides)
+    assert f" {key}: " in str(caught.value)
+
+
+def test_what_the_server_cannot_do_is_refused_in_the_plan(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    with pytest.raises(UsageError, match="does not answer") as caught:
+        prepared(folder, "http://127.0.0.1:9/v1", tmp_path / "store")
+    assert "teacher.server" in caught.value.hint
+    with ModelServer(folder / "teacher", key="sk-right") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+        with pytest.raises(UsageError, match=r"401.*not Bearer …") as caught:
+            prepared(folder, server.url, tmp_path / "store")
+        assert "OPENAI_API_KEY" in caught.value.hint
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+        with pytest.raises(RecipeError, match="fewer than 30") as refused:
+            prepared(folder, server.url, tmp_path / "store", **{"score.n": 30})
+        assert "score.kind" in str(refused.value)
+        with pytest.raises(UsageError, match="serves no 'someone'") as caught:
+            prepared(folder, server.url, tmp_path / "store", **{"teacher.model": "openai:someone"})
+        assert "teacher" in caught.value.hint
+        prepared(folder, server.url, tmp_path / "store")
+    everything = "".join(p.read_text() for p in (tmp_path / "store" / "models" / "served").iterdir())
+    assert "sk-" not in everything
+
+
+def test_a_server_that_is_none_of_openais_kind(folder: Path, tmp_path: Path) -> None:
+    import http.server
+    import threading
+
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        with pytest.raises(EdgeDistillError) as caught:
+            prepared(folder, f"http://127.0.0.1:{files.server_port}/v1", tmp_path / "store")
+        files.shutdown()
+    assert "refuses (501)" in str(caught.value)
