@@ -59,6 +59,10 @@ class Server:
         """Return what its answers depend on: as far as anyone can tell from here, its name and what is always asked along."""
         return {"model": self.model, "body": dict(self.body), **({"revision": self.revision} if self.revision else {})}
 
+    def limit(self, tokens: int) -> dict[str, int]:
+        """Return the bound of an answer's length, for a request; nothing where ``body`` has it by its newer name."""
+        return {} if "max_completion_tokens" in self.body else {"max_tokens": tokens}
+
     def headers(self) -> dict[str, str]:
         """Return the headers of a request, with the key where there is one."""
         key = os.environ.get(self.key_env, "")
@@ -138,9 +142,9 @@ def probe(server: Server, *, scored: int) -> Abilities:
 
         try:
             context = _listed(client.get(f"{server.url}/models"), server)
-            asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **server.body}
+            asked = {"messages": [{"role": "user", "content": "Hi"}], **server.limit(1), **server.body}
             answer = post("/chat/completions", {**asked, "logprobs": True})
-            if answer.status_code == 400:  # some models take no logprobs
+            if answer.status_code in (400, 422):  # some models take no logprobs
                 answer = post("/chat/completions", asked)
             if answer.status_code != 200:
                 raise UsageError(f"{server.url}: {refusal(server, answer)}", _remedy(server, answer.status_code))

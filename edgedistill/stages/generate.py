@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.data.prompts import Row
@@ -179,21 +179,15 @@ class Generate(Stage):
             ctx.progress(done, total, "answers")
 
         with OpenAITeacher(self.server, style=self.style) as teacher:
-            # In small shards, so that what was asked is noted before it is, and little more than what is in flight.
-            size = 4 * self.server.concurrency
-            for start in range(0, len(questions), size):
-                shard = questions[start : start + size]
-                ctx.rows.asking(shard)
-                list(
-                    teacher.generate(
-                        [conversation(one.messages)[0] for one in shard],
-                        sampling=sampling,
-                        row_ids=[one.key for one in shard],
-                        on_batch=lambda answers, start=start: store(
-                            [replace(one, index=start + one.index) for one in answers]
-                        ),
-                    )
-                )
+            answers = teacher.generate(
+                [conversation(one.messages)[0] for one in questions],
+                sampling=sampling,
+                row_ids=[one.key for one in questions],
+                on_ask=lambda at: ctx.rows.asking([questions[at]]),
+                on_batch=store,
+            )
+            for _ in answers:  # stored already
+                pass
 
 
 def _stored(answer: Answer) -> Answered:

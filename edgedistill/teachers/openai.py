@@ -59,9 +59,11 @@ class OpenAITeacher:
         row_ids: Sequence[str] | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[list[Answer]], None] | None = None,
+        on_ask: Callable[[int], None] | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Answer]:
-        """Yield the answers once all are there, in the order of ``prompts``; ``on_batch`` gets each as it arrives.
+        """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
+        put, ``on_batch`` each answer as it arrives.
 
         ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
         `Requests.post`.
@@ -83,7 +85,9 @@ class OpenAITeacher:
                 progress(arrived, len(jobs), f"{arrived / (time.monotonic() - started):.1f} rows/s")
 
         bodies = [self._question(prompts[at], names[at], sample, sampling) for at, sample in jobs]
-        self.requests.post("/chat/completions", bodies, take)
+        self.requests.post(
+            "/chat/completions", bodies, take, on_ask=lambda job: on_ask(jobs[job][0]) if on_ask is not None else None
+        )
         yield from (one for one in found if one is not None)
 
     def _question(self, messages: Messages, name: str, sample: int, sampling: Sampling) -> dict[str, Any]:
@@ -94,7 +98,7 @@ class OpenAITeacher:
         return {
             "model": self.server.model,
             "messages": list(messages),
-            "max_tokens": sampling.max_new_tokens,
+            **self.server.limit(sampling.max_new_tokens),
             "temperature": sampling.temperature,
             **drawn,
             **({"logprobs": True} if self.server.abilities.logprobs else {}),

@@ -22,6 +22,7 @@ from edgedistill.served import Server, refusal
 AGAIN = (408, 409, 425, 429)
 FIRST_WAIT, LONGEST_WAIT, LONGEST_ASKED = 0.5, 60.0, 600.0  # seconds; the last bounds what a server may ask for
 
+Ask = Callable[[int], None]
 Reply = Callable[[int, dict[str, Any]], None]
 
 
@@ -43,18 +44,21 @@ class Requests:
             self._runner.run(self._client.aclose())
         self._runner.close()
 
-    def post(self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply) -> None:
-        """Post all bodies; ``on_reply`` gets (index, JSON) of each as it arrives.
+    def post(
+        self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply, *, on_ask: Ask = lambda at: None
+    ) -> None:
+        """Post all bodies; ``on_ask`` gets the index of each before it is sent, ``on_reply`` (index, JSON) as it arrives.
 
         Raises StepFailed where one is refused, or fails too often: no further one is sent, those in flight still arrive.
         """
-        self._runner.run(self._all(path, bodies, on_reply))
+        self._runner.run(self._all(path, bodies, on_reply, on_ask))
 
-    async def _all(self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply) -> None:
+    async def _all(self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply, on_ask: Ask) -> None:
         waiting, failed = iter(enumerate(bodies)), list[StepFailed]()
 
         async def work() -> None:
             for at, body in waiting:
+                on_ask(at)
                 try:
                     reply = await self._one(path, body, failed)
                 except StepFailed as error:

@@ -65,6 +65,7 @@ def split_of_time(turns: Turns) -> Iterator[None]:
     import torch
 
     from edgedistill.training import trainer
+    from edgedistill.training.dense import DenseTeacher
 
     def timed(owner: Any, name: str, part: str) -> Callable[[], None]:
         whole = getattr(owner, name)
@@ -83,7 +84,7 @@ def split_of_time(turns: Turns) -> Iterator[None]:
         timed(trainer, "completion_states", "decoder, forward"),
         timed(trainer, "completion_loss", "head and loss"),
         timed(torch.Tensor, "backward", "decoder, backward"),
-        timed(trainer.DenseTeacher, "targets", "teacher"),
+        timed(DenseTeacher, "targets", "teacher"),
     ]
     try:
         yield

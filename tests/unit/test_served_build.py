@@ -204,6 +204,31 @@ def test_a_teacher_that_is_not_good_enough_is_asked_nothing(folder: Path, tmp_pa
     assert "min_score" in str(outcome.failed["generate"])
 
 
+def test_a_build_that_is_broken_off_asks_again_only_what_was_in_flight(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, left = RowStore.add, [4]
+
+    def add_and_break(self: RowStore, answers: Any) -> None:
+        add(self, answers)
+        left[0] -= 1
+        if left[0] == 0:
+            raise UsageError("broken off", "go on")
+
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "store")
+        plan = session.plan.only(session.plan.match("generate"))
+        with monkeypatch.context() as patch:
+            patch.setattr(RowStore, "add", add_and_break)
+            assert list(Runner(plan, session.store).build().failed) == ["generate"]
+        assert not Runner(plan, session.store).build().failed
+        asked = server.requests["/v1/chat/completions"] - 1 - len(WORDS)  # the probe, the suite
+    facts = entry(session, "generate").facts
+    assert (facts["asked"], facts["from_store"]) == (len(WORDS) - 4, 4)
+    assert len(WORDS) <= asked <= len(WORDS) + 4  # teacher.concurrency
+    assert len(RowStore(session.store.root).asked_again()) <= 4
+
+
 def test_another_tokenizer_is_found_out(folder: Path, tmp_path: Path, smollm2: Path) -> None:
     with ModelServer(smollm2) as server:
         teacher = OpenAITeacher(
