@@ -109,7 +109,7 @@ def read(session: Session) -> ReportData:
         curves={name: lines for name, lines in curves.items() if lines},
         learnt=_learnt(session, curves),
         training={name: dict(e.facts["train"]) for name, e in entries.items() if e and "train" in e.facts},
-        yields=dict(reader.facts("filter")),
+        yields=_yields(reader),
         rounds=_rounds(reader),
         fallbacks=fallbacks(entries),
         hops=hops(entries),
@@ -145,6 +145,14 @@ def _shape(session: Session) -> str:
         (student.vocab, facts.vocab, "tokens"),
     )
     return "".join(f", {kept:,} of {whole:,} {what}" for kept, whole, what in pairs if kept < whole)
+
+
+def _yields(reader: _Reader) -> dict[str, Any]:
+    """Return what the filters let through, and how many of the teacher's analyses of its mistakes were right."""
+    found, analysed = dict(reader.facts("filter")), reader.facts("analyse")
+    if analysed:
+        found["yields"] = [*found.get("yields", ()), *analysed["yields"]]
+    return found
 
 
 def _models(reader: _Reader) -> list[Model]:

@@ -11,6 +11,7 @@ import pytest
 from edgedistill.data.corrections import WRONG, objection
 from edgedistill.data.thinking import split
 from edgedistill.errors import RecipeError
+from edgedistill.report import collect
 from edgedistill.runner import Runner
 from edgedistill.session import Session, prepare
 from edgedistill.store import Store
@@ -102,6 +103,7 @@ def test_what_it_says_of_its_mistakes_is_learnt_where_it_is_then_right(folder: P
         f"{STUBBORN}+fix1": "reference (exact)",
     }
     assert entry("analyse").facts["yields"] == [{"filter": "analysis", "in": 6, "out": 4}]
+    assert collect(session).yields["yields"][-1] == {"filter": "analysis", "in": 6, "out": 4}
     assert entry("distill/1").facts["train"]["steps"] == -(-(len(WORDS) + 4) // 16)
 
 

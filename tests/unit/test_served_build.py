@@ -195,6 +195,17 @@ def test_a_trimmed_student_is_scored_in_its_own_tokens(folder: Path, tmp_path: P
     assert log[-1]["kd"] < 0.5 * log[0]["kd"]
 
 
+def test_an_online_round_asks_the_server_what_the_student_fails(folder: Path, tmp_path: Path) -> None:
+    changes = {"round": [{"kind": "online", "samples": 1}], "distill.epochs": 1, "distill.on_policy": 0.0}
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "store", **changes)
+        plan = session.plan.only(session.plan.match("distill/2"))
+        outcome = Runner(plan, session.store).build()
+    assert not outcome.failed, outcome.failed
+    asked = entry(session, "generate/round-1").facts
+    assert 0 < asked["asked"] == asked["rows"] <= len(WORDS)
+
+
 def test_a_teacher_that_is_not_good_enough_is_asked_nothing(folder: Path, tmp_path: Path) -> None:
     with ModelServer(folder / "model", dtype="float32") as server:  # untaught
         session = prepared(folder, server.url, tmp_path / "store", **{"teacher.min_score": {"words": 0.9}})
