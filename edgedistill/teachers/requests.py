@@ -93,7 +93,9 @@ class Requests:
                             f"{url}: {why}", "what was answered is stored: mend the recipe and build again"
                         )
                     wait = retry_after(response.headers.get("Retry-After"))
-            if attempt + 1 < tries and not failed:
+            if failed:  # by another request: nothing is waited for any more
+                break
+            if attempt + 1 < tries:
                 backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(backoff if wait is None else wait)
         raise StepFailed(
