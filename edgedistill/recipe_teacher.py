@@ -119,7 +119,11 @@ def refuse_served(recipe: Recipe) -> None:
 def check_url(url: str) -> str:
     """Return a server's address if it can be one. Raises ValueError."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        reachable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or none of those that there are
+        reachable = False
+    if not reachable:
         raise ValueError(f"{url!r} is no address of a server: write it as http://127.0.0.1:8000/v1")
     if parts.username or parts.password:
         raise ValueError("a key in an address ends up in logs: put it into the environment, and its name into key_env")

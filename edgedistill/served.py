@@ -64,14 +64,22 @@ class Server:
         return {} if "max_completion_tokens" in self.body else {"max_tokens": tokens}
 
     def headers(self) -> dict[str, str]:
-        """Return the headers of a request, with the key where there is one."""
-        key = os.environ.get(self.key_env, "")
+        """Return the headers of a request, with the key where there is one. Raises UsageError for what cannot be one."""
+        key = self._key()
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError(
+                f"${self.key_env} holds what no key can: a line break inside, or letters beyond ASCII",
+                f"export {self.key_env}=…",
+            )
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def hide(self, text: str) -> str:
         """Return a text without the key, for messages."""
-        key = os.environ.get(self.key_env, "")
+        key = self._key()
         return text.replace(key, "…") if key else text
+
+    def _key(self) -> str:
+        return os.environ.get(self.key_env, "").strip()  # often read from a file, with its last line break
 
 
 def server_of(recipe: Recipe) -> Server | None:
@@ -154,7 +162,7 @@ def probe(server: Server, *, scored: int) -> Abilities:
                 given = post("/completions", {"prompt": "The sky is", "max_tokens": 1, SCORED: scored})
                 if given.status_code == 200 and given.json()["choices"][0].get(SCORED):
                     scores = scored
-        except httpx2.TransportError as error:
+        except httpx2.RequestError as error:
             raise UsageError(
                 f"{server.url}: the teacher's server does not answer: {error or type(error).__name__}",
                 "start it, or mend teacher.server",

@@ -78,7 +78,7 @@ class Requests:
             wait = None
             try:
                 response = await self._client.post(url, json=body)
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 why = f"{type(error).__name__} {self.server.hide(str(error))}".strip()
             else:
                 if response.status_code == 200:

@@ -280,6 +280,7 @@ def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -
         ({"gates.min_shrink": 3.0}, "gates.min_shrink"),
         ({"generate.style": "tool-trace", "distill.on_policy": 0.0}, "generate.style"),
         ({"teacher.server": "127.0.0.1:8000"}, "teacher.server"),
+        ({"teacher.server": "http://127.0.0.1:eighty/v1"}, "teacher.server"),
         ({"teacher.server": "http://me:sk-1@127.0.0.1/v1"}, "teacher.server"),
         ({"teacher.model": "path:model"}, "teacher.model"),
         ({"teacher.body": {"temperature": 1.0}}, "teacher.body"),
@@ -304,7 +305,11 @@ def test_what_the_server_cannot_do_is_refused_in_the_plan(folder: Path, tmp_path
         with pytest.raises(UsageError, match=r"401.*not Bearer …") as caught:
             prepared(folder, server.url, tmp_path / "store")
         assert "OPENAI_API_KEY" in caught.value.hint
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-right")
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-ri\nght")
+        with pytest.raises(UsageError, match="no key can") as caught:
+            prepared(folder, server.url, tmp_path / "store")
+        assert "sk-" not in str(caught.value) + caught.value.hint
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-right\n")  # as it comes out of a file
         with pytest.raises(RecipeError, match="fewer than 30") as refused:
             prepared(folder, server.url, tmp_path / "store", **{"score.n": 30})
         assert "score.kind" in str(refused.value)
