@@ -109,7 +109,7 @@ class RoundSteps(TrainingSteps):
             f"generate/{tag}",
             stage,
             Work(kind=kind, amount=2 * params * sum(map(row_tokens, rows)) * one.samples)
-            if params
+            if stage.server is None
             else Work(kind="served", amount=FAILED * sum(map(row_tokens, rows)) * one.samples),
             memory=2 * params + RUNTIME_MIB * MIB,
             disk=len(rows) * one.samples * 600,
