@@ -1,8 +1,12 @@
-"""What transformers calls a decoder of the Llama kind whose width is no multiple of its heads."""
+"""What a checkpoint's family allows: whose vocabulary can be trimmed, and what transformers calls a decoder of the Llama kind
+whose width is no multiple of its heads. Imports neither torch nor numpy: the command line asks it before it plans.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UsageError
@@ -32,3 +36,14 @@ def of_any_width(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     shared = {name: value for name, value in config.items() if name in SHARED}
     return shared | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
+def check_trimmable(folder: Path) -> None:
+    """Raise UsageError where the tokenizer of a checkpoint is no byte-level BPE: only that can spell any text."""
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text()).get("model", {}) if path.is_file() else {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise UsageError(
+            f"{path}: a {model.get('type', 'missing')} tokenizer; only a byte-level BPE vocabulary can be trimmed",
+            "leave student.vocabulary out",
+        )

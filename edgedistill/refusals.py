@@ -391,7 +391,7 @@ def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
 
 def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
     """Refuse a vocabulary larger than the model's, or of a tokenizer that cannot spell what was cut away."""
-    from edgedistill.training.vocabulary import check_trimmable
+    from edgedistill.families import check_trimmable
 
     model, facts = inputs.recipe.student.model, inputs.student.facts
     if size > facts.vocab:
@@ -428,7 +428,7 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     wanted = target.quantize.type
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
     size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
-    if limit is not None:
+    if limit is not None and size > limit:
         best, least = smallest_type(config)
         if least > limit:
             raise RecipeError(
@@ -438,10 +438,7 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
                 file=target.path,
                 key="limits.file_size",
             )
-        if size > limit:
-            warnings.append(
-                f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}"
-            )
+        warnings.append(f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}")
     base, hidden = file_type(wanted).base, facts.hidden
     odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]
     if odd:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,6 +44,10 @@ class Stage:
 
     def inputs(self) -> tuple[Key, ...]:
         """Return the upstream keys, in the order of the fields; a key inside a tuple or a dictionary counts too."""
+        return self._inputs
+
+    @cached_property
+    def _inputs(self) -> tuple[Key, ...]:
         found: list[Key] = []
 
         def walk(value: Any) -> None:

@@ -44,6 +44,7 @@ provide() {
     # torch may be answered with gigabytes of CUDA packages.
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" torch==2.13.0
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "${root}[$extras]"
+    "$venv/bin/python" -m compileall -q "$root/edgedistill"  # pip does not for an editable install
     fingerprint >"$venv/installed-$extras"
     echo "installed in $((SECONDS - started)) s" >&2
 }

@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,12 @@ class Row:
             if value := getattr(self, name):
                 out[name] = list(value)
         return out
+
+    @cached_property
+    def line(self) -> bytes:
+        """Return what digests are made of; kept, because a plan makes several of the same rows."""
+        # Tools were once read and not shown to the model: what was built of such rows is not what would be built now.
+        return _canonical(self.to_json()) + (b" shown\n" if self.tools else b"\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,18 +269,19 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null")
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))  # json.dumps makes one a call
+
+
 def _canonical(value: Any) -> bytes:
     # surrogatepass: JSON may hold a lone surrogate (\ud83d), which plain UTF-8 refuses to encode.
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
+    return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
     """Return the sha256 (hex) of what the rows say, in their order; spacing and key order do not change it."""
     digest = hashlib.sha256()
     for row in rows:
-        # Tools were once read and not shown to the model: what was built of such rows is not what would be built now.
-        digest.update(_canonical(row.to_json()) + (b" shown\n" if row.tools else b"\n"))
+        digest.update(row.line)
     return digest.hexdigest()
 
 

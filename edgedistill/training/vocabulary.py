@@ -136,17 +136,6 @@ def read_origin(model: Path) -> Origin | None:
     return Origin(tokenizer=data["tokenizer"], kept=np.asarray(data["kept"], dtype=np.int64))
 
 
-def check_trimmable(folder: Path) -> None:
-    """Raise UsageError where the tokenizer of a checkpoint is no byte-level BPE: only that can spell any text."""
-    path = folder / "tokenizer.json"
-    model = json.loads(path.read_text()).get("model", {}) if path.is_file() else {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UsageError(
-            f"{path}: a {model.get('type', 'missing')} tokenizer; only a byte-level BPE vocabulary can be trimmed",
-            "leave student.vocabulary out",
-        )
-
-
 def choose_tokens(source: Path, used: Iterable[int], size: int) -> np.ndarray:
     """Choose the ``size`` tokens to keep, ascending int64: added tokens, single bytes, ``used`` ones with all that they
     are merged from, then the others by merge rank.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
+from edgedistill.families import check_trimmable
 from edgedistill.training.data import Example
 from edgedistill.training.divergences import FORWARD_KL
 from edgedistill.training.draws import stored_temperatures
@@ -23,7 +24,6 @@ from edgedistill.training.recipe import load_model
 from edgedistill.training.targets import tokenizer_hash
 from edgedistill.training.vocabulary import (
     Origin,
-    check_trimmable,
     choose_tokens,
     origin_towards,
     read_origin,
