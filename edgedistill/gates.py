@@ -6,12 +6,14 @@ proof"). The size of a file is the same everywhere and always counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedistill.target import format_size
+
+SPEEDS = ("speedup", "pp512", "tg128", "ttft_p95_ms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,8 @@ def check_gates(
     if (bound := gates.get("min_shrink")) is not None and reference_size:
         shrink = reference_size / size
         lines.append(Line(name="shrink", bound=bound, found=shrink, status="green" if shrink >= bound else "missed"))
-    ratio = measurement.get("ratio", {}).get("tg", {})
+    beside = measurement.get("ratio", {})
+    ratio = beside.get("tg", {})
     if (bound := gates.get("min_speedup")) is not None:
         found_ratio = ratio.get("value")
         status = "missed" if found_ratio is None or found_ratio < bound else "green"
@@ -123,11 +126,23 @@ def check_gates(
                 high=ratio.get("high"),
                 n=ratio.get("n"),
                 status=status,
-                why="decode against the teacher's f16, one session on this machine",
+                why="decode against the teacher's f16, one session on this machine" + _noise(beside),
             )
         )
     lines += _limits(limits, size, measurement.get("measurement", {}), unproved)
     return GateReport(lines=tuple(lines))
+
+
+def _noise(measured: Mapping[str, Any]) -> str:
+    return f"; a noisy one: {'; '.join(measured['noise'])}" if measured.get("noise") else ""
+
+
+def miss_hint(missed: Iterable[Line], measurement: Mapping[str, Any]) -> str:
+    """Return what to do about missed lines: a speed that a noisy machine gave is taken again first."""
+    slow = any(line.name in SPEEDS for line in missed)
+    noisy = any(measurement.get(part, {}).get("noise") for part in ("measurement", "ratio"))
+    first = "the machine was noisy: edgedistill build --remeasure once it is quiet; else " if slow and noisy else ""
+    return first + "train longer or take a larger type; --ship-anyway packages it and records the miss"
 
 
 def draft_refused(drafting: Mapping[str, Any], limits: Mapping[str, Any], size: int) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edgedistill.devices.host import HostFingerprint
 
@@ -296,6 +296,27 @@ class Device(Protocol):
     ) -> RatioMeasurement:
         """Measure ``ours`` against ``baseline`` in one session, turn by turn."""
         ...
+
+
+class Measured(Protocol):
+    """Something measured that knows why it is not to be trusted."""
+
+    @property
+    def noise(self) -> tuple[str, ...]:
+        """The reasons; none means quiet."""
+        ...
+
+
+_Measured = TypeVar("_Measured", bound=Measured)
+
+
+def again_if_noisy(take: Callable[[], _Measured], note: Callable[[str], None]) -> _Measured:
+    """Measure; once more where the machine was noisy. The second stands whatever it says: to choose would flatter."""
+    found = take()
+    if found.noise:
+        note("the machine is noisy; measuring again")
+        found = take()
+    return found
 
 
 def percentile(values: Sequence[float], share: float) -> float:

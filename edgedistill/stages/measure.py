@@ -1,8 +1,8 @@
 """measure: how fast one artifact runs on this machine, beside the teacher's f16 in the same session.
 
 In: an artifact, the baseline, settings, the device's fingerprint. Out: ``measurement.json``. Speed is cached per
-device; a ratio is always taken in one session, interleaved. A noisy run is repeated; what stays noisy is stored as
-noisy and shown so (``--remeasure`` takes it again)."""
+device; a ratio is always taken in one session, interleaved. A noisy run, of either, is repeated; what stays noisy is stored
+as noisy and shown so (``--remeasure`` takes it again)."""
 
 from __future__ import annotations
 
@@ -35,20 +35,15 @@ class Measure(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Measure; then measure the ratio."""
         from edgedistill.devices.local import Settings, measure, measure_ratio
+        from edgedistill.devices.protocol import again_if_noisy
 
         settings = Settings(threads=self.threads, context=self.context)
         artifact = ctx.path(self.model, self.file)
         prompts = [[dict(message) for message in row.messages] for row in self.prompts]
-        facts: dict[str, Any] = {}
-        for attempt in range(2):
-            found = measure(artifact, settings, prompts=prompts, progress=ctx.progress)
-            facts = {"measurement": found.to_json()}
-            if not found.noisy:
-                break
-            if attempt == 0:
-                ctx.note("the machine is noisy; measuring again")
+        speed = again_if_noisy(lambda: measure(artifact, settings, prompts=prompts, progress=ctx.progress), ctx.note)
+        facts: dict[str, Any] = {"measurement": speed.to_json()}
         if self.baseline is not None:
-            ratio = measure_ratio(artifact, ctx.path(self.baseline, "model.gguf"), settings)
-            facts["ratio"] = ratio.to_json()
+            beside = ctx.path(self.baseline, "model.gguf")
+            facts["ratio"] = again_if_noisy(lambda: measure_ratio(artifact, beside, settings), ctx.note).to_json()
         (ctx.out / "measurement.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
         return facts

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from edgedistill.artifact import Manifest, write_files
 from edgedistill.errors import GateMissed
 from edgedistill.fingerprint import Key
-from edgedistill.gates import check_gates, draft_refused
+from edgedistill.gates import check_gates, draft_refused, miss_hint
 from edgedistill.step import Context, Stage, unkeyed
 
 
@@ -26,6 +26,7 @@ class Package(Stage):
     """Check the gates of one target and write its package."""
 
     name: ClassVar[str] = "package"
+    version: ClassVar[int] = 2  # 2: the speed-up's line says what was noisy
     model: Key
     file: str
     evaluation: Key
@@ -63,7 +64,7 @@ class Package(Stage):
         if verdict.missed and not self.ship_anyway:
             raise GateMissed(
                 f"{self.recipe}/{self.target['name']}: " + "; ".join(line.text() for line in verdict.missed),
-                "train longer or take a larger type; --ship-anyway packages it and records the miss",
+                miss_hint(verdict.missed, ctx.facts(self.measurement)),
             )
         if artifact.is_file():
             _link(artifact, ctx.out / "model.gguf")

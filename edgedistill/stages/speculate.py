@@ -37,11 +37,10 @@ class Speculate(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Measure; once more where the machine was noisy."""
         from edgedistill.devices.drafting import measure_draft
-        from edgedistill.devices.protocol import Settings
+        from edgedistill.devices.protocol import Settings, again_if_noisy
 
-        facts: dict[str, Any] = {}
-        for attempt in range(2):
-            found = measure_draft(
+        found = again_if_noisy(
+            lambda: measure_draft(
                 ctx.path(self.model, "model.gguf"),
                 ctx.path(self.draft, "model.gguf"),
                 Settings(threads=self.threads, context=self.context, answer_tokens=self.max_new_tokens),
@@ -49,11 +48,9 @@ class Speculate(Stage):
                 tokens=self.tokens,
                 min_probability=self.min_probability,
                 progress=ctx.progress,
-            )
-            facts = found.to_json()
-            if not found.noise:
-                break
-            if attempt == 0:
-                ctx.note("the machine is noisy; measuring again")
+            ),
+            ctx.note,
+        )
+        facts = found.to_json()
         (ctx.out / "drafting.json").write_text(json.dumps(facts, indent=1, sort_keys=True))
         return {"drafting": facts, "tokens": self.tokens, "min_probability": self.min_probability}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from edgedistill.devices.protocol import (
     RatioMeasurement,
     Samples,
     Settings,
+    again_if_noisy,
     percentile,
 )
 from edgedistill.devices.table import bench_table
@@ -156,3 +158,15 @@ def test_samples_and_percentiles() -> None:
 def test_this_machine_is_a_device() -> None:
     device: Device = Local()
     assert device.fingerprint() == local.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("noises", "kept"), [([(), ("never",)], 0), ([("load",), ()], 1), ([("load",), ("worse",)], 1)]
+)
+def test_a_noisy_measurement_is_taken_once_more_and_the_second_stands(
+    measured: Measurement, noises: list[tuple[str, ...]], kept: int
+) -> None:
+    runs = iter(dataclasses.replace(measured, noise=noise) for noise in noises)
+    said: list[str] = []
+    assert again_if_noisy(lambda: next(runs), said.append).noise == noises[kept]
+    assert len(said) == kept
