@@ -21,6 +21,27 @@ MOST_SCORED = 100
 """Best tokens of a position that it is sensible to ask a server for; vLLM gives 20 unless it is told otherwise."""
 
 
+class Budget(Section):
+    """What the recipe may spend on its teacher in all builds together, on one store. A request that might go beyond is not sent."""
+
+    tokens: Count | None = Field(default=None, description="tokens of prompts and answers")
+    money: Positive | None = Field(default=None, description="in the currency of teacher.price")
+
+
+class Price(Section):
+    """What a million tokens cost: of what is asked, and of what is answered."""
+
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class Rate(Section):
+    """What may be sent to all servers in a minute, spread evenly."""
+
+    requests: Count | None = None
+    tokens: Count | None = Field(default=None, description="of prompts (4 bytes each) and the longest answers")
+
+
 class Teacher(Section):
     """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
     it stands behind a server that speaks as OpenAI's does (vLLM, SGLang, llama-server, Ollama, hosted ones): ``model`` is
@@ -35,12 +56,18 @@ class Teacher(Section):
         "concurrency",
         "timeout",
         "retries",
+        "rate",
+        "price",
+        "budget",
     )
 
     model: str
     backend: Literal["transformers", "openai"] = "transformers"
     min_score: dict[str, Share] = Field(default={})
-    server: str | None = Field(default=None, description="address up to its /v1: http://127.0.0.1:8000/v1")
+    server: str | list[str] | None = Field(
+        default=None,
+        description="address up to its /v1: http://127.0.0.1:8000/v1; of several servers of the model, all of theirs",
+    )
     revision: str = Field(
         default="", description="a label of yours, never sent: with another one the same name is asked anew"
     )
@@ -51,16 +78,30 @@ class Teacher(Section):
         default={},
         description="what each request for an answer says, too: { chat_template_kwargs = { enable_thinking = false } }",
     )
-    concurrency: Count = Field(default=16, description="requests at a time")
+    concurrency: Count = Field(default=16, description="requests at a time, to each server")
     timeout: Positive = Field(default=300.0, description="seconds to wait for an answer")
     retries: Annotated[int, Field(ge=0)] = Field(
         default=8, description="times that a request is put again when the server is busy, broken or gone"
     )
 
+    rate: Rate = Rate()
+    price: Price | None = None
+    budget: Budget = Budget()
+
+    @property
+    def servers(self) -> list[str]:
+        """Return the addresses."""
+        return [self.server] if isinstance(self.server, str) else self.server or []
+
     @field_validator("server")
     @classmethod
-    def _address(cls, url: str | None) -> str | None:
-        return url if url is None else check_url(url)
+    def _address(cls, server: str | list[str] | None) -> str | list[str] | None:
+        urls = [server] if isinstance(server, str) else server
+        if urls is not None and (not urls or len(set(urls)) < len(urls)):
+            raise ValueError("name each server once" if urls else "name a server")
+        for url in urls or ():
+            check_url(url)
+        return server
 
     @model_validator(mode="after")
     def _served(self) -> Teacher:
@@ -73,6 +114,10 @@ class Teacher(Section):
                 raise key_error("server", "where is it? http://127.0.0.1:8000/v1, or https://api.openai.com/v1")
             if taken := sorted(set(self.body) & set(OWN_BODY)):
                 raise key_error("body", f"{taken[0]} is set by [generate] and [teacher]")
+            if self.budget.money is not None and self.price is None:
+                raise key_error(
+                    "budget.money", "what do a million tokens cost? teacher.price = { input = …, output = … }"
+                )
             return self
         if self.model.startswith(SERVED):
             raise key_error("model", 'this names a served teacher: set backend = "openai"')

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,18 +74,38 @@ class RowStore:
 
     def __init__(self, root: Path) -> None:
         self.path = root / "rows.sqlite"
+        self._held: sqlite3.Connection | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the file open during the ``with`` block, for many small reads and writes."""
+        with self._errors(), closing(self._connect()) as self._held:
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=60)
+        connection.execute("PRAGMA journal_mode=WAL")
+        # A killed process loses nothing that was committed; a cut of the power may lose the last commits, and no more.
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(SCHEMA)
+        return connection
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
+        if self._held is not None:
+            with self._errors(), self._held:
+                yield self._held
+        else:
+            with self._errors(), closing(self._connect()) as connection, connection:
+                yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            connection = sqlite3.connect(self.path, timeout=60)
-            try:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(SCHEMA)
-                with connection:
-                    yield connection
-            finally:
-                connection.close()
+            yield
         except sqlite3.OperationalError as error:
             raise UsageError(f"{self.path}: {error}", "free some disk space; stored rows are kept") from error
         except sqlite3.DatabaseError as error:

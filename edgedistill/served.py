@@ -17,6 +17,7 @@ from edgedistill.fingerprint import digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_teacher import SERVED
+from edgedistill.spending import Budget, Ledger
 from edgedistill.store import write_atomic
 
 KIND = SERVED.removesuffix(":")
@@ -36,15 +37,24 @@ class Abilities:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What may be sent in a minute: requests, and tokens of prompts and answers. None: no bound."""
+
+    requests: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """Where a teacher is served and how hard it may be asked; of these only ``model``, ``revision`` and ``body`` tell one
     teacher from another.
 
-    ``url`` ends before ``/chat/completions``; ``key_env`` names the environment variable with the server's key; ``body`` is
-    added to each request for an answer; ``timeout`` is in seconds.
+    ``urls``, one or several servers of the same model, end before ``/chat/completions``; ``key_env`` names the environment
+    variable with their key; ``body`` is added to each request for an answer; ``concurrency`` is each server's; ``timeout`` is in
+    seconds. What is asked is put down to ``account``.
     """
 
-    url: str
+    urls: tuple[str, ...]
     model: str
     revision: str = ""
     key_env: str
@@ -52,7 +62,19 @@ class Server:
     concurrency: int
     timeout: float
     retries: int
+    rate: Rate = Rate()
+    account: str = ""
+    budget: Budget = field(default_factory=Budget)
     abilities: Abilities = Abilities()
+
+    @property
+    def url(self) -> str:
+        """Return the first server's address, for messages."""
+        return self.urls[0]
+
+    def ledger(self, rows: Path) -> Ledger:
+        """Return the account of what is asked, in the file of the row store."""
+        return Ledger(rows, self.account, self.budget)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -87,8 +109,9 @@ def server_of(recipe: Recipe) -> Server | None:
     teacher = recipe.teacher
     if teacher.backend != "openai" or teacher.server is None:
         return None
+    price = teacher.price
     return Server(
-        url=teacher.server.rstrip("/"),
+        urls=tuple(url.rstrip("/") for url in teacher.servers),
         model=teacher.model.removeprefix(SERVED),
         revision=teacher.revision,
         key_env=teacher.key_env,
@@ -96,6 +119,14 @@ def server_of(recipe: Recipe) -> Server | None:
         concurrency=teacher.concurrency,
         timeout=teacher.timeout,
         retries=teacher.retries,
+        rate=Rate(requests=teacher.rate.requests, tokens=teacher.rate.tokens),
+        account=f"{recipe.name}: {teacher.model}",
+        budget=Budget(
+            tokens=teacher.budget.tokens,
+            money=teacher.budget.money,
+            input=price.input if price else 0.0,
+            output=price.output if price else 0.0,
+        ),
     )
 
 
@@ -106,13 +137,12 @@ def resolve_served(server: Server, student: Resolved, store: Path, *, scored: in
     Its tokenizer is taken for the student's, which the steps that need it find out. Raises UsageError where the server does not
     answer, or not for this model.
     """
-    memo = store / "models" / "served" / f"{digest([server.url, server.identity, scored])}.json"
-    if memo.is_file():
-        abilities = Abilities(**json.loads(memo.read_text()))
-    else:
-        abilities = probe(server, scored=scored)
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(memo, json.dumps(asdict(abilities)))
+    found = [_abilities(replace(server, urls=(url,)), store, scored=scored) for url in server.urls]
+    abilities = Abilities(
+        context=min((one.context for one in found if one.context), default=0),
+        logprobs=all(one.logprobs for one in found),
+        scores=min(one.scores for one in found),
+    )
     facts = ModelFacts(
         architecture="",
         layers=0,
@@ -137,6 +167,17 @@ def resolve_served(server: Server, student: Resolved, store: Path, *, scored: in
         facts=facts,
         server=replace(server, abilities=abilities),
     )
+
+
+def _abilities(server: Server, store: Path, *, scored: int) -> Abilities:
+    """Return what one server can do, as it was found out once."""
+    memo = store / "models" / "served" / f"{digest([server.url, server.identity, scored])}.json"
+    if memo.is_file():
+        return Abilities(**json.loads(memo.read_text()))
+    found = probe(server, scored=scored)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(memo, json.dumps(asdict(found)))
+    return found
 
 
 def probe(server: Server, *, scored: int) -> Abilities:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.advice import advise
 from edgedistill.report import ReportData, collect, gate_lines
+from edgedistill.rows import RowStore
+from edgedistill.spending import Use
 from edgedistill.target import format_size
 
 if TYPE_CHECKING:
@@ -165,6 +167,8 @@ def plan_table(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) ->
     notes = ["* by a rate measured on another machine: may be off by several times"] if guessed else []
     if any(verdict.status == "wait" for _, verdict, _ in rows):
         notes.append("wait: known only once its inputs are rebuilt; counted as if it ran")
+    if asked := served_tokens(session, rows):
+        notes.append(asked["note"])
     return Sheet(
         title=f"{session.recipe.name}: {session.path}",
         columns=("step", "status", "why", "time", "memory", "disk"),
@@ -173,6 +177,36 @@ def plan_table(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) ->
         rules=frozenset({len(lines)}),
         notes=notes,
     )
+
+
+def served_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, Any]:
+    """Return what a served teacher would be asked, in tokens and money, and what the recipe has spent on it; nothing where the
+    teacher is here.
+    """
+    server = session.inputs.server
+    if server is None:
+        return {}
+    todo = [step.work for step, verdict, _ in rows if verdict.status != "cached"]
+    written, scored = (sum(work.amount for work in todo if work.kind == kind) for kind in ("served", "served-scores"))
+    budget, spent = server.budget, server.ledger(RowStore(session.store.root).path).spent()
+    money = budget.cost(Use(int(scored + written / 2), int(written / 2)))  # half of them are answers, say
+    bounds = [
+        f"{have:{form}} of {most:{form}} {unit}".rstrip()
+        for have, most, form, unit in (
+            (spent.tokens, budget.tokens, ",", "tokens"),
+            (spent.money, budget.money, ".4g", "money"),
+        )
+        if most is not None
+    ]
+    note = f"{server.model}: about {round(written + scored, -2):,.0f} tokens to ask"
+    note += f", {money:.2g} at its price" if budget.input or budget.output else ""
+    note += f"; spent so far: {' and '.join(bounds) or f'{spent.tokens:,} tokens'}"
+    return {
+        "tokens": int(written + scored),
+        "money": round(money, 6),
+        "spent": {"requests": spent.requests, "tokens": spent.tokens, "money": round(spent.money, 6)},
+        "note": note,
+    }
 
 
 def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, Any]:
@@ -202,6 +236,7 @@ def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> 
         "seconds": round(sum(step["seconds"] for step in todo), 1),
         "memory": max((step["memory"] for step in todo), default=0),
         "disk": sum(step["disk"] for step in todo),
+        **({"teacher": asked} if (asked := served_tokens(session, rows)) else {}),
     }
 
 

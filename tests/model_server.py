@@ -82,7 +82,9 @@ class ModelServer:
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
         if body.get("logprobs"):
             choice["logprobs"] = {"content": [{"token": "", "logprob": answer.logprob}]}
-        return {"choices": [choice], "usage": {"completion_tokens": len(answer.token_ids) + 1}}
+        asked = len(self.teacher.encode([body["messages"]], ["it"])[0])
+        usage = {"prompt_tokens": asked, "completion_tokens": len(answer.token_ids) + 1}
+        return {"choices": [choice], "usage": usage}
 
     @torch.inference_mode()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ class DistillServed(Distill):
 
         tokenizer = AutoTokenizer.from_pretrained(ctx.path(self.tokens, "model"))
         origin = read_origin(ctx.path(self.student, "model"))
-        asked = OpenAITeacher(self.server, tokenizer=tokenizer)
+        asked = OpenAITeacher(self.server, rows=ctx.rows.path, tokenizer=tokenizer)
         return ServedTeacher(asked, examples, targets or [], n=self.n, origin=origin)
 
 

@@ -178,7 +178,7 @@ class Generate(Stage):
             done += len(answers)
             ctx.progress(done, total, "answers")
 
-        with OpenAITeacher(self.server, style=self.style) as teacher:
+        with ctx.rows.held(), OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style) as teacher:
             answers = teacher.generate(
                 [conversation(one.messages)[0] for one in questions],
                 sampling=sampling,

@@ -110,5 +110,6 @@ class ScoreServed(Score):
         from edgedistill.teachers.openai import OpenAITeacher
 
         model = ctx.path(self.student, "model")
-        with OpenAITeacher(self.server, tokenizer=AutoTokenizer.from_pretrained(model)) as teacher:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        with OpenAITeacher(self.server, rows=ctx.rows.path, tokenizer=tokenizer) as teacher:
             return self.write(ctx, model, teacher, ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,12 @@ THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thou
 
 class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
-    the server parts from the answer.
+    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked.
     """
 
-    def __init__(self, server: Server, *, tokenizer: Any = None, style: str = "answer") -> None:
+    def __init__(self, server: Server, *, rows: Path | None, tokenizer: Any = None, style: str = "answer") -> None:
         self.server, self.tokenizer, self.style = server, tokenizer, style
-        self.requests = Requests(server)
+        self.requests = Requests(server, None if rows is None else server.ledger(rows))
         self.vocab_size = 0 if tokenizer is None else len(tokenizer)
 
     def close(self) -> None:

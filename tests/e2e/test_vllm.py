@@ -56,13 +56,13 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_what_vllm_writes_and_scores_is_what_transformers_does(served: str, smollm2: Path, tmp_path: Path) -> None:
-    server = Server(url=served, model="smol", key_env="X", concurrency=4, timeout=120, retries=1)
+    server = Server(urls=(served,), model="smol", key_env="X", concurrency=4, timeout=120, retries=1)
     able = probe(server, scored=20)
     assert able == Abilities(context=1024, logprobs=True, scores=20)
     assert probe(server, scored=21).scores == 0  # --max-logprobs
     local = TransformersTeacher(smollm2, "float32")
     server = Server(**{**server.__dict__, "abilities": able})
-    with OpenAITeacher(server, tokenizer=local.tokenizer) as teacher:
+    with OpenAITeacher(server, rows=None, tokenizer=local.tokenizer) as teacher:
         prompts = [[{"role": "user", "content": text}] for text in ASKED]
         sampling = Sampling(max_new_tokens=24)
         theirs = list(teacher.generate(prompts, sampling=sampling))

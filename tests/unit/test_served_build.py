@@ -17,8 +17,9 @@ from edgedistill.report_html import page
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.served import Server
-from edgedistill.session import Session, prepare
+from edgedistill.session import Session, prepare, rows_of
 from edgedistill.store import Store
+from edgedistill.tables import plan_json, plan_table
 from edgedistill.teachers.openai import OpenAITeacher
 from edgedistill.teachers.protocol import Sampling, Teacher
 from edgedistill.teachers.transformers import TransformersTeacher
@@ -243,7 +244,8 @@ def test_a_build_that_is_broken_off_asks_again_only_what_was_in_flight(
 def test_another_tokenizer_is_found_out(folder: Path, tmp_path: Path, smollm2: Path) -> None:
     with ModelServer(smollm2) as server:
         teacher = OpenAITeacher(
-            Server(url=server.url, model="teacher", key_env="X", concurrency=2, timeout=60, retries=0),
+            Server(urls=(server.url,), model="teacher", key_env="X", concurrency=2, timeout=60, retries=0),
+            rows=None,
             tokenizer=TransformersTeacher(folder / "teacher").tokenizer,
         )
         assert isinstance(teacher, Teacher)
@@ -258,10 +260,10 @@ def test_another_tokenizer_is_found_out(folder: Path, tmp_path: Path, smollm2: P
 def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -> None:
     with ModelServer(folder / "teacher", dtype="float32") as server:
         server.thinks = "First I think."
-        known = Server(url=server.url, model="teacher", key_env="X", concurrency=2, timeout=60, retries=0)
+        known = Server(urls=(server.url,), model="teacher", key_env="X", concurrency=2, timeout=60, retries=0)
         prompts = [[{"role": "user", "content": "Say alarm."}]]
         for style, start in (("answer", "alarm"), ("think", "<think>\nFirst I think.\n</think>\nalarm")):
-            with OpenAITeacher(known, style=style) as teacher:
+            with OpenAITeacher(known, rows=None, style=style) as teacher:
                 (answer,) = teacher.generate(prompts, sampling=Sampling(max_new_tokens=12))
             assert answer.text.startswith(start)
 
@@ -282,6 +284,11 @@ def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -
         ({"teacher.server": "127.0.0.1:8000"}, "teacher.server"),
         ({"teacher.server": "http://127.0.0.1:eighty/v1"}, "teacher.server"),
         ({"teacher.server": "http://me:sk-1@127.0.0.1/v1"}, "teacher.server"),
+        ({"teacher.server": []}, "teacher.server"),
+        ({"teacher.server": ["http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"]}, "teacher.server"),
+        ({"teacher.budget": {"money": 5.0}}, "teacher.budget.money"),
+        ({"teacher.budget": {"tokens": 0}}, "teacher.budget.tokens"),
+        ({"teacher.rate": {"requests": 0}}, "teacher.rate.requests"),
         ({"teacher.model": "path:model"}, "teacher.model"),
         ({"teacher.body": {"temperature": 1.0}}, "teacher.body"),
         ({"teacher.backend": "transformers"}, "teacher.model"),
@@ -319,6 +326,33 @@ def test_what_the_server_cannot_do_is_refused_in_the_plan(folder: Path, tmp_path
         prepared(folder, server.url, tmp_path / "store")
     everything = "".join(p.read_text() for p in (tmp_path / "store" / "models" / "served").iterdir())
     assert "sk-" not in everything
+
+
+def test_the_plan_says_what_will_be_asked_what_it_costs_and_what_is_spent(folder: Path, tmp_path: Path) -> None:
+    changes = {
+        "teacher.price": {"input": 1.0, "output": 3.0},
+        "teacher.budget": {"tokens": 100_000, "money": 0.5},
+        "teacher.rate": {"requests": 6000},
+    }
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "store", **changes)
+        before = plan_json(session, rows_of(session))["teacher"]
+        assert before["tokens"] > 12 * 12 and before["money"] == pytest.approx(1.5e-6 * before["tokens"], rel=0.5)
+        assert before["spent"] == {"requests": 0, "tokens": 0, "money": 0.0}
+        assert any(
+            "0 of 100,000 tokens and 0 of 0.5 money" in note for note in plan_table(session, rows_of(session)).notes
+        )
+        plan = session.plan.only(session.plan.match("score"))
+        assert not Runner(plan, session.store).build().failed
+        after = plan_json(session, rows_of(session))["teacher"]
+        assert after["tokens"] < before["tokens"]
+        assert after["spent"]["requests"] == server.requests.total() - 2  # what `plan` asked by itself
+        assert 0 < after["spent"]["tokens"] < 100_000
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        session = prepared(folder, server.url, tmp_path / "other", **{"teacher.budget": {"tokens": 600}})
+        outcome = Runner(session.plan.only(session.plan.match("generate")), session.store).build()
+        (error,) = outcome.failed.values()
+        assert "of 600 tokens are spent" in str(error) and "teacher.budget" in error.hint
 
 
 def test_a_server_that_is_none_of_openais_kind(folder: Path, tmp_path: Path) -> None:

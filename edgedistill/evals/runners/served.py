@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -15,12 +16,14 @@ from edgedistill.served import Server
 
 
 class ServedRunner:
-    """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared."""
+    """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared.
+    ``rows`` is the row store's file, which has the account of what is asked.
+    """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, rows: Path | None) -> None:
         from edgedistill.teachers.openai import OpenAITeacher
 
-        self.server, self.teacher = server, OpenAITeacher(server)
+        self.server, self.teacher = server, OpenAITeacher(server, rows=rows)
 
     def describe(self) -> dict[str, Any]:
         """Name the engine and the model; where the server is, changes nothing."""

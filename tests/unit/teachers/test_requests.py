@@ -2,90 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgedistill.errors import StepFailed
-from edgedistill.served import Server
+from edgedistill.served import Rate, Server
+from edgedistill.spending import Budget, Ledger
 from edgedistill.teachers import requests
-from edgedistill.teachers.requests import Requests, retry_after
-
-Plan = Callable[[int, int], str]
-"""(number of the row, how often it was asked before) -> what the server does."""
-
-
-class Planned:
-    """Answer {"row": n} with {"row": n}, or fail as the plan says; knows what was asked when, and how many at a time."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.asked, self.times, self.lock = Counter[int](), dict[int, list[float]](), threading.Lock()
-        self.now = self.most = 0
-        self.keys: set[str | None] = set()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                row = json.loads(body)["row"]
-                with outer.lock:
-                    before = outer.asked[row]
-                    outer.asked[row] += 1
-                    outer.times.setdefault(row, []).append(time.monotonic())
-                    outer.now += 1
-                    outer.most = max(outer.most, outer.now)
-                    outer.keys.add(self.headers["Authorization"])
-                try:
-                    self.act(plan(row, before), body)
-                finally:
-                    with outer.lock:
-                        outer.now -= 1
-
-            def act(self, deed: str, body: bytes) -> None:
-                what, _, more = deed.partition(" ")
-                if what == "slow":
-                    time.sleep(float(more))
-                if what == "cut":  # in the middle of the answer
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body[: len(body) // 2])
-                    self.close_connection = True
-                    return
-                status = int(what) if what.isdigit() else 200
-                said = {"error": {"message": "no, my sk-secret friend"}}
-                raw = b'{"row": ' if what == "truncated" else body if status == 200 else json.dumps(said).encode()
-                self.send_response(status)
-                if status != 200 and more:
-                    self.send_header("Retry-After", more)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> Planned:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+from edgedistill.teachers.requests import Pace, Requests, retry_after
+from tests.planned_server import USAGE, Planned
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +25,8 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _server(url: str, **changes: Any) -> Server:
-    table = {"concurrency": 8, "timeout": 2.0, "retries": 4, "key_env": "ED_TEST_KEY", **changes}
-    return Server(url=url, model="m", **table)
+    table = {"urls": (url,), "concurrency": 8, "timeout": 2.0, "retries": 4, "key_env": "ED_TEST_KEY", **changes}
+    return Server(model="m", **table)
 
 
 def _ask(planned: Planned, count: int, **changes: Any) -> dict[int, dict[str, Any]]:
@@ -190,3 +121,77 @@ def test_retry_after_is_a_number_or_a_date(dates: tuple[str, str]) -> None:
     assert retry_after(None) is None
     assert retry_after("soon") is None
     assert retry_after("nan") is None
+
+
+def test_several_servers_share_the_requests_and_one_that_is_gone_is_left_alone() -> None:
+    with Planned(lambda row, before: "slow 0.02") as one, Planned(lambda row, before: "slow 0.02") as two:
+        urls = (one.url, two.url, "http://127.0.0.1:9")
+        client = Requests(_server("", urls=urls, concurrency=4))
+        found: list[int] = []
+        client.post("/x", [{"row": row} for row in range(90)], lambda at, reply: found.append(at))
+        client.close()
+        assert sorted(found) == list(range(90))
+        assert one.asked.total() + two.asked.total() == 90
+        assert min(one.asked.total(), two.asked.total()) > 25
+        assert client.places == 12
+
+
+def test_a_rate_limit_spreads_requests_and_tokens_over_the_minute() -> None:
+    with Planned(lambda row, before: "ok") as planned:
+        started = time.monotonic()
+        _ask(planned, 11, rate=Rate(requests=600))  # one in a tenth of a second
+        assert 0.95 < time.monotonic() - started < 3
+    pace = Pace(120)
+    assert [pace.take(1, 10.0), pace.take(2, 10.0), pace.take(1, 10.0), pace.take(1, 20.0)] == [0, 0.5, 1.5, 0]
+    assert Pace(None).take(10**9, 0.0) == 0
+
+
+def _spend(planned: Planned, path: Path, rows: range, budget: Budget, **changes: Any) -> tuple[list[int], Ledger]:
+    ledger, found = Ledger(path, "a", budget), list[int]()
+    client = Requests(_server(planned.url, **changes), ledger)
+    try:
+        bodies = [{"row": row, "usage": True, "max_tokens": 10} for row in rows]
+        client.post("/x", bodies, lambda at, reply: found.append(rows[at]))
+    finally:
+        client.close()
+    return found, ledger
+
+
+def test_the_budget_is_never_exceeded_and_what_a_request_did_not_need_is_given_back(tmp_path: Path) -> None:
+    path, each = tmp_path / "rows.sqlite", sum(USAGE.values())
+    with Planned(lambda row, before: "slow 0.01") as planned:
+        with pytest.raises(
+            StepFailed, match=r"teacher\.budget: [\d,]+ of 1,000 tokens are spent, a request may take"
+        ) as caught:
+            _spend(planned, path, range(100), Budget(tokens=1000))
+        assert "raise teacher.budget" in caught.value.hint
+        # a request may take over 100 tokens and takes 30: the rest came back, or these would be 9
+        assert 1000 - 5 * each < planned.billed <= 1000
+        spent = Ledger(path, "a", Budget()).spent()
+        assert (spent.tokens, spent.requests) == (planned.billed, planned.asked.total())
+        answered = planned.asked.total()
+        found, _ = _spend(planned, path, range(answered, 100), Budget(tokens=10_000))
+    assert len(found) == 100 - answered
+
+
+def test_money_is_counted_at_its_price(tmp_path: Path) -> None:
+    budget = Budget(money=0.02, input=10.0, output=100.0)  # 20 and 10 tokens: 0.0012 each
+    with Planned(lambda row, before: "ok") as planned:
+        with pytest.raises(StepFailed, match=r"of 0\.02 is spent, a request may cost"):
+            _spend(planned, tmp_path / "rows.sqlite", range(100), budget)
+        spent = Ledger(tmp_path / "rows.sqlite", "a", budget).spent()
+    assert spent.money == pytest.approx(0.0012 * planned.asked.total())
+    assert 0.01 < spent.money <= 0.02
+
+
+def test_a_refused_request_costs_nothing_and_a_lost_one_the_most(tmp_path: Path) -> None:
+    budget, each = Budget(tokens=10**6), sum(USAGE.values())
+    with Planned(lambda row, before: "503" if before == 0 else "ok") as planned:
+        _, ledger = _spend(planned, tmp_path / "refused.sqlite", range(5), budget)
+    assert ledger.spent().tokens == 5 * each
+    with Planned(lambda row, before: ("cut", "truncated", "slow 1")[row % 3] if before == 0 else "ok") as planned:
+        _, ledger = _spend(planned, tmp_path / "lost.sqlite", range(6), budget, timeout=0.4)
+        assert ledger.spent().tokens >= planned.billed == 2 * 6 * each
+    with pytest.raises(StepFailed):
+        _spend(planned, tmp_path / "gone.sqlite", range(2), budget, retries=0)  # nobody is there any more
+    assert Ledger(tmp_path / "gone.sqlite", "a", budget).spent().tokens == 0

@@ -1,0 +1,163 @@
+"""What a recipe spends on a teacher behind a server, and the budget that it may not exceed.
+
+The sums stand beside the rows, one line an account, so that all builds of a recipe on a store share one budget. What a request may
+cost at most is taken out before it is sent, and set right when its answer says what it did cost: a build that is killed in between
+has spent it, since the server may have answered. So the sum is never too small.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgedistill.errors import UsageError
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS spending (
+    account    TEXT PRIMARY KEY,
+    requests   INTEGER NOT NULL,
+    prompt     INTEGER NOT NULL,
+    completion INTEGER NOT NULL,
+    money      REAL NOT NULL
+) WITHOUT ROWID;
+"""
+MILLION = 1_000_000
+TEMPLATE = 64
+"""Tokens that a chat template may put around a conversation: a system message of its own, say."""
+
+
+class Use(NamedTuple):
+    """Tokens of a request (or of several): those of what is asked, and those that are written."""
+
+    prompt: int
+    completion: int
+
+    @property
+    def tokens(self) -> int:
+        """Return both."""
+        return self.prompt + self.completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bounds on what is spent, None for none, and the prices of a million tokens of prompt and of answer."""
+
+    tokens: int | None = None
+    money: float | None = None
+    input: float = 0.0
+    output: float = 0.0
+
+    def cost(self, use: Use) -> float:
+        """Return the price of so many tokens."""
+        return (use.prompt * self.input + use.completion * self.output) / MILLION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What an account has spent: requests, tokens and money, with what is taken out for requests under way."""
+
+    requests: int = 0
+    prompt: int = 0
+    completion: int = 0
+    money: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of prompts and answers."""
+        return self.prompt + self.completion
+
+
+def most(body: Mapping[str, Any]) -> Use:
+    """Return what a request can cost at most. No tokenizer makes more tokens of a text than it has bytes."""
+    limit = int(body.get("max_completion_tokens") or body.get("max_tokens") or 0)
+    if isinstance(given := body.get("prompt"), list):
+        return Use(len(given), limit)
+    return Use(len(json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")) + TEMPLATE, limit)
+
+
+def used(reply: Mapping[str, Any]) -> Use | None:
+    """Return what a reply says that it cost; None where it says nothing."""
+    usage = reply.get("usage")
+    if not isinstance(usage, Mapping) or not isinstance(usage.get("prompt_tokens"), int):
+        return None
+    return Use(usage["prompt_tokens"], int(usage.get("completion_tokens") or 0))
+
+
+class Ledger:
+    """One account in ``rows.sqlite``. Safe for several processes: a reservation is one transaction."""
+
+    def __init__(self, path: Path, account: str, budget: Budget) -> None:
+        self.path, self.account, self.budget = path, account, budget
+        self._db: sqlite3.Connection | None = None
+
+    def reserve(self, use: Use) -> bool:
+        """Take a request's most out of the budget; False, and nothing taken, where that much is not left."""
+        budget, price = self.budget, self.budget.cost(use)
+        with self._writing() as db:
+            spent = _read(db, self.account)
+            # a billionth is forgiven: sums of prices are not exact
+            if (budget.tokens is not None and spent.tokens + use.tokens > budget.tokens) or (
+                budget.money is not None and spent.money + price > budget.money + 1e-9
+            ):
+                return False
+            db.execute(
+                "INSERT INTO spending VALUES (?, 1, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET "
+                "requests = requests + 1, prompt = prompt + excluded.prompt, "
+                "completion = completion + excluded.completion, money = money + excluded.money",
+                (self.account, use.prompt, use.completion, price),
+            )
+        return True
+
+    def settle(self, reserved: Use, actual: Use) -> None:
+        """Set right what a request took out, now that it is known what it cost."""
+        more = Use(actual.prompt - reserved.prompt, actual.completion - reserved.completion)
+        with self._writing() as db:
+            db.execute(
+                "UPDATE spending SET prompt = prompt + ?, completion = completion + ?, money = money + ? WHERE account = ?",
+                (more.prompt, more.completion, self.budget.cost(more), self.account),
+            )
+
+    def spent(self) -> Spent:
+        """Return what the account has spent so far, in all builds."""
+        if not self.path.exists():
+            return Spent()
+        with self._writing() as db:
+            return _read(db, self.account)
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        try:
+            if self._db is None:
+                self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")  # as the row store
+                self._db.executescript(SCHEMA)
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise UsageError(
+                f"{self.path}: {error}", "free some disk space, or look at the file: stored rows are kept"
+            ) from error
+
+
+def _read(db: sqlite3.Connection, account: str) -> Spent:
+    found = db.execute(
+        "SELECT requests, prompt, completion, money FROM spending WHERE account = ?", (account,)
+    ).fetchone()
+    return Spent() if found is None else Spent(requests=found[0], prompt=found[1], completion=found[2], money=found[3])

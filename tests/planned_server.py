@@ -1,0 +1,112 @@
+"""A real HTTP server that fails by plan, knows what was asked when and how many at a time, and what its answers would be billed."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Plan = Callable[[int, int], str]
+"""(number of the row, how often it was asked before) -> what the server does: "ok", a status with perhaps seconds for Retry-After
+("429 0.5"), "slow 1.5" (answers after so long), "cut" (the answer breaks off), "truncated" (whole, and no JSON)."""
+USAGE = {"prompt_tokens": 20, "completion_tokens": 10}
+
+
+class Planned:
+    """Answer the request of row n, {"row": n} or a chat that ends with the number, or fail as the plan says."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.asked, self.times, self.lock = Counter[int](), dict[int, list[float]](), threading.Lock()
+        self.now = self.most = self.billed = 0
+        self.keys: set[str | None] = set()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self.send(200, json.dumps({"data": [{"id": "m"}]}).encode())
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                row = number_of(body)
+                if row is None:  # what `plan` asks
+                    self.send(200, answer(body, 0))
+                    return
+                with outer.lock:
+                    before = outer.asked[row]
+                    outer.asked[row] += 1
+                    outer.times.setdefault(row, []).append(time.monotonic())
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                    outer.keys.add(self.headers["Authorization"])
+                try:
+                    self.act(plan(row, before), answer(body, row))
+                except (BrokenPipeError, ConnectionResetError):  # whoever asked is gone
+                    self.close_connection = True
+                finally:
+                    with outer.lock:
+                        outer.now -= 1
+
+            def act(self, deed: str, body: bytes) -> None:
+                what, _, more = deed.partition(" ")
+                status = int(what) if what.isdigit() else 200
+                if status == 200:  # whether it arrives or not
+                    with outer.lock:
+                        outer.billed += sum(USAGE.values())
+                if what == "slow":
+                    time.sleep(float(more))
+                if what == "cut":  # in the middle of the answer
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body[: len(body) // 2])
+                    self.close_connection = True
+                    return
+                said = {"error": {"message": "no, my sk-secret friend"}}
+                raw = b'{"row": ' if what == "truncated" else body if status == 200 else json.dumps(said).encode()
+                self.send(status, raw, more if status != 200 else "")
+
+            def send(self, status: int, raw: bytes, retry_after: str = "") -> None:
+                self.send_response(status)
+                if retry_after:
+                    self.send_header("Retry-After", retry_after)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self) -> Planned:
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def number_of(body: dict[str, Any]) -> int | None:
+    """Return the number of the row that is asked for."""
+    if "row" in body:
+        return int(body["row"])
+    found = re.search(r"(\d+)$", body["messages"][-1]["content"])
+    return int(found.group(1)) if found else None
+
+
+def answer(body: dict[str, Any], row: int) -> bytes:
+    """Return what is answered to the request of a row."""
+    if "row" in body:
+        return json.dumps({"row": row, **({"usage": USAGE} if body.get("usage") else {})}).encode()
+    choice = {"message": {"role": "assistant", "content": f"answer {row}"}, "finish_reason": "stop"}
+    return json.dumps({"choices": [choice], "usage": USAGE}).encode()
