@@ -50,7 +50,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        base_teacher = self._base("base/teacher", self.inputs.teacher)
+        base_teacher = self._base_teacher()
         teacher = self._adapt(base_teacher)
         from_teacher = recipe.student.model == "teacher"
         base_student = teacher if from_teacher else self._base("base/student", self.inputs.student)
@@ -98,6 +98,8 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
 
     def _prove(self, teacher: Key) -> Key:
         """Evaluate the teacher: one behind a server by what it writes."""
+        if self.in_gguf:
+            return self._evaluate("evaluate/teacher", teacher, "model.gguf", self.t_params)
         if self.server is None:
             return self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
         written = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
@@ -136,8 +138,8 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""
         baselines = self.recipe.baselines
         self.packages: dict[str, Key] = {}
-        teacher_gguf = None
-        if self.server is None:
+        teacher_gguf = teacher if self.in_gguf else None
+        if self.server is None and not self.in_gguf:
             teacher_gguf = self._convert("convert/teacher", teacher, self.inputs.teacher, self.t_params)
         student_gguf = self._convert("convert/student", student, self.inputs.student, self.s_params)
         references = {"student": student_gguf} | ({"teacher": teacher_gguf} if teacher_gguf else {})
@@ -154,7 +156,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             for t, key, file in quantized
         ]
         if baselines.few_shot:
-            base_gguf = self._convert("convert/base", base, self.inputs.teacher, self.t_params)
+            base_gguf = base
+            if not self.in_gguf:
+                base_gguf = self._convert("convert/base", base, self.inputs.teacher, self.t_params)
             self._evaluate("evaluate/base-few-shot", base_gguf, "model.gguf", self.t_params, shots=baselines.few_shot)
         if baselines.gold_sft:
             gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)

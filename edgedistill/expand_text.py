@@ -71,7 +71,7 @@ class TextSteps(TrainingSteps):
             stage,
             Work(kind="served", amount=tokens)
             if self.server
-            else Work(kind="decode", amount=2 * self.t_params * tokens),
+            else Work(kind="decode-gguf" if self.in_gguf else "decode", amount=2 * self.t_params * tokens),
             memory=2 * self.t_params + RUNTIME_MIB * MIB,
             disk=len(self.inputs.prompts) * stage.samples * 600,
         )

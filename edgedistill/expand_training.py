@@ -18,11 +18,11 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, trai
 from edgedistill.refusals import refuse
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.stages.adapt import Adapt
-from edgedistill.stages.base import Base, Served
+from edgedistill.stages.base import Base, Gguf, Served
 from edgedistill.stages.distill import Distill, DistillBeside, DistillCached, DistillServed
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
-from edgedistill.stages.score import Score, ScoreServed
+from edgedistill.stages.score import Score, ScoreGguf, ScoreServed
 from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.states import States
 from edgedistill.stages.temper import Temper
@@ -47,7 +47,10 @@ class TrainingSteps:
         self.s_params = student_facts(inputs).params()
         self.checks = inputs.prompts[:64]
         self.server = inputs.server
-        self.asked: Key | None = None  # a served teacher, and the model with the tokens that it is asked about
+        self.in_gguf = inputs.recipe.teacher.backend == "llama_cpp"
+        self.asked: Key | None = (
+            None  # the teacher, and the model with the tokens that one without a tokenizer is asked about
+        )
         self.whole_student: Key | None = None
 
     def _base(self, name: str, model: Resolved) -> Key:
@@ -61,6 +64,17 @@ class TrainingSteps:
         size = 4 * model.facts.params() if dequantize else model.facts.size
         return self.graph.add(
             name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
+        )
+
+    def _base_teacher(self) -> Key:
+        """Add the teacher as it comes; a GGUF file that llama.cpp runs needs no other container."""
+        model = self.inputs.teacher
+        if not self.in_gguf:
+            return self._base("base/teacher", model)
+        return self.graph.add(
+            "convert/teacher",
+            Gguf(source_digest=model.digest, path=model.path),
+            Work(kind="bytes", amount=model.facts.size),
         )
 
     def _adapt(self, base: Key) -> Key:
@@ -97,10 +111,15 @@ class TrainingSteps:
             seed=self.recipe.seed,
         )
         work = Work(kind="forward", amount=2 * self.t_params * self.tokens)
-        if self.server is not None:
+        if self.server is not None or self.in_gguf:  # no student is cut out of such a teacher, so there is no chain
             assert self.whole_student is not None
-            stage = ScoreServed(**stage.fields(), student=self.whole_student, server=self.server)
-            work = Work(kind="served-scores", amount=self.tokens)
+            fields = {**stage.fields(), "student": self.whole_student}
+            stage = ScoreGguf(**fields) if self.server is None else ScoreServed(**fields, server=self.server)
+            work = (
+                replace(work, kind="forward-gguf")
+                if self.server is None
+                else Work(kind="served-scores", amount=self.tokens)
+            )
         return self.graph.add(
             name,
             stage,

@@ -25,6 +25,7 @@ DEFAULTS = {
     "decode": 150e9,
     "decode-failed": 600e9,  # of all prompts, of which a quarter is put: what a student fails is known once it has answered
     "decode-gguf": 150e9,
+    "forward-gguf": 150e9,
     "decode-onnx": 40e9,
     "bytes": 300e6,
     "convert": 25e6,

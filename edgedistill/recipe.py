@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
 from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
-from edgedistill.recipe_teacher import Teacher, refuse_served
+from edgedistill.recipe_teacher import Teacher, refuse_backend
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
@@ -339,9 +339,8 @@ class Recipe(Section):
         return next((one.hedge for one in self.filter if one.hedge), None)
 
     @model_validator(mode="after")
-    def _served(self) -> Recipe:
-        if self.teacher.backend == "openai":
-            refuse_served(self)
+    def _taught(self) -> Recipe:
+        refuse_backend(self)
         return self
 
     @model_validator(mode="after")

@@ -45,7 +45,8 @@ class Rate(Section):
 class Teacher(Section):
     """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
     it stands behind a server that speaks as OpenAI's does (vLLM, SGLang, llama-server, Ollama, hosted ones): ``model`` is
-    "openai:" and the name that it is served by, ``server`` the address.
+    "openai:" and the name that it is served by, ``server`` the address. With "llama_cpp" a GGUF file teaches as it is, in its own
+    type, by llama.cpp; with "transformers" such a file is brought to full precision first.
     """
 
     OF_SERVER: ClassVar[tuple[str, ...]] = (
@@ -62,7 +63,7 @@ class Teacher(Section):
     )
 
     model: str
-    backend: Literal["transformers", "openai"] = "transformers"
+    backend: Literal["transformers", "llama_cpp", "openai"] = "transformers"
     min_score: dict[str, Share] = Field(default={})
     server: str | list[str] | None = Field(
         default=None,
@@ -121,21 +122,45 @@ class Teacher(Section):
             return self
         if self.model.startswith(SERVED):
             raise key_error("model", 'this names a served teacher: set backend = "openai"')
+        if self.backend == "llama_cpp" and not self.model.startswith(("gguf:", "pypi:")):
+            raise key_error("model", "llama.cpp reads GGUF files: name one (gguf:FILE), or leave backend out")
         given = [name for name in self.OF_SERVER if name in self.model_fields_set]
         if given:
             raise key_error(given[0], 'this is for backend = "openai", and the weights of this teacher are here')
         return self
 
 
-def refuse_served(recipe: Recipe) -> None:
-    """Refuse what needs the weights of a teacher that has none here."""
-    features, loss = recipe.distill.features, recipe.distill.loss
+def refuse_backend(recipe: Recipe) -> None:
+    """Refuse what needs the weights of the teacher in full precision, where they are behind a server or in a GGUF file."""
+    if recipe.teacher.backend == "transformers":
+        return
+    served = recipe.teacher.backend == "openai"
+    features = recipe.distill.features
     wrong = {
-        "adapt": recipe.adapt is not None and "it cannot be trained here: leave [adapt] out",
+        "adapt": recipe.adapt is not None and "it cannot be trained: leave [adapt] out",
         "student.model": recipe.student.model == "teacher"
         and "no student can be cut out of it: name a model whose weights are here",
         "heal.hidden": bool(recipe.heal and recipe.heal.hidden) and "it shows no hidden states: set it to 0",
         "distill.features": bool(features and features.on) and "it shows no hidden states: leave the table out",
+        "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
+        and "it is not quantized once more: leave the key out",
+        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
+        **(_only_served(recipe) if served else {}),
+    }
+    if not served:
+        wrong["score.kind"] = recipe.score.kind == "dense" and (
+            'it does not run beside the student, where its whole distributions would go: take "sampled" ones'
+        )
+        wrong["distill.on_policy"] = recipe.distill.on_policy > 0 and "it does not run beside the student: set it to 0"
+    for key, why in wrong.items():
+        if why:
+            where = "stands behind a server" if served else "is a GGUF file that llama.cpp runs"
+            raise key_error(key, f"the teacher {where}: {why}")
+
+
+def _only_served(recipe: Recipe) -> dict[str, str | bool]:
+    loss = recipe.distill.loss
+    return {
         "score.kind": recipe.score.kind not in ("top-k", "none")
         and 'a server gives the best tokens and no more: set "top-k" (vLLM; the student\'s tokenizer), or "none" and '
         "distill.loss.kd = 0",
@@ -147,18 +172,11 @@ def refuse_served(recipe: Recipe) -> None:
         and "of a server's distribution only the temperature 1 is known: set it to 1",
         "score.temperature": recipe.score.temperature not in (None, 1.0)
         and "of a server's distribution only the temperature 1 is known: leave it out",
-        "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
-        and "it cannot be quantized here: leave the key out",
         "gates.min_speedup": recipe.gates.min_speedup is not None
         and "there is no file of it to be faster than: leave the key out",
         "gates.min_shrink": recipe.gates.min_shrink is not None
         and "there is no file of it to be smaller than: leave the key out",
-        "generate.style": recipe.generate.style == "tool-trace"
-        and "calls of a server's are not read yet: take another",
     }
-    for key, why in wrong.items():
-        if why:
-            raise key_error(key, f"the teacher stands behind a server: {why}")
 
 
 def check_url(url: str) -> str:

@@ -53,12 +53,11 @@ def refuse(inputs: Inputs) -> list[str]:
             file=inputs.path,
         )
     if teacher.quantized_from:
+        how = "as its file is" if recipe.teacher.backend == "llama_cpp" else "dequantized to full precision"
         warnings.append(
-            f"the teacher's weights come from {teacher.quantized_from}: its distributions are those of a "
-            "quantized model "
-            "(dequantized to full precision)"
+            f"the teacher's weights come from {teacher.quantized_from}: its distributions are those of a quantized model ({how})"
         )
-    _refuse_served(inputs)
+    _refuse_backend(inputs)
     links = along_chain(inputs, _refuse_shape)
     warnings += _gaps(links)
     warnings += check_features(
@@ -118,9 +117,13 @@ def refuse(inputs: Inputs) -> list[str]:
     return warnings + _refuse_tuning(inputs) + _thinking(inputs)
 
 
-def _refuse_served(inputs: Inputs) -> None:
-    """Refuse what the server of the teacher cannot do."""
+def _refuse_backend(inputs: Inputs) -> None:
+    """Refuse what the server of the teacher cannot do, and a teacher for llama.cpp that is no GGUF file."""
     server, recipe = inputs.server, inputs.recipe
+    if recipe.teacher.backend == "llama_cpp" and not inputs.teacher.path.is_file():
+        raise RecipeError(
+            f"{inputs.teacher.path} is no GGUF file", "leave backend out", key="teacher.backend", file=inputs.path
+        )
     if server is None:
         return
     told: tuple[str, str, str] | None = None

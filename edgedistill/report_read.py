@@ -158,10 +158,13 @@ def _yields(reader: _Reader) -> dict[str, Any]:
 def _models(reader: _Reader) -> list[Model]:
     """List teacher, baselines, arms, merged student and artifacts: those that are evaluated, measured or written so far."""
     session, base = reader.session, reader.session.recipe.baselines
+    of_teacher = "F16"
+    if session.recipe.teacher.backend == "llama_cpp":
+        of_teacher = session.inputs.teacher.facts.quantized_from or of_teacher
     rows = [
         ("teacher", "teacher, served", "teacher", "", "")
         if session.inputs.server
-        else ("teacher", "teacher f16", "teacher", "F16", "convert/teacher"),
+        else ("teacher", f"teacher {of_teacher.replace('F16', 'f16')}", "teacher", of_teacher, "convert/teacher"),
         ("base", "base, untaught", "baseline", "", ""),
         ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
         (

@@ -51,8 +51,26 @@ class Base(Stage):
             return {"dequantized": gguf_to_hf(self.path, model, dtype=self.dtype)}
         model.mkdir()
         for file in model_files(self.path):
-            try:
-                os.link(file.resolve(), model / file.name)
-            except OSError:  # another disk
-                shutil.copyfile(file, model / file.name)
+            _link(file.resolve(), model / file.name)
         return {"linked": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf(Stage):
+    """Take a GGUF file as it is: a teacher that llama.cpp runs."""
+
+    name: ClassVar[str] = "gguf"
+    source_digest: str
+    path: Path = unkeyed()
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Link."""
+        _link(self.path.resolve(), ctx.out / "model.gguf")
+        return {"linked": True}
+
+
+def _link(source: Path, goal: Path) -> None:
+    try:
+        os.link(source, goal)
+    except OSError:  # another disk
+        shutil.copyfile(source, goal)

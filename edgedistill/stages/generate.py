@@ -1,7 +1,7 @@
 """generate: the teacher answers the prompts.
 
-In: teacher checkpoint (or its server), prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt, sample) with the
-row's key. Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the
+In: teacher (a checkpoint, a GGUF file or a server), prompts. Out: ``rows.jsonl``, a view of the row store: one line a (prompt,
+sample) with the row's key. Answers go to the row store as they arrive, keyed by what was asked of whom, so a killed run loses the
 batch in flight only and no other recipe asks again. Shards are fixed from the sorted list of questions before the
 first is put. The batch size is not in the key: batches change the last bit of a bf16 logit, and that is not worth
 buying every answer again. In an online round only the prompts that the student fails are put; to be told of its mistakes, the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.data.prompts import Row
@@ -22,6 +23,8 @@ from edgedistill.served import Server
 from edgedistill.step import Context, Stage, unkeyed
 
 if TYPE_CHECKING:
+    from edgedistill.teachers.llama_cpp import LlamaCppTeacher
+    from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
 
 
@@ -93,8 +96,10 @@ class Generate(Stage):
         missing = {question.key: question for question in questions if question.key not in stored}
         found = len(questions) - len(missing)
         if missing:
-            ask = self._ask if self.server is None else self._ask_server
-            ask(ctx, list(missing.values()), found, len(questions))
+            if self.server is None and not self._file(ctx).is_file():
+                self._ask(ctx, list(missing.values()), found, len(questions))
+            else:
+                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
             stored = ctx.rows.get(question.key for question in questions)
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
@@ -161,12 +166,14 @@ class Generate(Stage):
             done += len(shard)
             ctx.progress(done, total, "answers")
 
-    def _ask_server(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
-        """Put the questions to the server, some at a time; each answer is stored when it arrives."""
-        from edgedistill.teachers.openai import OpenAITeacher
+    def _file(self, ctx: Context) -> Path:
+        """Return where the teacher's GGUF file is, if llama.cpp runs it."""
+        return ctx.path(self.teacher, "model.gguf")
+
+    def _ask_as_they_end(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
+        """Put the questions to a server or to llama.cpp, some at a time; each answer is stored when it is there."""
         from edgedistill.teachers.protocol import Sampling
 
-        assert self.server is not None
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
@@ -178,16 +185,27 @@ class Generate(Stage):
             done += len(answers)
             ctx.progress(done, total, "answers")
 
-        with ctx.rows.held(), OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style) as teacher:
+        shown = [conversation(question.messages) for question in questions]
+        with ctx.rows.held(), self._open(ctx) as teacher:
             answers = teacher.generate(
-                [conversation(one.messages)[0] for one in questions],
+                [messages for messages, _ in shown],
                 sampling=sampling,
                 row_ids=[one.key for one in questions],
+                tools=[tools for _, tools in shown],
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
             )
             for _ in answers:  # stored already
                 pass
+
+    def _open(self, ctx: Context) -> OpenAITeacher | LlamaCppTeacher:
+        if self.server is None:
+            from edgedistill.teachers.llama_cpp import LlamaCppTeacher
+
+            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads)
+        from edgedistill.teachers.openai import OpenAITeacher
+
+        return OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style)
 
 
 def _stored(answer: Answer) -> Answered:

@@ -20,6 +20,7 @@ from edgedistill.served import Server
 from edgedistill.step import Context, Stage, unkeyed
 
 if TYPE_CHECKING:
+    from edgedistill.teachers.llama_cpp import LlamaCppTeacher
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.transformers import TransformersTeacher
 
@@ -48,7 +49,11 @@ class Score(Stage):
         return self.write(ctx, model, TransformersTeacher(model), stored_temperatures(self.temperature))
 
     def write(
-        self, ctx: Context, model: Path, teacher: TransformersTeacher | OpenAITeacher, temperatures: tuple[float, ...]
+        self,
+        ctx: Context,
+        model: Path,
+        teacher: TransformersTeacher | OpenAITeacher | LlamaCppTeacher,
+        temperatures: tuple[float, ...],
     ) -> Mapping[str, Any]:
         """Write what ``teacher`` gives along the kept rows in the tokens of ``model``; ``temperatures`` have normalisers."""
         from edgedistill.training.recipe import load_kept
@@ -113,3 +118,22 @@ class ScoreServed(Score):
         tokenizer = AutoTokenizer.from_pretrained(model)
         with OpenAITeacher(self.server, rows=ctx.rows.path, tokenizer=tokenizer) as teacher:
             return self.write(ctx, model, teacher, ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreGguf(Score):
+    """Draw soft targets from a GGUF file by llama.cpp, in the tokens of ``student``, which have to be the file's, too."""
+
+    student: Key
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Run llama.cpp over the kept rows, shard by shard."""
+        from transformers import AutoTokenizer
+
+        from edgedistill.teachers.llama_cpp import LlamaCppTeacher
+        from edgedistill.training.draws import stored_temperatures
+
+        model = ctx.path(self.student, "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        with LlamaCppTeacher(ctx.path(self.teacher, "model.gguf"), threads=ctx.threads, tokenizer=tokenizer) as teacher:
+            return self.write(ctx, model, teacher, stored_temperatures(self.temperature))

@@ -58,6 +58,7 @@ class OpenAITeacher:
         *,
         sampling: Sampling,
         row_ids: Sequence[str] | None = None,
+        tools: Sequence[Sequence[dict[str, Any]]] | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[list[Answer]], None] | None = None,
         on_ask: Callable[[int], None] | None = None,
@@ -66,9 +67,10 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
-        `Requests.post`.
+        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``; and no ``tools`` may be
+        given (``plan`` refuses rows with tools). Raises StepFailed as `Requests.post`.
         """
+        assert not any(tools or ()), "a server is given no tools"
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
         jobs = [(at, sample) for at in range(len(prompts)) for sample in range(samples)]

@@ -26,25 +26,8 @@ from edgedistill.teachers.transformers import TransformersTeacher
 from edgedistill.training.recipe import load_kept
 from edgedistill.training.targets import read_targets
 from tests.model_server import ModelServer
-from tests.unit.formats.gguf.conftest import make_model
+from tests.unit.taught import WORDS, make_taught
 
-LOCAL = """
-schema  = 1
-name    = "taught"
-targets = ["laptop-x86"]
-[teacher]
-model = "path:model"
-[adapt]
-files      = ["rows.jsonl"]
-method     = "full"
-epochs     = 40
-batch_size = 8
-lr         = 3e-3
-[student]
-model = "path:model"
-[prompts]
-files = ["rows.jsonl"]
-"""
 RECIPE = """
 schema  = 1
 name    = "served"
@@ -92,28 +75,11 @@ metric = "exact"
 files  = ["prose.jsonl"]
 metric = "perplexity"
 """
-WORDS = ("alarm", "call", "volume", "song", "queue", "thirty", "percent", "turn", "play", "next", "down", "tomorrow")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and rows; the model is taught them by the ordinary `adapt`."""
-    folder = tmp_path_factory.mktemp("served")
-    make_model(folder / "model", max_position_embeddings=1024)
-    rows = [{"id": word, "prompt": f"Say {word}.", "reference": word} for word in WORDS]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite = [{**row, "id": f"{row['id']}?", "prompt": f"please: {row['id']}"} for row in rows]
-    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in suite))
-    prose = {"id": "p", "prompt": "Turn down the volume", "reference": "thirty percent"}
-    (folder / "prose.jsonl").write_text(json.dumps(prose) + "\n")
-    (folder / "local.toml").write_text(LOCAL)
-    session = prepare(folder / "local.toml", store=Store(folder / "store"))
-    plan = session.plan.only(session.plan.match("adapt"))
-    assert not Runner(plan, session.store).build().failed
-    entry = session.store.load(session.plan.match("adapt")[0].key)
-    assert entry is not None
-    (folder / "teacher").symlink_to(entry.path / "model")
-    return folder
+    return make_taught(tmp_path_factory.mktemp("served"))
 
 
 def prepared(folder: Path, url: str, store: Path, **overrides: Any) -> Session:

@@ -11,7 +11,7 @@ import ctypes
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ BATCH = 512
 REFILL = 8  # free places to wait for: prompts that start together are decoded together
 CACHE_BYTES = 512 * 2**20  # of KV cache: fewer answers run at once where they would need more
 LOGIT_ROWS = 192  # rows of the vocabulary held at once by logprobs: 38 MB at 49k tokens, 117 MB at 152k
+
+
+Pick = Callable[[Sequence[tuple[int, int]], np.ndarray], Sequence[int] | np.ndarray]
+"""((index of the prompt, tokens written so far) of each row, logits [rows, vocabulary]) -> the next tokens."""
+OnEnd = Callable[[int, Sequence[int], Finish], None]
+
+
+def greedy(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndarray:
+    """Return the likeliest tokens."""
+    return logits.argmax(axis=1)
 
 
 @dataclass
@@ -63,6 +73,7 @@ class GgufRunner:
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._end: int | None = None
+        self._texts: dict[int, bytes] = {}
         self._free: dict[tuple[tuple[int, ...], int], Answer] = {}  # (prompt, budget) -> answer without a grammar
         self.context_limit = int(llama_cpp.llama_model_n_ctx_train(self._model))
 
@@ -166,19 +177,61 @@ class GgufRunner:
                     f"row {row.id!r}: the prompt has {len(prompt)} tokens, the model's context {self.context_limit}",
                     "Shorten the prompt, or take the row out of the suite.",
                 )
-        root = Grammar(self._vocab, grammar, self.vocabulary) if grammar is not None else None
         started = time.perf_counter()
-        shared = _common_prefix(prompts)
-        depth = min(max(len(p) for p in prompts) + max_new_tokens, self.context_limit)
-        slots = max(1, min(self.parallel, len(rows), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
-        session = _Session(self, sequences=slots + 1, depth=depth)
+        root = Grammar(self._vocab, grammar, self.vocabulary) if grammar is not None else None
         answers: dict[int, Answer] = {}
         if root is not None:
             given = self._allowed(prompts, max_new_tokens, root)
             answers = {index: dataclasses.replace(answer, id=rows[index].id) for index, answer in given.items()}
-        texts: dict[int, bytes] = {}
+
+        def take(index: int, tokens: Sequence[int], finish: Finish) -> None:
+            answers[index] = Answer(
+                id=rows[index].id, text=self.text(tokens), token_ids=tuple(tokens), seconds=0.0, finish=finish
+            )
+            if progress is not None:
+                progress(len(answers), len(rows), "answers")
+
+        try:
+            self.write(prompts, max_new_tokens=max_new_tokens, on_end=take, root=root, done=answers.keys())
+        finally:
+            if root is not None:
+                root.close()
+        if grammar is None:
+            self._free |= {(tuple(prompts[i]), max_new_tokens): answers[i] for i in range(len(rows))}
+        return _share_seconds([answers[i] for i in range(len(rows))], time.perf_counter() - started)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return the text of an answer's tokens; special tokens are none."""
+        for token in tokens:
+            if token not in self._texts:
+                self._texts[token] = self._piece(token, special=False)
+        return b"".join(self._texts[token] for token in tokens).decode("utf-8", "replace")
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        on_end: OnEnd,
+        on_start: Callable[[int], None] = lambda index: None,
+        pick: Pick = greedy,
+        root: Grammar | None = None,
+        done: Collection[int] = (),
+    ) -> None:
+        """Continue token ids, long prompts first, many at once; those whose index is ``done`` are left out.
+
+        ``on_start`` gets the index of a prompt when it is put, ``on_end`` its tokens when it ends, in that order of time;
+        ``pick`` chooses the tokens. Prompts fit the context. Raises StepFailed where llama.cpp does not decode.
+        """
+        todo = set(range(len(prompts))) - set(done)
+        if not todo:
+            return
+        shared = _common_prefix(prompts)
+        depth = min(max(len(p) for p in prompts) + max_new_tokens, self.context_limit)
+        slots = max(1, min(self.parallel, len(prompts), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
+        session = _Session(self, sequences=slots + 1, depth=depth)
         # Long prompts first, equal lengths together: llama.cpp cuts a batch into pieces of equal length per sequence.
-        waiting = sorted(set(range(len(rows))) - answers.keys(), key=lambda i: (len(prompts[i]), i))
+        waiting = sorted(todo, key=lambda i: (len(prompts[i]), i))
         running: list[_Slot] = []  # in the order of their sequences, 1, 2, ...; sequence 0 keeps the shared tokens
         try:
             session.prefill([(0, prompts[0][:shared], 0)])
@@ -187,42 +240,31 @@ class GgufRunner:
                 if waiting and slots - len(running) >= min(REFILL, slots):
                     for sequence in range(len(running) + 1, slots + 1)[: len(waiting)]:
                         index = waiting.pop()
+                        on_start(index)
                         budget = min(max_new_tokens, self.context_limit - len(prompts[index]))
                         state = root.clone() if root is not None else None
                         fresh.append(_Slot(sequence, index, len(prompts[index]), budget, state))
                         session.copy(0, sequence)
                     logits = session.prefill([(s.sequence, prompts[s.index][shared:], shared) for s in fresh])
-                    done = self._choose(fresh, logits)
+                    ended = self._choose(fresh, logits, pick)
                 else:
                     logits = session.step([(s.sequence, s.tokens[-1], s.position) for s in running])
                     for slot in running:
                         slot.position += 1
-                    done = self._choose(running, logits)
-                for slot, finish in done:
-                    for token in slot.tokens:
-                        if token not in texts:
-                            texts[token] = self._piece(token, special=False)
-                    text = b"".join(texts[token] for token in slot.tokens).decode("utf-8", "replace")
-                    answers[slot.index] = Answer(
-                        id=rows[slot.index].id, text=text, token_ids=tuple(slot.tokens), seconds=0.0, finish=finish
-                    )
+                    ended = self._choose(running, logits, pick)
+                for slot, _ in ended:
                     session.forget(slot.sequence)
                     if slot.grammar is not None:
                         slot.grammar.close()
-                ended = {slot.sequence for slot, _ in done}
-                running = session.close_gaps([slot for slot in (*running, *fresh) if slot.sequence not in ended])
-                if done and progress is not None:
-                    progress(len(answers), len(rows), "answers")
+                gone = {slot.sequence for slot, _ in ended}
+                running = session.close_gaps([slot for slot in (*running, *fresh) if slot.sequence not in gone])
+                for slot, finish in ended:
+                    on_end(slot.index, slot.tokens, finish)
         finally:
             for slot in running:
                 if slot.grammar is not None:
                     slot.grammar.close()
             session.close()
-            if root is not None:
-                root.close()
-        if grammar is None:
-            self._free |= {(tuple(prompts[i]), max_new_tokens): answers[i] for i in range(len(rows))}
-        return _share_seconds([answers[i] for i in range(len(rows))], time.perf_counter() - started)
 
     def _allowed(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, root: Grammar) -> dict[int, Answer]:
         """Return the free answers of before that ``root`` allows, by the index of their prompt."""
@@ -240,9 +282,9 @@ class GgufRunner:
                 state.close()
         return found
 
-    def _choose(self, slots: Sequence[_Slot], logits: np.ndarray) -> list[tuple[_Slot, Finish]]:
+    def _choose(self, slots: Sequence[_Slot], logits: np.ndarray, pick: Pick) -> list[tuple[_Slot, Finish]]:
         """Give each slot its next token from ``logits`` [slots, vocabulary]; return those that end here, and why."""
-        best = logits.argmax(axis=1)
+        best = pick([(slot.index, len(slot.tokens)) for slot in slots], logits) if slots else ()
         done: list[tuple[_Slot, Finish]] = []
         for order, slot in enumerate(slots):
             token: int | None = int(best[order])

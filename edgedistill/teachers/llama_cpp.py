@@ -1,0 +1,197 @@
+"""A teacher in a GGUF file, as its weights are: llama.cpp writes, and gives the whole distribution along any text.
+
+So a large teacher can teach from its quantized file where its full precision fits no memory, and one of any architecture that
+llama.cpp runs. What it teaches are the distributions of the quantized model (``plan`` says so).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
+from edgedistill.evals.runners.base import Finish
+from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.teachers.decode import draw
+from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
+from edgedistill.training.data import Example, counter_rng
+from edgedistill.training.draws import sparse_from_logits, uniforms
+from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
+
+
+class LlamaCppTeacher:
+    """Load a GGUF file. ``tokenizer`` is the student's, for scoring: its tokens have to be the file's, number by number.
+
+    Draws do not depend on what is answered beside them (counter RNG of seed, row id and sample); two tokens that are equal to
+    rounding may.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, tokenizer: Any = None) -> None:
+        self.runner, self.tokenizer = GgufRunner(path, threads=threads), tokenizer
+        self.context = self.runner.context_limit
+        self.vocab_size = self.runner.vocabulary
+        if tokenizer is not None:
+            self._same_tokens()
+            self.vocab_size = min(len(tokenizer), self.runner.vocabulary)
+
+    def close(self) -> None:
+        """Free the model. May be called twice."""
+        self.runner.close()
+
+    def __enter__(self) -> LlamaCppTeacher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer, for the header of a file of targets."""
+        return tokenizer_hash(self.tokenizer)
+
+    def _same_tokens(self) -> None:
+        pieces = self.runner.pieces()
+        for number, token in enumerate(
+            self.tokenizer.convert_ids_to_tokens(range(min(len(pieces), len(self.tokenizer))))
+        ):
+            if token is not None and token != pieces[number]:
+                raise UsageError(
+                    f"{self.runner.path}: token {number} is {pieces[number]!r}, and {token!r} in the student's tokenizer",
+                    'distil on the teacher\'s text: score.kind = "none", distill.loss = { kd = 0.0, ce = 1.0 }',
+                )
+
+    def generate(
+        self,
+        prompts: Sequence[Messages] | Sequence[Sequence[int]],
+        *,
+        sampling: Sampling,
+        row_ids: Sequence[str] | None = None,
+        tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+        batch_size: int | None = None,
+        on_batch: Callable[[list[Answer]], None] | None = None,
+        on_ask: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[Answer]:
+        """Yield the answers once all are there, in the order of ``prompts`` (messages, or token ids); ``on_ask`` gets the index of
+        a prompt when it is put, ``on_batch`` each answer as it ends.
+
+        ``batch_size`` says nothing here: as many are written at a time as llama.cpp does best. Raises UsageError, naming the row,
+        when a prompt and ``max_new_tokens`` do not fit the model's context.
+        """
+        names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
+        given = [self._encode(one, tools[at] if tools else ()) for at, one in enumerate(prompts)]
+        for name, ids in zip(names, given, strict=True):
+            if not ids:
+                raise UsageError(f"row {name!r}: the prompt is empty")
+            if len(ids) + sampling.max_new_tokens > self.context:
+                raise UsageError(
+                    f"row {name!r}: a prompt of {len(ids)} tokens and {sampling.max_new_tokens} new ones do not fit "
+                    f"the teacher's context of {self.context}",
+                    hint="shorten the prompt or lower generate.max_new_tokens",
+                )
+        samples = sampling.samples if sampling.temperature > 0 else 1
+        jobs = [(at, sample) for at in range(len(given)) for sample in range(samples)]
+        likely = np.zeros(len(jobs))
+        drawn: dict[int, np.ndarray] = {}
+        found: list[Answer | None] = [None] * len(jobs)
+        started, ended = time.monotonic(), 0
+
+        def start(job: int) -> None:
+            at, sample = jobs[job]
+            if sampling.temperature > 0:
+                rng = counter_rng("generate", sampling.seed, names[at], sample)
+                drawn[job] = rng.random(sampling.max_new_tokens, dtype=np.float32)
+            if on_ask is not None:
+                on_ask(at)
+
+        def pick(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndarray:
+            logp = torch.log_softmax(torch.from_numpy(logits), -1)
+            if sampling.temperature > 0:
+                uniform = torch.tensor([drawn[job][written] for job, written in places])
+                chosen = draw(logp, sampling.temperature, sampling.top_p, uniform)
+            else:
+                chosen = logp.argmax(-1)
+            likely[[job for job, _ in places]] += logp.gather(1, chosen[:, None])[:, 0].double().numpy()
+            return chosen.numpy()
+
+        def end(job: int, tokens: Sequence[int], finish: Finish) -> None:
+            nonlocal ended
+            at, sample = jobs[job]
+            answer = Answer(
+                index=at,
+                row_id=names[at],
+                sample=sample,
+                text=self.runner.text(tokens),
+                token_ids=tuple(tokens),
+                finish_reason="stop" if finish == "stop" else "length",
+                logprob=float(likely[job]),
+            )
+            found[job], ended = answer, ended + 1
+            drawn.pop(job, None)
+            if on_batch is not None:
+                on_batch([answer])
+            if progress is not None:
+                progress(ended, len(jobs), f"{ended / (time.monotonic() - started):.1f} rows/s")
+
+        self.runner.write(
+            [given[at] for at, _ in jobs],
+            max_new_tokens=sampling.max_new_tokens,
+            on_start=start,
+            on_end=end,
+            pick=pick,
+        )
+        yield from (one for one in found if one is not None)
+
+    def _encode(self, prompt: Messages | Sequence[int], tools: Sequence[dict[str, Any]]) -> list[int]:
+        if len(prompt) and isinstance(prompt[0], dict):
+            return self.runner.encode(Row(id="", messages=tuple(prompt), tools=tuple(tools)))  # pyright: ignore[reportArgumentType]
+        return [int(one) for one in prompt]  # pyright: ignore[reportArgumentType]
+
+    def score(
+        self,
+        examples: Sequence[Example],
+        *,
+        kind: Kind,
+        n: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, SparseTargets]]:
+        """Yield (index, targets) in order of length, as the transformers teacher does. Raises UsageError for an example that does
+        not fit the context.
+        """
+        for example in examples:
+            if example.length > self.context:
+                raise UsageError(
+                    f"row {example.id!r}: {example.length} tokens do not fit the teacher's context of {self.context}"
+                )
+        order = sorted(range(len(examples)), key=lambda at: (examples[at].length, at))
+        rows = [[*examples[at].prompt_ids, *examples[at].completion_ids] for at in order]
+        places = [
+            range(len(examples[at].prompt_ids) - 1, examples[at].length - 1) for at in order
+        ]  # each token of the completion is what comes after the place before it
+        started = time.monotonic()
+        for done, (at, logp) in enumerate(zip(order, self.runner.logprobs(rows, places), strict=True), 1):
+            example = examples[at]
+            uniform = None
+            if kind != "top-k":
+                uniform = torch.from_numpy(uniforms(seed, example.id, len(example.completion_ids), n))
+            yield (
+                at,
+                sparse_from_logits(
+                    torch.from_numpy(logp[:, : self.vocab_size]),
+                    kind=kind,
+                    n=n,
+                    temperature=temperature,
+                    uniform=uniform,
+                ),
+            )
+            if progress is not None:
+                progress(done, len(examples), f"{done / (time.monotonic() - started):.1f} rows/s")
