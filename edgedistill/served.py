@@ -225,7 +225,7 @@ def _listed(models: Any, server: Server) -> int:
         shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
         raise UsageError(f"{server.url} serves no {server.model!r}", f"it has {shown}: mend teacher.model")
     own = next((one for one in listed if one["id"] == server.model), {})
-    return int(own.get("max_model_len") or 0)
+    return int(own.get("max_model_len") or (own.get("meta") or {}).get("n_ctx") or 0)  # vLLM, llama.cpp
 
 
 def _remedy(server: Server, status: int) -> str:

@@ -1,5 +1,5 @@
 """A real HTTP server over a real model in this process: the part of OpenAI's protocol, and vLLM's prompt_logprobs, that a teacher
-behind a server is asked for. What vLLM itself answers is tested where it is installed (tests/e2e/test_vllm.py).
+behind a server is asked for. What vLLM itself answers is tested where it is installed (tests/e2e/test_teachers.py).
 """
 
 from __future__ import annotations
