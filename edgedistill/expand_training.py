@@ -111,15 +111,12 @@ class TrainingSteps:
             seed=self.recipe.seed,
         )
         work = Work(kind="forward", amount=2 * self.t_params * self.tokens)
-        if self.server is not None or self.in_gguf:  # no student is cut out of such a teacher, so there is no chain
+        asked = self.server if score.kind == "top-k" and teacher == self.asked else None  # not of a link of a chain
+        if asked or self.in_gguf:
             assert self.whole_student is not None
             fields = {**stage.fields(), "student": self.whole_student}
-            stage = ScoreGguf(**fields) if self.server is None else ScoreServed(**fields, server=self.server)
-            work = (
-                replace(work, kind="forward-gguf")
-                if self.server is None
-                else Work(kind="served-scores", amount=self.tokens)
-            )
+            stage = ScoreServed(**fields, server=asked) if asked else ScoreGguf(**fields)
+            work = Work(kind="served-scores", amount=self.tokens) if asked else replace(work, kind="forward-gguf")
         return self.graph.add(
             name,
             stage,
@@ -278,7 +275,7 @@ class TrainingSteps:
         stage = Distill(**fields) if teacher is None else beside(**fields, teacher=teacher)
         if states is not None:
             stage = DistillCached(**fields, states=states, pairs=self._pairs())
-        if self.server is not None and settings.on_policy and not gold:
+        if self.server is not None and self.server.launch is None and settings.on_policy and not gold:
             assert self.whole_student is not None and self.asked is not None
             more = {"teacher": self.asked, "tokens": self.whole_student, "n": self.recipe.score.n}
             stage = DistillServed(**fields, **more, server=self.server)

@@ -42,21 +42,34 @@ class Rate(Section):
     tokens: Count | None = Field(default=None, description="of prompts (4 bytes each) and the longest answers")
 
 
+class Vllm(Section):
+    """How a build starts vLLM on a teacher whose weights are here, for each step that asks it
+    (``edgedistill doctor --install vllm`` makes it an environment).
+    """
+
+    tensor_parallel: Count = Field(default=1, description="GPUs that share one copy of the model")
+    servers: Count = Field(default=1, description="copies, each a server with GPUs of its own")
+    context: Count | None = Field(default=None, description="tokens of prompt and answer; the model's when left out")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    args: tuple[str, ...] = Field(default=(), description='further arguments: ["--gpu-memory-utilization", "0.8"]')
+    start_timeout: Positive = Field(default=1800.0, description="seconds to wait until it answers")
+
+
 class Teacher(Section):
     """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
     it stands behind a server that speaks as OpenAI's does (vLLM, SGLang, llama-server, Ollama, hosted ones): ``model`` is
     "openai:" and the name that it is served by, ``server`` the address. With "llama_cpp" a GGUF file teaches as it is, in its own
-    type, by llama.cpp; with "transformers" such a file is brought to full precision first.
+    type, by llama.cpp; with "transformers" such a file is brought to full precision first. With ``vllm`` the build starts vLLM on
+    weights that are here: it writes, is proved and gives the best tokens.
     """
+
+    OF_ANY_SERVER: ClassVar[tuple[str, ...]] = ("body", "concurrency", "timeout", "retries")
 
     OF_SERVER: ClassVar[tuple[str, ...]] = (
         "server",
         "revision",
         "key_env",
-        "body",
-        "concurrency",
-        "timeout",
-        "retries",
+        *OF_ANY_SERVER,
         "rate",
         "price",
         "budget",
@@ -85,6 +98,7 @@ class Teacher(Section):
         default=8, description="times that a request is put again when the server is busy, broken or gone"
     )
 
+    vllm: Vllm | None = None
     rate: Rate = Rate()
     price: Price | None = None
     budget: Budget = Budget()
@@ -106,6 +120,10 @@ class Teacher(Section):
 
     @model_validator(mode="after")
     def _served(self) -> Teacher:
+        if self.vllm is not None and self.backend != "transformers":
+            raise key_error("vllm", "this starts vLLM on weights that are here: leave backend out")
+        if (self.backend == "openai" or self.vllm) and (taken := sorted(set(self.body) & set(OWN_BODY))):
+            raise key_error("body", f"{taken[0]} is set by [generate] and [teacher]")
         if self.backend == "openai":
             if not self.model.startswith(SERVED) or self.model == SERVED:
                 raise key_error(
@@ -113,8 +131,6 @@ class Teacher(Section):
                 )
             if self.server is None:
                 raise key_error("server", "where is it? http://127.0.0.1:8000/v1, or https://api.openai.com/v1")
-            if taken := sorted(set(self.body) & set(OWN_BODY)):
-                raise key_error("body", f"{taken[0]} is set by [generate] and [teacher]")
             if self.budget.money is not None and self.price is None:
                 raise key_error(
                     "budget.money", "what do a million tokens cost? teacher.price = { input = …, output = … }"
@@ -124,7 +140,8 @@ class Teacher(Section):
             raise key_error("model", 'this names a served teacher: set backend = "openai"')
         if self.backend == "llama_cpp" and not self.model.startswith(("gguf:", "pypi:")):
             raise key_error("model", "llama.cpp reads GGUF files: name one (gguf:FILE), or leave backend out")
-        given = [name for name in self.OF_SERVER if name in self.model_fields_set]
+        allowed = self.OF_ANY_SERVER if self.vllm else ()
+        given = [name for name in self.OF_SERVER if name in self.model_fields_set and name not in allowed]
         if given:
             raise key_error(given[0], 'this is for backend = "openai", and the weights of this teacher are here')
         return self
@@ -132,6 +149,8 @@ class Teacher(Section):
 
 def refuse_backend(recipe: Recipe) -> None:
     """Refuse what needs the weights of the teacher in full precision, where they are behind a server or in a GGUF file."""
+    if recipe.teacher.vllm is not None:
+        _refuse_vllm(recipe)
     if recipe.teacher.backend == "transformers":
         return
     served = recipe.teacher.backend == "openai"
@@ -172,11 +191,38 @@ def _only_served(recipe: Recipe) -> dict[str, str | bool]:
         and "of a server's distribution only the temperature 1 is known: set it to 1",
         "score.temperature": recipe.score.temperature not in (None, 1.0)
         and "of a server's distribution only the temperature 1 is known: leave it out",
+        **_no_file(recipe),
+    }
+
+
+def _no_file(recipe: Recipe) -> dict[str, str | bool]:
+    return {
         "gates.min_speedup": recipe.gates.min_speedup is not None
         and "there is no file of it to be faster than: leave the key out",
         "gates.min_shrink": recipe.gates.min_shrink is not None
         and "there is no file of it to be smaller than: leave the key out",
     }
+
+
+def _refuse_vllm(recipe: Recipe) -> None:
+    """Refuse what a teacher that vLLM runs is not made into: a GGUF file; and distributions that it would not give alike."""
+    loss = recipe.distill.loss
+    wrong = {
+        "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
+        and "it is not quantized: leave the key out",
+        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
+        "distill.loss.temperature": recipe.score.kind == "top-k"
+        and loss.kd > 0
+        and loss.temperature != 1.0
+        and 'of its best tokens only those at temperature 1 are known: set it to 1, or score.kind to "sampled"',
+        "score.temperature": recipe.score.kind == "top-k"
+        and recipe.score.temperature not in (None, 1.0)
+        and "of its best tokens only those at temperature 1 are known: leave it out",
+        **_no_file(recipe),
+    }
+    for key, why in wrong.items():
+        if why:
+            raise key_error(key, f"the teacher is run by vLLM: {why}")
 
 
 def check_url(url: str) -> str:

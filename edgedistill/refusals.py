@@ -119,6 +119,8 @@ def refuse(inputs: Inputs) -> list[str]:
 
 def _refuse_backend(inputs: Inputs) -> None:
     """Refuse what the server of the teacher cannot do, and a teacher for llama.cpp that is no GGUF file."""
+    from edgedistill.teachers.vllm import find_python
+
     server, recipe = inputs.server, inputs.recipe
     if recipe.teacher.backend == "llama_cpp" and not inputs.teacher.path.is_file():
         raise RecipeError(
@@ -126,6 +128,10 @@ def _refuse_backend(inputs: Inputs) -> None:
         )
     if server is None:
         return
+    if server.launch is not None and find_python() is None:
+        raise RecipeError(
+            "vLLM is not installed", "edgedistill doctor --install vllm", key="teacher.vllm", file=inputs.path
+        )
     told: tuple[str, str, str] | None = None
     by = [at for at, one in enumerate(recipe.filter) if one.kind == "best" and one.by == "likelihood"]
     if recipe.score.kind == "top-k" and not server.abilities.scores:

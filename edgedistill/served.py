@@ -21,6 +21,8 @@ from edgedistill.spending import Budget, Ledger
 from edgedistill.store import write_atomic
 
 KIND = SERVED.removesuffix(":")
+NAME = "teacher"
+"""What a server is told to call a model that we start it on."""
 SCORED = "prompt_logprobs"
 """vLLM's parameter for the log-probabilities of given text; the others' ``echo`` gives those of text that they cut themselves."""
 
@@ -45,13 +47,28 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How vLLM is started on weights that are here: on how many GPUs each server, how many servers, tokens of context (None: the
+    model's), how many best tokens are asked for; ``start_timeout`` in seconds.
+    """
+
+    tensor_parallel: int
+    servers: int
+    context: int | None
+    dtype: str
+    args: tuple[str, ...]
+    start_timeout: float
+    scored: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Server:
     """Where a teacher is served and how hard it may be asked; of these only ``model``, ``revision`` and ``body`` tell one
     teacher from another.
 
     ``urls``, one or several servers of the same model, end before ``/chat/completions``; ``key_env`` names the environment
     variable with their key; ``body`` is added to each request for an answer; ``concurrency`` is each server's; ``timeout`` is in
-    seconds. What is asked is put down to ``account``.
+    seconds. What is asked is put down to ``account``. With ``launch`` whoever asks starts vLLM, and there are no ``urls`` yet.
     """
 
     urls: tuple[str, ...]
@@ -65,12 +82,13 @@ class Server:
     rate: Rate = Rate()
     account: str = ""
     budget: Budget = field(default_factory=Budget)
+    launch: Launch | None = None
     abilities: Abilities = Abilities()
 
     @property
     def url(self) -> str:
         """Return the first server's address, for messages."""
-        return self.urls[0]
+        return self.urls[0] if self.urls else "vLLM"
 
     def ledger(self, rows: Path) -> Ledger:
         """Return the account of what is asked, in the file of the row store."""
@@ -105,14 +123,14 @@ class Server:
 
 
 def server_of(recipe: Recipe) -> Server | None:
-    """Return the server of the recipe's teacher; None where its weights are here."""
-    teacher = recipe.teacher
-    if teacher.backend != "openai" or teacher.server is None:
+    """Return the server of the recipe's teacher, one that is started included; None where it needs none."""
+    teacher, price = recipe.teacher, recipe.teacher.price
+    if teacher.backend != "openai" and teacher.vllm is None:
         return None
-    price = teacher.price
     return Server(
         urls=tuple(url.rstrip("/") for url in teacher.servers),
-        model=teacher.model.removeprefix(SERVED),
+        model=NAME if teacher.vllm else teacher.model.removeprefix(SERVED),
+        launch=teacher.vllm and Launch(**teacher.vllm.model_dump(), scored=scored_tokens(recipe)),
         revision=teacher.revision,
         key_env=teacher.key_env,
         body=teacher.body,
@@ -127,6 +145,21 @@ def server_of(recipe: Recipe) -> Server | None:
             input=price.input if price else 0.0,
             output=price.output if price else 0.0,
         ),
+    )
+
+
+def scored_tokens(recipe: Recipe) -> int:
+    """Return how many best tokens of given text the recipe wants of a server."""
+    return recipe.score.n if recipe.score.kind == "top-k" else 0
+
+
+def resolve_launched(server: Server, teacher: Resolved) -> Resolved:
+    """Return a teacher whose weights are here with the server that will be started on them: what vLLM can do is known."""
+    assert server.launch is not None
+    context = server.launch.context or teacher.facts.context
+    return replace(
+        teacher,
+        server=replace(server, abilities=Abilities(context=context, logprobs=True, scores=server.launch.scored)),
     )
 
 

@@ -16,7 +16,7 @@ from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.runner import Verdict, assess
-from edgedistill.served import resolve_served, server_of
+from edgedistill.served import resolve_launched, resolve_served, scored_tokens, server_of
 from edgedistill.store import Store
 from edgedistill.target import Target, find_target, format_size
 
@@ -99,7 +99,8 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
     found: dict[str, Resolved] = {}
     of_student = recipe.teacher.model if recipe.student.model == "teacher" else recipe.student.model
     server = server_of(recipe)
-    for source in dict.fromkeys((of_student,) if server else (recipe.teacher.model, of_student)):
+    elsewhere = server is not None and server.launch is None
+    for source in dict.fromkeys((of_student,) if elsewhere else (recipe.teacher.model, of_student)):
         local = source.split(":", 1)[0] in (
             "path",
             "gguf",
@@ -109,8 +110,9 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
     if server is None:
         return found[recipe.teacher.model], found[of_student]
-    scored = recipe.score.n if recipe.score.kind == "top-k" else 0
-    return resolve_served(server, found[of_student], store.root, scored=scored), found[of_student]
+    if not elsewhere:
+        return resolve_launched(server, found[recipe.teacher.model]), found[of_student]
+    return resolve_served(server, found[of_student], store.root, scored=scored_tokens(recipe)), found[of_student]
 
 
 def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:

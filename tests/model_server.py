@@ -22,10 +22,13 @@ MOST = 20  # best tokens, as vLLM has it unless it is told otherwise
 class ModelServer:
     """Serve one checkpoint as ``name`` while the ``with`` block runs; ``requests`` counts what was asked, by path."""
 
-    def __init__(self, folder: Path, name: str = "teacher", *, dtype: str = "auto", key: str = "") -> None:
+    def __init__(
+        self, folder: Path, name: str = "teacher", *, dtype: str = "auto", key: str = "", port: int = 0
+    ) -> None:
         self.teacher, self.name, self.key = TransformersTeacher(folder, dtype), name, key
         self.lock, self.requests = threading.Lock(), Counter[str]()
         self.thinks = ""  # put into reasoning_content
+        self.most = MOST
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -58,7 +61,7 @@ class ModelServer:
                 self.end_headers()
                 self.wfile.write(raw)
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
@@ -89,8 +92,8 @@ class ModelServer:
     @torch.inference_mode()
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         most = body["prompt_logprobs"]
-        if most > MOST:
-            raise ValueError(f"Requested prompt logprobs of {most}, which is greater than max allowed: {MOST}")
+        if most > self.most:
+            raise ValueError(f"Requested prompt logprobs of {most}, which is greater than max allowed: {self.most}")
         tokenizer, ids = self.teacher.tokenizer, body["prompt"]
         if isinstance(ids, str):
             ids = tokenizer(ids).input_ids

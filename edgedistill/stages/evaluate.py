@@ -90,7 +90,7 @@ class Evaluate(Stage):
         from edgedistill.evals.runners.served import ServedRunner
 
         if self.server is not None:
-            return ServedRunner(self.server, ctx.rows.path)
+            return ServedRunner(self.server, ctx.rows.path, weights=ctx.path(self.model, "model"), note=ctx.note)
         return open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
 
     def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:

@@ -205,7 +205,8 @@ class Generate(Stage):
             return LlamaCppTeacher(self._file(ctx), threads=ctx.threads)
         from edgedistill.teachers.openai import OpenAITeacher
 
-        return OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style)
+        weights = ctx.path(self.teacher, "model")
+        return OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style, weights=weights, note=ctx.note)
 
 
 def _stored(answer: Answer) -> Answered:

@@ -116,7 +116,8 @@ class ScoreServed(Score):
 
         model = ctx.path(self.student, "model")
         tokenizer = AutoTokenizer.from_pretrained(model)
-        with OpenAITeacher(self.server, rows=ctx.rows.path, tokenizer=tokenizer) as teacher:
+        weights, rows = ctx.path(self.teacher, "model"), ctx.rows.path
+        with OpenAITeacher(self.server, rows=rows, tokenizer=tokenizer, weights=weights, note=ctx.note) as teacher:
             return self.write(ctx, model, teacher, ())
 
 

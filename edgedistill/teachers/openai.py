@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgedistill.fingerprint import digest
 from edgedistill.served import SCORED, Server
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.teachers.requests import Requests
+from edgedistill.teachers.vllm import Servers
 from edgedistill.training.data import Example
 from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
 
@@ -29,17 +31,39 @@ THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thou
 
 class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
-    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked.
+    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. Where the server is
+    still to be started, ``weights`` is the checkpoint's folder; what it says goes beside the rows.
     """
 
-    def __init__(self, server: Server, *, rows: Path | None, tokenizer: Any = None, style: str = "answer") -> None:
+    def __init__(
+        self,
+        server: Server,
+        *,
+        rows: Path | None,
+        tokenizer: Any = None,
+        style: str = "answer",
+        weights: Path | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.launched: Servers | None = None
+        if server.launch is not None and not server.urls:
+            assert weights is not None and rows is not None
+            self.launched = Servers(weights, server.launch, logs=rows.parent / "logs", note=note)
+            server = replace(server, urls=self.launched.urls)
         self.server, self.tokenizer, self.style = server, tokenizer, style
-        self.requests = Requests(server, None if rows is None else server.ledger(rows))
+        try:
+            self.requests = Requests(server, None if rows is None else server.ledger(rows))
+        except BaseException:  # a key that can be none
+            if self.launched is not None:
+                self.launched.close()
+            raise
         self.vocab_size = 0 if tokenizer is None else len(tokenizer)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and stop what was started."""
         self.requests.close()
+        if self.launched is not None:
+            self.launched.close()
 
     def __enter__(self) -> OpenAITeacher:
         return self

@@ -5,12 +5,6 @@ what transformers does.
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +14,12 @@ import numpy as np
 import pytest
 
 from edgedistill.formats.gguf.convert import convert
-from edgedistill.served import Abilities, Server, probe
+from edgedistill.served import NAME, Abilities, Launch, Server, probe
 from edgedistill.teachers.llama_cpp import LlamaCppTeacher
 from edgedistill.teachers.openai import OpenAITeacher
 from edgedistill.teachers.protocol import Sampling
 from edgedistill.teachers.transformers import TransformersTeacher
+from edgedistill.teachers.vllm import Servers
 from edgedistill.training.recipe import load_kept
 from tests.llama_server import llama_server
 
@@ -34,32 +29,13 @@ PROMPTS = [[{"role": "user", "content": text}] for text in ASKED]
 
 @pytest.fixture(scope="module")
 def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    command = [os.environ["EDGEDISTILL_VLLM"], "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
-    command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "1024", "--max-logprobs", "20", "--enforce-eager"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
-        )
-        try:
-            url, deadline = f"http://127.0.0.1:{port}/v1", time.monotonic() + 300
-            while True:
-                try:
-                    urllib.request.urlopen(f"{url}/models", timeout=2).close()
-                    break
-                except OSError:
-                    tail = log.read_text()[-2000:]
-                    assert process.poll() is None and time.monotonic() < deadline, tail
-                    time.sleep(1)
-            yield url
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(60)
+    """vLLM, as a build starts it."""
+    launch = Launch(
+        tensor_parallel=1, servers=1, context=1024, dtype="float32", args=(), start_timeout=300.0, scored=20
+    )
+    servers = Servers(smollm2, launch, logs=tmp_path_factory.mktemp("vllm"), note=print)
+    yield servers.urls[0]
+    servers.close()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +117,7 @@ def test_llama_cpps_own_server(file: Path, local: TransformersTeacher) -> None:
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm(served: str, local: TransformersTeacher, smollm2: Path, tmp_path: Path) -> None:
-    server = Server(urls=(served,), model="smol", key_env="X", concurrency=4, timeout=120, retries=1)
+    server = Server(urls=(served,), model=NAME, key_env="X", concurrency=4, timeout=120, retries=1)
     assert probe(server, scored=20) == Abilities(context=1024, logprobs=True, scores=20)
     assert probe(server, scored=21).scores == 0  # --max-logprobs
     with OpenAITeacher(known(server), rows=None, tokenizer=local.tokenizer) as teacher:

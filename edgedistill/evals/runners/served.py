@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,13 +17,20 @@ from edgedistill.served import Server
 
 class ServedRunner:
     """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared.
-    ``rows`` is the row store's file, which has the account of what is asked.
+    ``rows`` is the row store's file, which has the account of what is asked; ``weights`` are those that a server is started on.
     """
 
-    def __init__(self, server: Server, rows: Path | None) -> None:
+    def __init__(
+        self,
+        server: Server,
+        rows: Path | None,
+        *,
+        weights: Path | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
         from edgedistill.teachers.openai import OpenAITeacher
 
-        self.server, self.teacher = server, OpenAITeacher(server, rows=rows)
+        self.server, self.teacher = server, OpenAITeacher(server, rows=rows, weights=weights, note=note)
 
     def describe(self) -> dict[str, Any]:
         """Name the engine and the model; where the server is, changes nothing."""
