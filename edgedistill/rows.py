@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Question:
     seed: int
     sample: int = 0
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The row's key: 64 hexadecimal digits."""
         return digest(self)
