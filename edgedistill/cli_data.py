@@ -1,4 +1,6 @@
-"""The verbs on what a recipe learns from: ``data make`` writes rows of reasoning-gym's problems (``data pairs``: cli.py)."""
+"""The verbs on what a recipe learns from: ``data make`` writes rows of reasoning-gym's problems, ``data show`` prints what was
+kept, or rejected and why (``data pairs``: cli.py).
+"""
 
 from __future__ import annotations
 
@@ -33,3 +35,42 @@ def make(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
     typer.echo(f"{rows} rows", err=True)
+
+
+@app.command("show")
+def show(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
+    rejected: Annotated[bool, typer.Option(help="what the filters rejected, with the reason")] = False,
+    why: Annotated[str | None, typer.Option(help="rejected: for this reason, or one that starts so: reference")] = None,
+    step: Annotated[str, typer.Option(help="which step of filter: filter, filter/round-1")] = "filter",
+    rows: Annotated[int, typer.Option("-n", "--rows", min=0, help="so many rows; 0: all")] = 10,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key (repeatable)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSONL, whole texts")] = False,
+) -> None:
+    """Print answers that the filters kept, or rejected and why."""
+    from edgedistill.errors import UsageError
+    from edgedistill.session import prepare
+    from edgedistill.tables import Sheet, print_table
+    from edgedistill.toml_source import parse_override
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    session = prepare(recipe, overrides=overrides, note=lambda text: typer.echo(text, err=True))
+    entry = session.store.load(session.plan.match(step)[0].key)
+    rejected = rejected or why is not None
+    name = "rejected.jsonl" if rejected else "kept.jsonl"
+    if entry is None or not (entry.path / name).is_file():
+        raise UsageError(f"{step}: nothing is filtered yet", f"edgedistill build {recipe} --until {step}")
+    lines = [json.loads(line) for line in (entry.path / name).read_text(encoding="utf-8").splitlines()]
+    found = [line for line in lines if why is None or line["why"].startswith(why)]
+    shown = found[: rows or None]
+    if as_json:
+        typer.echo("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in shown), nl=False)
+    else:
+        column = "why" if rejected else "source"
+        cells = [[line["id"], line[column], " ".join(line["text"].split())[:200]] for line in shown]
+        counts: dict[str, int] = {}
+        for line in found:
+            counts[line[column]] = counts.get(line[column], 0) + 1
+        notes = [f"{count} x {reason}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])]
+        print_table(Sheet(title="", columns=("id", column, "text"), rows=cells, notes=notes))
+    typer.echo(f"{len(shown)} of {len(found)} rows", err=True)

@@ -39,9 +39,8 @@ class TextSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": tuple(
-                one.keyed(*(("analysis", "corrections") if one.analysis else ())) for one in recipe.filter
-            ),
+            "filters": self._filters(analysed=True),
+            "suites": self.inputs.suites,
         }
         kept = self.graph.add(
             "filter",

@@ -10,8 +10,8 @@ from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
-from edgedistill.fingerprint import Key, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, student_facts, taught_rows
+from edgedistill.fingerprint import Key, canonical_json, digest
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, read_schema, student_facts, taught_rows
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
@@ -65,6 +65,22 @@ class TrainingSteps:
         return self.graph.add(
             name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
         )
+
+    def _filters(self, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
+        """Return the filters as a step's key holds them, with what the files that they name say. ``analysed``: corrections that the
+        teacher writes are another step's.
+        """
+        found = []
+        for at, one in enumerate(self.recipe.filter):
+            fields = one.keyed(*(("analysis", "corrections") if one.analysis and analysed else ()))
+            if one.json_schema is not None:
+                fields["json_schema"] = canonical_json(
+                    read_schema(self.inputs, one.json_schema, f"filter.{at}.json_schema")
+                )
+            if one.kind == "decontaminate":
+                fields["suites"] = {name: rows_digest(rows) for name, rows in self.inputs.suites.items()}
+            found.append(fields)
+        return tuple(found)
 
     def _base_teacher(self) -> Key:
         """Add the teacher as it comes; a GGUF file that llama.cpp runs needs no other container."""

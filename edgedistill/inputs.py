@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgedistill.chat import read_chat
 from edgedistill.data.corrections import WRONG
@@ -187,6 +189,27 @@ def _general(source: _Files, recipe: Recipe) -> tuple[Row, ...]:
             file=source.recipe_path,
         )
     return rows
+
+
+def read_schema(inputs: Inputs, file: Path, key: str) -> dict[str, Any]:
+    """Read a JSON Schema that the recipe names. Raises RecipeError where it is none."""
+    from edgedistill.data.filters import schema_validator
+
+    path = inputs.path.parent / file
+    told = ("", "")
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(schema, dict):
+            schema_validator(schema)
+            return schema
+        told = (f"{path}: a schema is an object", "https://json-schema.org/learn has examples")
+    except OSError as error:
+        told = (f"{path}: {error.strerror}", "write the JSON Schema there, or leave the key out")
+    except ValueError as error:
+        told = (f"{path}: no JSON: {error}", "a schema is one JSON object")
+    except UsageError as error:
+        told = (f"{path}: {error.message}", error.hint)
+    raise RecipeError(*told, key=key, file=inputs.path)
 
 
 def along_chain(

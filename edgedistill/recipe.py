@@ -1,8 +1,9 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
-Every default lives in these classes, once (``recipe_base.py``: what the tables share, ``recipe_teacher.py`` and
-``recipe_distill.py``: who teaches, and how the student is taught). A key that is not built does not exist, and is refused with its
-line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for editors.
+Every default lives in these classes, once (``recipe_base.py``: what the tables share; ``recipe_teacher.py``,
+``recipe_filter.py`` and ``recipe_distill.py``: who teaches, what is kept, how the student is taught). A key that is not built does
+not exist, and is refused with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints
+this as JSON Schema for editors.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgedistill.data.thinking import AFTER, BLOCKS, LEAST_WORDS
+from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
+from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_teacher import Teacher, refuse_backend
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -89,56 +91,6 @@ class Generate(Section):
     def _samples_differ(self) -> Generate:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples > 1 at temperature 0 are all the same: set temperature")
-        return self
-
-
-class Filter(Section):
-    """Keep answers that pass: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer, ``best``
-    keeps a few of each prompt's that differ. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no prompt
-    is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
-    """
-
-    LATER = ("min_words", "max_words", "corrections", "keep", "by", "hedge", "analysis")
-
-    kind: Literal["reference", "thinking", "best"]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = "json-exact"
-    otherwise: Literal["drop", "gold", "hedge"] = "drop"
-    hedge: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description='otherwise = "hedge": what the student says instead of an answer, word for word'
-    )
-    min_words: Annotated[int, Field(ge=0)] = Field(
-        default=LEAST_WORDS, description="thinking: fewer words are no thought"
-    )
-    max_words: Count | None = Field(default=None, description="thinking: a budget for devices that write slowly")
-    corrections: Annotated[int, Field(ge=0)] = Field(
-        default=0,
-        description="reference: so many wrong answers to each prompt become lessons: shown one, and that it is not right, the "
-        "student learns to write what was kept",
-    )
-    analysis: bool = Field(
-        default=False,
-        description="corrections: the teacher itself is told that it was wrong; what it says of it is learnt where its new "
-        "answer is right",
-    )
-    keep: Count = Field(default=1, description="best: so many answers to each prompt")
-    by: Literal["likelihood", "shortest", "drawn"] = Field(
-        default="likelihood", description="best: of the whole text; drawn: the first ones, a fair draw"
-    )
-
-    @model_validator(mode="after")
-    def _words(self) -> Filter:
-        if self.kind != "thinking" and (self.min_words, self.max_words) != (LEAST_WORDS, None):
-            raise ValueError('min_words and max_words are for kind = "thinking"')
-        if (self.otherwise == "hedge") != (self.hedge is not None):
-            raise ValueError('hedge is what is said where otherwise = "hedge": set both')
-        if self.kind != "best" and (self.keep, self.by) != (1, "likelihood"):
-            raise ValueError('keep and by are for kind = "best"')
-        if self.kind != "reference" and self.corrections:
-            raise ValueError('corrections are for kind = "reference": only there an answer is wrong')
-        if self.analysis and not self.corrections:
-            raise ValueError("analysis is how corrections are written: set corrections, too")
-        if self.max_words is not None and self.max_words < self.min_words:
-            raise ValueError(f"max_words = {self.max_words} is under min_words = {self.min_words}: nothing would pass")
         return self
 
 
@@ -415,6 +367,8 @@ class Recipe(Section):
                     "what is wrong is said in a block beside the answer: set generate.style = "
                     + " or ".join(f'"{style}"' for style in ANALYSED),
                 )
+        if any(one.kind == "agreement" for one in self.filter) and self.generate.samples < 3:
+            raise ValueError('[[filter]] kind = "agreement" counts answers: raise generate.samples to 3 or more')
         if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
             raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
         for at, one in enumerate(self.filter):

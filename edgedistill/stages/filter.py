@@ -9,12 +9,21 @@ beside them."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
 from edgedistill.data.corrections import objection, wrong_answers
+from edgedistill.data.filters import (
+    Contamination,
+    Seen,
+    agreeing,
+    malformed,
+    personal,
+    refuses,
+    schema_validator,
+)
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed
@@ -34,6 +43,22 @@ def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> 
     return sorted(first.values(), key=order[by])[:keep]
 
 
+Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
+"""(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
+
+
+def _first(good: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+    return [(answer, "") for answer in good] + [(answer, "best") for answer in found if answer not in good]
+
+
+def _as_in(kind: str, where: str) -> str:
+    return f"{kind}: as in {where}" if where else ""
+
+
+def _because(kind: str, why: str) -> str:
+    return f"{kind}: {why}" if why else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter(Stage):
     """Apply the recipe's filters in order."""
@@ -43,6 +68,7 @@ class Filter(Stage):
     rows_digest: str
     filters: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...] = unkeyed()
+    suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
@@ -62,20 +88,11 @@ class Filter(Stage):
         yields.append({"filter": "ended", "in": len(lines), "out": kept})
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
         for spec in self.filters:
-            before = sum(map(len, alive.values()))
+            before, judge = sum(map(len, alive.values())), self.judge(spec)
             for row_id, found in alive.items():
-                good = (
-                    best(found, **{key: spec[key] for key in ("keep", "by") if key in spec})
-                    if spec["kind"] == "best"
-                    else [
-                        a
-                        for a in found
-                        if self.passes(spec, a["text"], rows[row_id].reference or "", rows[row_id].reasoning_gym)
-                    ]
-                )
-                why = f"reference ({spec['metric']})" if spec["kind"] == "reference" else spec["kind"]
-                rejected += [{**a, "why": why} for a in found if a not in good]
-                alive[row_id] = good
+                judged = judge(rows[row_id], found)
+                rejected += [{**a, "why": why} for a, why in judged if why]
+                alive[row_id] = [a for a, why in judged if not why]
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
         written = from_gold = hedged = corrected = 0
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
@@ -146,10 +163,56 @@ class Filter(Stage):
         """Say why something is no answer at all, before any filter; None where it is one."""
         return None if answer["finish"] == "stop" else "did not end"
 
+    def judge(self, spec: Mapping[str, Any]) -> Judge:
+        """Return what judges the answers to one prompt by one filter."""
+        kind = spec["kind"]
+        if kind == "best":
+            chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
+            return lambda row, found: _first(best(found, **chosen), found)
+        if kind == "agreement":
+            same, share = self.same(spec), spec.get("share", 0.5)
+            return lambda row, found: [
+                (a, "" if good else kind)
+                for a, good in zip(found, agreeing([self.shown(a["text"]) for a in found], same, share), strict=True)
+            ]
+        if kind == "duplicates":
+            seen = Seen(spec.get("similarity", 0.8))
+            return lambda row, found: [(a, kind if seen.before("\n".join(self.taught(row, a))) else "") for a in found]
+        if kind == "decontaminate":
+            suites = Contamination(self.suites, spec.get("words", 8))
+            return lambda row, found: [(a, _as_in(kind, suites.found_in(self.taught(row, a)))) for a in found]
+        judge = self.single(spec)
+        return lambda row, found: [(a, judge(row, a["text"])) for a in found]
+
+    def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
+        """Return what users say in a row, and the answer that they see."""
+        said = [str(message.get("content") or "") for message in row.messages if message["role"] == "user"]
+        return [*said, self.shown(answer["text"])]
+
+    def single(self, spec: Mapping[str, Any]) -> Callable[[Row, str], str]:
+        """Return what says why one answer does not pass a filter that looks at nothing else."""
+        kind = spec["kind"]
+        if kind == "format":
+            form: dict[str, Any] = {key: spec[key] for key in ("min_chars", "max_chars", "pattern") if key in spec}
+            if "json_schema" in spec:
+                form["validator"] = schema_validator(json.loads(spec["json_schema"]))
+            return lambda row, text: _because(kind, malformed(self.shown(text), **form))
+        if kind == "refusals":
+            return lambda row, text: kind if refuses(self.shown(text)) else ""
+        if kind == "pii":
+            return lambda row, text: _because(kind, personal(text))
+        why = f"reference ({spec['metric']})" if kind == "reference" else kind
+        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+
+    def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
+        """Return what tells whether two answers say the same."""
+        metric = find_metric(spec["metric"])
+        return lambda one, other: metric(one, other, None).value == 1.0
+
     def passes(
         self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None
     ) -> bool:
-        """Tell whether one answer passes one filter."""
+        """Tell whether one answer is right."""
         return find_metric(spec["metric"])(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:

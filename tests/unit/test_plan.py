@@ -251,10 +251,10 @@ def test_filters_that_came_later_change_no_key_until_they_are_used(folder: Path)
     ("changes", "message"),
     [
         ({"filter": [{"kind": "best"}]}, "raise generate.samples"),
-        ({"filter": [{"kind": "reference", "keep": 2}]}, 'keep and by are for kind = "best"'),
+        ({"filter": [{"kind": "reference", "keep": 2}]}, r'filter\[0\]\.keep: this is for kind = "best"'),
         (
             {"filter": [{"kind": "thinking", "corrections": 1}], "generate__style": "think"},
-            "only there an answer is wrong",
+            r'corrections: this is for kind = "reference"',
         ),
         (
             {"filter": [{"kind": "reference", "corrections": 1}], "generate__style": "tool-trace", "baselines": {}},
@@ -671,7 +671,10 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
             "think_weight needs generate",
         ),
         (("batch_size = 8\n\n[calibrate]", "on_policy = 0.5\n\n[calibrate]"), "on_policy needs the teacher beside"),
-        (('metric    = "json-exact"\notherwise', "max_words = 9\notherwise"), 'are for kind = "thinking"'),
+        (
+            ('metric    = "json-exact"\notherwise', "max_words = 9\notherwise"),
+            r'max_words: this is for kind = "thinking"',
+        ),
         (("max_new_tokens = 64", 'style = "tool-traces"'), r"generate\.style.*rationale"),
         (("holdout = 0.90, ood", "houldout = 0.90, ood"), "houldout"),
     ],

@@ -4,6 +4,7 @@ the real one.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from edgedistill.errors import RecipeError, StepFailed
+from edgedistill.cli import app
+from edgedistill.errors import RecipeError, StepFailed, UsageError
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.served import Launch
@@ -120,6 +123,29 @@ def test_each_step_that_asks_starts_a_server_and_stops_it(folder: Path, tmp_path
     here = prepare(folder / "here.toml", store=Store(tmp_path / "store"))
     assert here.plan.match("generate")[0].key == session.plan.match("generate")[0].key
     assert here.plan.match("score")[0].key != session.plan.match("score")[0].key
+
+
+def test_what_was_kept_and_rejected_is_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEDISTILL_STORE", str(tmp_path / "store"))
+    command = ["data", "show", str(folder)]
+    told = CliRunner().invoke(app, command)
+    assert isinstance(told.exception, UsageError) and "--until filter" in told.exception.hint
+    # half of the references are not what the teacher says
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    wrong = [{**row, "reference": "?"} if at % 2 else row for at, row in enumerate(rows)]
+    (folder / "wrong.jsonl").write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    lines = [line.replace("rows.jsonl", "wrong.jsonl") for line in RECIPE.splitlines() if not line.startswith("vllm")]
+    (folder / "wrong.toml").write_text("\n".join(line for line in lines if not line.startswith("concurrency")))
+    session = prepare(folder / "wrong.toml", store=Store(tmp_path / "store"))
+    assert not Runner(session.plan.only(session.plan.match("filter")), session.store).build().failed
+    command[-1] = str(folder / "wrong.toml")
+    kept = CliRunner().invoke(app, [*command, "--json", "-n", "0"])
+    assert [json.loads(line)["text"] for line in kept.stdout.splitlines()] == list(WORDS[::2])
+    rejected = CliRunner().invoke(app, [*command, "--why", "reference", "--json", "-n", "3"])
+    found = [json.loads(line) for line in rejected.stdout.splitlines()]
+    assert [(line["text"], line["why"]) for line in found] == [(word, "reference (exact)") for word in WORDS[1:7:2]]
+    assert "3 of 6 rows" in rejected.stderr
+    assert "6 x reference (exact)" in CliRunner().invoke(app, [*command, "--rejected"]).stdout
 
 
 def test_several_servers_share_the_work(folder: Path, tmp_path: Path) -> None:

@@ -249,3 +249,81 @@ def test_pairs_train_under_trl(tmp_path: Path, smollm2: Path) -> None:
         processing_class=tokenizer,
     )
     assert trainer.train().global_step == 1
+
+
+def test_filters_apply_in_their_order_and_each_says_why(tmp_path: Path) -> None:
+    def row(name: str, prompt: str, reference: str | None = None) -> Row:
+        return Row(id=name, messages=({"role": "user", "content": prompt},), reference=reference)
+
+    rows = tuple(
+        row(f"r{n}", prompt) for n, prompt in enumerate(("one", "two", "three", "four", "five", "six", "seven"))
+    )
+    call = '{"name":"add_to_list","arguments":{"item":"%s"}}'
+    answers = [
+        ("r0", call % "ripe green apples from the north market", "stop"),
+        ("r0", call % "ripe green apples from the north market", "stop"),  # the same once more
+        ("r1", "I'm sorry, but I can't help with that.", "stop"),
+        ("r2", call % "mail for jane@acme-corp.com", "stop"),
+        ("r3", '{"name":"dance"}', "stop"),
+        ("r4", call % "the old mill by the river where the frogs sing at night", "stop"),
+        ("r5", call % "endless", "length"),
+        ("r6", call % "salt", "stop"),
+    ]
+    schema = {"type": "object", "required": ["name", "arguments"]}
+    common = {"metric": "json-exact", "otherwise": "drop"}
+    suite = (row("s0", "write: the old mill by the river where the frogs sing"),)
+    stage = Filter(
+        answers=Key("a" * 64),
+        rows_digest="",
+        filters=(
+            {"kind": "refusals", **common},
+            {"kind": "pii", **common},
+            {"kind": "format", "json_schema": json.dumps(schema), "max_chars": 200, **common},
+            {"kind": "duplicates", "similarity": 0.9, **common},
+            {"kind": "decontaminate", "words": 8, "suites": {"holdout": "digest"}, **common},
+        ),
+        rows=rows,
+        suites={"holdout": suite},
+    )
+    facts, read = run(tmp_path, stage, answers)
+    assert [line["id"] for line in read("kept.jsonl")] == ["r0", "r6"]
+    assert {line["id"]: line["why"] for line in read("rejected.jsonl")} == {
+        "r0": "duplicates",
+        "r1": "refusals",
+        "r2": "pii: e-mail address",
+        "r3": "format: not by the schema: required",
+        "r4": "decontaminate: as in holdout s0",
+        "r5": "did not end",
+    }
+    assert [(one["filter"], one["in"], one["out"]) for one in facts["yields"]] == [
+        ("ended", 8, 7),
+        ("refusals", 7, 6),
+        ("pii", 6, 5),
+        ("format", 5, 4),
+        ("duplicates", 4, 3),
+        ("decontaminate", 3, 2),
+    ]
+
+
+def test_answers_are_believed_that_most_samples_give(tmp_path: Path) -> None:
+    rows = tuple(Row(id=name, messages=({"role": "user", "content": name},)) for name in ("a", "b"))
+    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5}
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows)
+    answers = [("a", '{"x": 1, "y": 2}', "stop"), ("a", '{"y":2,"x":1}', "stop"), ("a", '{"x": 2}', "stop")]
+    answers += [("b", "1", "stop"), ("b", "2", "stop"), ("b", "3", "stop")]
+    facts, read = run(tmp_path, stage, answers)
+    assert [(line["id"], json.loads(line["text"])) for line in read("kept.jsonl")] == [
+        ("a", {"x": 1, "y": 2}),
+        ("a#1", {"x": 1, "y": 2}),
+    ]
+    assert {line["why"] for line in read("rejected.jsonl")} == {"agreement"}
+    # of answers that think first, what stands after the block is compared
+    think = dataclasses.replace(make(), filters=(spec,), rows=rows[:1])
+    folder = tmp_path / "think"
+    folder.mkdir()
+    thoughts = [
+        ("a", join("think", why, answer), "stop")
+        for why, answer in ((WHY, "1"), ("Other words here.", "1"), (WHY, "2"))
+    ]
+    facts, read = run(folder, think, thoughts)
+    assert facts["kept"] == 2

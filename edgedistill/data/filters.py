@@ -1,0 +1,279 @@
+"""What makes an answer not worth learning from, beside being wrong: its form, what it gives away, and what was seen before.
+
+Each function says why in a few words, or "" where nothing is wrong. ``stages/filter.py`` applies them in the recipe's order.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+REFUSALS = re.compile(
+    r"^\W*(?:(?:i'?m|i am|we'?re)\s+(?:(?:very|really|so|truly)\s+)?(?:sorry|afraid|unable|not able)\b"
+    r"|(?:sorry|apologies|unfortunately)\b.{0,40}\b(?:can'?t|cannot|can not|unable|not able|won'?t)\b"
+    r"|i\s+(?:can'?t|cannot|can not|won'?t|will not|must decline|have to decline|do not feel comfortable|don'?t feel comfortable)\b"
+    r"|as an? (?:ai|artificial intelligence|language model|large language model|assistant)\b.{0,80}"
+    r"\b(?:can'?t|cannot|can not|unable|not able|don'?t|do not|won'?t)\b"
+    r"|my (?:apologies|programming|guidelines)\b.{0,40}\b(?:can'?t|cannot|prevent|forbid|not allow))",
+    re.IGNORECASE | re.DOTALL,
+)
+"""How English answers begin that refuse; typed apostrophes are made straight first."""
+
+EMAIL = re.compile(r"\b[\w.+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,}\b")
+RESERVED = re.compile(
+    r"@(?:[\w-]+\.)*(?:example\.(?:com|org|net|edu)|[\w-]+\.(?:example|invalid|test)|localhost)$", re.I
+)
+"""Domains that belong to nobody (RFC 2606)."""
+CARD = re.compile(r"(?<![\w.-])(?:\d[ -]?){13,19}(?![\w-])")
+ISSUERS = re.compile(
+    r"4\d{12}(?:\d{3}){0,2}|5[1-5]\d{14}|(?:222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720)\d{12}|3[47]\d{13}|3(?:0[0-5]|[68]\d)\d{11}"
+    r"|35\d{14}|6(?:011|4[4-9]\d|5\d\d)\d{12}|62\d{14,17}"
+)
+"""First digits and lengths of the card issuers' numbers."""
+IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b")
+SSN = re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+PHONE = re.compile(
+    r"(?<![\w.+/-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){2,4}"
+    r"|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[.-]\d{3}[.-]\d{4})(?![\w-])"
+)
+FICTION = re.compile(r"555\D{0,2}01\d\d$")
+"""Telephone numbers that are kept for fiction (555-0100 to 555-0199)."""
+
+SHINGLE = 3  # words
+PERMUTATIONS = 128
+PRIME = (1 << 31) - 1
+
+
+# ── one answer ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def malformed(
+    text: str,
+    *,
+    min_chars: int = 0,
+    max_chars: int | None = None,
+    pattern: str | None = None,
+    validator: Callable[[str], str] | None = None,
+) -> str:
+    """Say in what an answer's form is not the wanted one: length in characters, a regular expression that must be found in it,
+    and a JSON Schema (`schema_validator`).
+    """
+    length = len(text.strip())
+    if length < min_chars:
+        return f"under {min_chars} characters"
+    if max_chars is not None and length > max_chars:
+        return f"over {max_chars} characters"
+    if pattern is not None and not re.search(pattern, text):
+        return "does not have the pattern"
+    return validator(text) if validator is not None else ""
+
+
+def schema_validator(schema: dict[str, Any]) -> Callable[[str], str]:
+    """Return what says how a text is no JSON that a schema allows. Raises UsageError for what is no JSON Schema."""
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except SchemaError as error:
+        raise UsageError(f"no JSON Schema: {error.message}", "https://json-schema.org/learn has examples") from None
+    checker = kind(schema)
+
+    def check(text: str) -> str:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            return "no JSON"
+        error = next(iter(checker.iter_errors(value)), None)
+        if error is None:
+            return ""
+        where = "/".join(str(step) for step in error.absolute_path)
+        return f"not by the schema{f' at {where}' if where else ''}: {error.validator}"
+
+    return check
+
+
+def refuses(text: str) -> bool:
+    """Tell whether an English answer begins with a refusal."""
+    return bool(REFUSALS.search(text[:400].replace("\u2019", "'")))
+
+
+def personal(text: str) -> str:
+    """Name what a text tells of a person: an e-mail address, a telephone, card, bank or social security number. Numbers with
+    check digits are checked, and addresses and numbers that are kept for examples are nobody's.
+    """
+    if any(not RESERVED.search(found.group()) for found in EMAIL.finditer(text)):
+        return "e-mail address"
+    if any(_luhn(re.sub(r"\D", "", found.group())) for found in CARD.finditer(text)):
+        return "card number"
+    if any(_iban(found.group().replace(" ", "")) for found in IBAN.finditer(text)):
+        return "bank account"
+    if SSN.search(text):
+        return "social security number"
+    if any(not FICTION.search(found.group()) for found in PHONE.finditer(text)):
+        return "telephone number"
+    return ""
+
+
+def _luhn(digits: str) -> bool:
+    """Check a card number (ISO/IEC 7812)."""
+    if not ISSUERS.fullmatch(digits):
+        return False
+    doubled = [2 * int(digit) if at % 2 else int(digit) for at, digit in enumerate(reversed(digits))]
+    return sum(value - 9 * (value > 9) for value in doubled) % 10 == 0
+
+
+def _iban(text: str) -> bool:
+    """Check an account number (ISO 13616)."""
+    if not 15 <= len(text) <= 34:
+        return False
+    moved = text[4:] + text[:4]
+    return int("".join(str(int(letter, 36)) for letter in moved)) % 97 == 1
+
+
+# ── answers to one prompt ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def agreeing(texts: Sequence[str], same: Callable[[str, str], bool], share: float) -> list[bool]:
+    """Tell which answers to one prompt are those that most of them give, at least ``share`` of all (self-consistency,
+    arXiv:2203.11171). Where two camps are as large, none is believed.
+    """
+    camps: list[list[int]] = []
+    for at, text in enumerate(texts):
+        for camp in camps:
+            if same(text, texts[camp[0]]):
+                camp.append(at)
+                break
+        else:
+            camps.append([at])
+    camps.sort(key=len, reverse=True)
+    tied = len(camps) > 1 and len(camps[0]) == len(camps[1])
+    most = camps[0] if camps and not tied and len(camps[0]) >= share * len(texts) else []
+    return [at in most for at in range(len(texts))]
+
+
+# ── answers and what was seen before ────────────────────────────────────────────────────────────────────────────────
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, lower-case and without punctuation; each letter of a script without spaces is one."""
+    return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+", text.casefold())
+
+
+class Seen:
+    """Find texts that are nearly the same as one before: words in threes, compared by MinHash and then in full.
+
+    ``similarity`` is the share of threes that two texts have in common (Jaccard), from which on they count as the same. Memory
+    grows by what was kept. Sources: Broder 1997; Lee et al. 2022 (arXiv:2107.06499).
+    """
+
+    def __init__(self, similarity: float) -> None:
+        import numpy as np
+
+        self.similarity = similarity
+        rng = np.random.Generator(np.random.Philox(0))
+        self._a = rng.integers(1, PRIME, PERMUTATIONS, dtype=np.uint64)
+        self._b = rng.integers(0, PRIME, PERMUTATIONS, dtype=np.uint64)
+        self._rows = band_rows(similarity)
+        self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(PERMUTATIONS // self._rows)]
+        self._kept: list[np.ndarray] = []
+        self._crc: dict[str, int] = {}
+
+    def before(self, text: str) -> bool:
+        """Tell whether a text is nearly one that was seen; if not, it is from now on."""
+        import numpy as np
+
+        threes = self._threes(text)
+        hashes = ((threes[:, None] * self._a + self._b) % np.uint64(PRIME)).min(axis=0)
+        keys = [hashes[at * self._rows : (at + 1) * self._rows].tobytes() for at in range(len(self._bands))]
+        met = {number for band, key in zip(self._bands, keys, strict=True) for number in band.get(key, ())}
+        for number in met:
+            other = self._kept[number]
+            if min(len(threes), len(other)) < self.similarity * max(len(threes), len(other)):
+                continue
+            common = len(np.intersect1d(threes, other, assume_unique=True))
+            if common >= self.similarity * (len(threes) + len(other) - common):
+                return True
+        for band, key in zip(self._bands, keys, strict=True):
+            band.setdefault(key, []).append(len(self._kept))
+        self._kept.append(threes)
+        return False
+
+    def _threes(self, text: str) -> np.ndarray:
+        """Return the distinct threes of words as numbers under PRIME: uint64 [threes]."""
+        import numpy as np
+
+        words = words_of(text) or [text.strip()]
+        codes = [self._crc.setdefault(word, zlib.crc32(word.encode("utf-8", "surrogatepass"))) for word in words]
+        found = np.asarray([*codes, *[0] * max(0, SHINGLE - len(codes))], dtype=np.uint64) % np.uint64(PRIME)
+        mixed = np.zeros(len(found) - SHINGLE + 1, dtype=np.uint64)
+        for at in range(SHINGLE):
+            mixed = (mixed * np.uint64(1_000_003) + found[at : at + len(mixed)]) % np.uint64(PRIME)
+        return np.unique(mixed)
+
+
+def band_rows(similarity: float) -> int:
+    """Return the most rows of a band with which texts that are just similar enough meet in 99 of 100 cases."""
+    found = 1
+    for rows in range(1, 17):
+        if (1 - similarity**rows) ** (PERMUTATIONS // rows) <= 0.01:
+            found = rows
+    return found
+
+
+class Contamination:
+    """Find text of the suites in what is to be taught: ``words`` words in a row that stand in a suite's prompts or references, or a
+    whole shorter prompt. What every row says (a system message) is no test, and neither are words in a row that stand in a
+    tenth of the suite's rows: they are its template.
+    """
+
+    def __init__(self, suites: Mapping[str, Sequence[Row]], words: int) -> None:
+        self.words = words
+        self._grams: dict[tuple[str, ...], str] = {}
+        self._whole: dict[tuple[str, ...], str] = {}
+        for name, rows in suites.items():
+            counts: dict[tuple[str, ...], int] = {}
+            first: dict[tuple[str, ...], str] = {}
+            for row in rows:
+                where = f"{name} {row.id}"
+                found: set[tuple[str, ...]] = set()
+                for text in tested(row):
+                    cut = words_of(text)
+                    if 0 < len(cut) < words:
+                        self._whole.setdefault(tuple(cut), where)
+                    found |= set(self._cut(cut))
+                for gram in found:
+                    counts[gram] = counts.get(gram, 0) + 1
+                    first.setdefault(gram, where)
+            common = max(2, len(rows) // 10)
+            self._grams |= {gram: where for gram, where in first.items() if counts[gram] <= common}
+
+    def found_in(self, texts: Iterable[str]) -> str:
+        """Name the suite and the row whose text stands in one of these; "" where none does."""
+        for text in texts:
+            cut = words_of(text)
+            if (where := self._whole.get(tuple(cut))) is not None:
+                return where
+            for gram in self._cut(cut):
+                if (where := self._grams.get(gram)) is not None:
+                    return where
+        return ""
+
+    def _cut(self, words: list[str]) -> Iterable[tuple[str, ...]]:
+        return (tuple(words[at : at + self.words]) for at in range(len(words) - self.words + 1))
+
+
+def tested(row: Row) -> list[str]:
+    """Return what a suite's row tests by: what users say in it. A short reference is no test by itself; a long one is."""
+    said = [str(message.get("content") or "") for message in row.messages if message["role"] == "user"]
+    return [*said, *([row.reference] if row.reference and len(row.reference.split()) > 1 else [])]
