@@ -185,7 +185,8 @@ class Seen:
         self._a = rng.integers(1, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._b = rng.integers(0, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._rows = band_rows(similarity)
-        self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(PERMUTATIONS // self._rows)]
+        # One number is held as itself and not in a list, and a band's hashes as one: most of the memory is here.
+        self._bands: list[dict[int, int | list[int]]] = [{} for _ in range(PERMUTATIONS // self._rows)]
         self._kept: list[np.ndarray] = []
         self._crc: dict[str, int] = {}
 
@@ -195,8 +196,11 @@ class Seen:
 
         threes = self._threes(text)
         hashes = ((threes[:, None] * self._a + self._b) % np.uint64(PRIME)).min(axis=0)
-        keys = [hashes[at * self._rows : (at + 1) * self._rows].tobytes() for at in range(len(self._bands))]
-        met = {number for band, key in zip(self._bands, keys, strict=True) for number in band.get(key, ())}
+        keys = [hash(hashes[at * self._rows : (at + 1) * self._rows].tobytes()) for at in range(len(self._bands))]
+        met: set[int] = set()
+        for band, key in zip(self._bands, keys, strict=True):
+            held = band.get(key, [])
+            met.update([held] if isinstance(held, int) else held)
         for number in met:
             other = self._kept[number]
             if min(len(threes), len(other)) < self.similarity * max(len(threes), len(other)):
@@ -205,7 +209,13 @@ class Seen:
             if common >= self.similarity * (len(threes) + len(other) - common):
                 return True
         for band, key in zip(self._bands, keys, strict=True):
-            band.setdefault(key, []).append(len(self._kept))
+            held = band.get(key)
+            if held is None:
+                band[key] = len(self._kept)
+            elif isinstance(held, int):
+                band[key] = [held, len(self._kept)]
+            else:
+                held.append(len(self._kept))
         self._kept.append(threes)
         return False
 

@@ -6,6 +6,8 @@ budget, each answer stored in SQLite when it arrives, and the view written. The 
 semaphore, gather, and one JSONL file at the end, which a crash loses. Both speak with as many connections, turn by turn.
 
 Two waits: 0, where the server does nothing and every microsecond of the client shows, and 100 ms, still less than a model takes.
+
+Then the step `filter` over made-up answers, with every filter that needs no model, in a process of its own for its peak memory.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -31,6 +34,7 @@ from edgedistill.fingerprint import Key, digest
 from edgedistill.rows import RowStore
 from edgedistill.served import Abilities, Server
 from edgedistill.spending import Budget
+from edgedistill.stages.filter import Filter
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
 from edgedistill.store import Entry
@@ -137,11 +141,65 @@ def plain(rows: Sequence[Row], url: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
+def filtered(count: int) -> dict[str, float]:
+    """Filter ``count`` answers by six filters; return seconds and the peak memory in MiB, with what it was before."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3)) for _ in range(5000)]
+    rows = tuple(
+        Row(id=f"r{n}", messages=({"role": "user", "content": f"Add {words[n % 5000]} {n} to the list"},))
+        for n in range(count)
+    )
+    suite = tuple(
+        Row(id=f"s{n}", messages=({"role": "user", "content": " ".join(rng.choices(words, k=20))},))
+        for n in range(1000)
+    )
+    common = {"metric": "json-exact", "otherwise": "drop"}
+    filters = (
+        {"kind": "format", "json_schema": json.dumps({"type": "object", "required": ["name", "arguments"]}), **common},
+        {"kind": "format", "min_chars": 10, "max_chars": 1000, "pattern": "name", **common},
+        {"kind": "refusals", **common},
+        {"kind": "pii", **common},
+        {"kind": "duplicates", **common},
+        {"kind": "decontaminate", **common},
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "out").mkdir()
+        with (folder / "rows.jsonl").open("w") as file:
+            for n in range(count):
+                text = json.dumps({"name": "add", "arguments": {"items": " ".join(rng.choices(words, k=25))}})
+                line = {"id": f"r{n}", "row": f"k{n}", "sample": 0, "text": text, "finish": "stop", "logprob": -1.0}
+                file.write(json.dumps(line) + "\n")
+        answers = Key(digest("answers"))
+        stage = Filter(answers=answers, rows_digest="", filters=filters, rows=rows, suites={"suite": suite})
+        entry = Entry.__new__(Entry)
+        object.__setattr__(entry, "path", folder)
+        context = Context(
+            out=folder / "out",
+            work=folder,
+            entries={answers: entry},
+            rows=RowStore(folder),
+            threads=1,
+            progress=lambda done, total, note: None,
+            note=say,
+        )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        started = time.perf_counter()
+        facts = stage.run(context)
+        taken = time.perf_counter() - started
+    assert facts["kept"] > 0.99 * count
+    return {"seconds": taken, "before": before, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
 def main() -> None:
     """Measure."""
     arguments = parser(__doc__ or "", quick="400 rows, three rounds")
     arguments.add_argument("--serve", type=float, help="be the server, and wait so many seconds before each answer")
+    arguments.add_argument("--filter", type=int, help="filter so many answers, and print what it took")
     given = arguments.parse_args()
+    if given.filter is not None:
+        print(json.dumps(filtered(given.filter)))
+        return
     if given.serve is not None:
         asyncio.run(_serve(given.serve))
         return
@@ -175,7 +233,18 @@ def main() -> None:
         ["the server takes", "ours, stored as they come", "plain client, kept in memory", "ratio"],
         lines,
     )
-    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (both in one process)")
+    sizes, filtering = ((1000, 5000) if given.quick else (10_000, 100_000)), []
+    for size in sizes:
+        done = subprocess.run(
+            [sys.executable, __file__, "--filter", str(size)], capture_output=True, text=True, check=True
+        )
+        found = json.loads(done.stdout)
+        rate, memory = size / found["seconds"], found["peak"] - found["before"]
+        filtering.append([f"{size:,}", f"{rate:,.0f}", f"{memory:.0f} MiB", f"{1024 * memory / size:.1f} KiB"])
+    table("six filters", ["answers", "a second", "memory on top of the rows", "of each"], filtering)
+    print(
+        f"peak memory of asking: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB (both in one process)"
+    )
     print(machine_line(httpx2=httpx2.__version__, cpus=str(os.cpu_count())))
     finish(
         name="data_throughput",
