@@ -91,7 +91,9 @@ class RoundSteps(TrainingSteps):
 
     def _question(self, one: Round, asked: Key, number: int) -> dict[str, Any]:
         """Return the fields of a round's step of generate. Another seed than before: the answers are other draws."""
-        table = self.recipe.generate.model_dump() | {"samples": one.samples, "temperature": one.temperature}
+        table = self._generate() | {"samples": one.samples, "temperature": one.temperature}
+        if one.kind == "self":
+            table.pop("json_schema", None)  # the student writes freely
         rows = self.inputs.prompts
         return {
             **table,

@@ -28,7 +28,7 @@ class TextSteps(TrainingSteps):
             "rows": rows,
             "seed": recipe.seed,
             "server": self.server,
-            **recipe.generate.model_dump(),
+            **self._generate(),
         }
         answers = self._asked(
             "generate", Generate(**question, scores=scores, min_score=recipe.teacher.min_score), self.tokens

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,14 @@ class TrainingSteps:
         return self.graph.add(
             name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
         )
+
+    def _generate(self) -> dict[str, Any]:
+        """Return how the teacher answers, as a step's key holds it, with what the file that it names says."""
+        fields, file = self.recipe.generate.model_dump(exclude={"json_schema"}), self.recipe.generate.json_schema
+        if file is not None:
+            # in the file's order, which is that of the answer
+            fields["json_schema"] = json.dumps(read_schema(self.inputs, file, "generate.json_schema"))
+        return fields
 
     def _filters(self, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
         """Return the filters as a step's key holds them, with what the files that they name say. ``analysed``: corrections that the

@@ -86,6 +86,16 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 64
     batch_size: Count = 64
+    json_schema: Path | None = Field(
+        default=None,
+        description="a JSON Schema: the teacher can write nothing else (llama.cpp, vLLM and other servers)",
+    )
+
+    @model_validator(mode="after")
+    def _guided(self) -> Generate:
+        if self.json_schema is not None and self.style != "answer":
+            raise key_error("json_schema", f'a {self.style} is no JSON: set style = "answer"')
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Generate:

@@ -151,6 +151,12 @@ def refuse_backend(recipe: Recipe) -> None:
     """Refuse what needs the weights of the teacher in full precision, where they are behind a server or in a GGUF file."""
     if recipe.teacher.vllm is not None:
         _refuse_vllm(recipe)
+    elif recipe.teacher.backend == "transformers" and recipe.generate.json_schema is not None:
+        raise key_error(
+            "generate.json_schema",
+            "transformers writes freely: run the teacher by vLLM (teacher.vllm = {}) or llama.cpp, or filter its answers "
+            '([[filter]] kind = "format")',
+        )
     if recipe.teacher.backend == "transformers":
         return
     served = recipe.teacher.backend == "openai"

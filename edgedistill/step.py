@@ -26,6 +26,11 @@ def unkeyed(**kwargs: Any) -> Any:
     return field(metadata={"keyed": False}, **kwargs)
 
 
+def later(default: Any) -> Any:
+    """Declare a field that came after steps were built without it: at its default it is no part of the key."""
+    return field(metadata={"later": True}, default=default)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """Base of every stage. Bump ``version`` when the bytes it writes would change."""
@@ -35,8 +40,12 @@ class Stage:
     deterministic: ClassVar[bool] = True
 
     def fields(self) -> dict[str, Any]:
-        """Return the keyed fields by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("keyed", True)}
+        """Return the keyed fields by name, without later ones at their default."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata.get("keyed", True) and not (f.metadata.get("later") and getattr(self, f.name) == f.default)
+        }
 
     def key(self) -> Key:
         """Return sha256(schema, name, version, fields)."""

@@ -26,7 +26,7 @@ class ModelServer:
         self, folder: Path, name: str = "teacher", *, dtype: str = "auto", key: str = "", port: int = 0
     ) -> None:
         self.teacher, self.name, self.key = TransformersTeacher(folder, dtype), name, key
-        self.lock, self.requests = threading.Lock(), Counter[str]()
+        self.lock, self.requests, self.formats = threading.Lock(), Counter[str](), list[Any]()
         self.thinks = ""  # put into reasoning_content
         self.most = MOST
         outer = self
@@ -74,6 +74,7 @@ class ModelServer:
         self.http.server_close()
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.formats.append(body.get("response_format"))
         sampling = Sampling(
             max_new_tokens=body["max_tokens"],
             temperature=body.get("temperature", 0.0),

@@ -20,7 +20,7 @@ from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
@@ -65,6 +65,7 @@ class Generate(Stage):
     top_p: float
     max_new_tokens: int
     seed: int
+    json_schema: str = later("")  # nothing but JSON that it allows can be written
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
@@ -79,6 +80,7 @@ class Generate(Stage):
             ("style", self.style),
             ("temperature", self.temperature),
             ("top_p", self.top_p),
+            *([("json_schema", self.json_schema)] if self.json_schema else []),
         )
         teacher, rows = ctx.entries[self.teacher].digest, self.to_ask(ctx)
         questions = [
@@ -202,11 +204,18 @@ class Generate(Stage):
         if self.server is None:
             from edgedistill.teachers.llama_cpp import LlamaCppTeacher
 
-            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads)
+            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads, json_schema=self.json_schema)
         from edgedistill.teachers.openai import OpenAITeacher
 
         weights = ctx.path(self.teacher, "model")
-        return OpenAITeacher(self.server, rows=ctx.rows.path, style=self.style, weights=weights, note=ctx.note)
+        return OpenAITeacher(
+            self.server,
+            rows=ctx.rows.path,
+            style=self.style,
+            json_schema=self.json_schema,
+            weights=weights,
+            note=ctx.note,
+        )
 
 
 def _stored(answer: Answer) -> Answered:

@@ -6,6 +6,7 @@ llama.cpp runs. What it teaches are the distributions of the quantized model (``
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,10 +30,11 @@ class LlamaCppTeacher:
     """Load a GGUF file. ``tokenizer`` is the student's, for scoring: its tokens have to be the file's, number by number.
 
     Draws do not depend on what is answered beside them (counter RNG of seed, row id and sample); two tokens that are equal to
-    rounding may.
+    rounding may. With a ``json_schema`` it can write nothing else.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, tokenizer: Any = None) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, tokenizer: Any = None, json_schema: str = "") -> None:
+        self.json_schema = json_schema
         self.runner, self.tokenizer = GgufRunner(path, threads=threads), tokenizer
         self.context = self.runner.context_limit
         self.vocab_size = self.runner.vocabulary
@@ -110,15 +112,19 @@ class LlamaCppTeacher:
             if on_ask is not None:
                 on_ask(at)
 
+        seen: dict[str, Any] = {}  # of the step at hand: the jobs, and the log-probabilities of all tokens
+
         def pick(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndarray:
             logp = torch.log_softmax(torch.from_numpy(logits), -1)
+            seen.update(jobs=[job for job, _ in places], logp=logp)
             if sampling.temperature > 0:
                 uniform = torch.tensor([drawn[job][written] for job, written in places])
-                chosen = draw(logp, sampling.temperature, sampling.top_p, uniform)
-            else:
-                chosen = logp.argmax(-1)
-            likely[[job for job, _ in places]] += logp.gather(1, chosen[:, None])[:, 0].double().numpy()
-            return chosen.numpy()
+                return draw(logp, sampling.temperature, sampling.top_p, uniform).numpy()
+            return logp.argmax(-1).numpy()
+
+        def add(rows: Sequence[int], tokens: Sequence[int]) -> None:
+            for row, token in zip(rows, tokens, strict=True):
+                likely[seen["jobs"][row]] += float(seen["logp"][row, token])
 
         def end(job: int, tokens: Sequence[int], finish: Finish) -> None:
             nonlocal ended
@@ -139,13 +145,20 @@ class LlamaCppTeacher:
             if progress is not None:
                 progress(ended, len(jobs), f"{ended / (time.monotonic() - started):.1f} rows/s")
 
-        self.runner.write(
-            [given[at] for at, _ in jobs],
-            max_new_tokens=sampling.max_new_tokens,
-            on_start=start,
-            on_end=end,
-            pick=pick,
-        )
+        root = self.runner.grammar(gbnf(self.json_schema)) if self.json_schema else None
+        try:
+            self.runner.write(
+                [given[at] for at, _ in jobs],
+                max_new_tokens=sampling.max_new_tokens,
+                on_start=start,
+                on_end=end,
+                pick=pick,
+                on_tokens=add,
+                root=root,
+            )
+        finally:
+            if root is not None:
+                root.close()
         yield from (one for one in found if one is not None)
 
     def _encode(self, prompt: Messages | Sequence[int], tools: Sequence[dict[str, Any]]) -> list[int]:
@@ -195,3 +208,29 @@ class LlamaCppTeacher:
             )
             if progress is not None:
                 progress(done, len(examples), f"{done / (time.monotonic() - started):.1f} rows/s")
+
+
+def gbnf(schema: str) -> str:
+    """Return the grammar of the JSON that a schema allows, properties in the order in which it names them. Raises UsageError."""
+    from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+    order: dict[str, None] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for name, one in value.items():
+                if name == "properties" and isinstance(one, dict):
+                    order.update(dict.fromkeys(one))
+                walk(one)
+        elif isinstance(value, list):
+            for one in value:
+                walk(one)
+
+    walk(json.loads(schema))
+    try:
+        return json_schema_to_gbnf(schema, list(order))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UsageError(
+            f"llama.cpp makes no grammar of this JSON Schema: {error}",
+            "simplify it: no remote $ref, no pattern with lookahead",
+        ) from None

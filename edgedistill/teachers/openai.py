@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,8 +32,9 @@ THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thou
 
 class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
-    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. Where the server is
-    still to be started, ``weights`` is the checkpoint's folder; what it says goes beside the rows.
+    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. With a
+    ``json_schema`` the server lets the model write nothing else. Where the server is still to be started, ``weights`` is the
+    checkpoint's folder; what it says goes beside the rows.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class OpenAITeacher:
         rows: Path | None,
         tokenizer: Any = None,
         style: str = "answer",
+        json_schema: str = "",
         weights: Path | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -51,6 +54,10 @@ class OpenAITeacher:
             self.launched = Servers(weights, server.launch, logs=rows.parent / "logs", note=note)
             server = replace(server, urls=self.launched.urls)
         self.server, self.tokenizer, self.style = server, tokenizer, style
+        self.guide: dict[str, Any] = {}
+        if json_schema:
+            named = {"name": "answer", "schema": json.loads(json_schema), "strict": True}
+            self.guide = {"response_format": {"type": "json_schema", "json_schema": named}}
         try:
             self.requests = Requests(server, None if rows is None else server.ledger(rows))
         except BaseException:  # a key that can be none
@@ -129,6 +136,7 @@ class OpenAITeacher:
             "temperature": sampling.temperature,
             **drawn,
             **({"logprobs": True} if self.server.abilities.logprobs else {}),
+            **self.guide,
             **self.server.body,
         }
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgedistill.data.filters import schema_validator
 from edgedistill.formats.gguf.convert import convert
 from edgedistill.served import NAME, Abilities, Launch, Server, probe
 from edgedistill.teachers.llama_cpp import LlamaCppTeacher
@@ -93,6 +94,20 @@ def check_scores(
         assert np.allclose(soft.logp, here[at].logp, atol=close)
 
 
+def check_guided(server: Server) -> None:
+    """Under a JSON Schema nothing else is written, whatever is asked."""
+    schema = {
+        "type": "object",
+        "properties": {"place": {"type": "string", "maxLength": 12}, "sure": {"type": "boolean"}},
+        "required": ["place", "sure"],
+        "additionalProperties": False,
+    }
+    valid = schema_validator(schema)
+    with OpenAITeacher(server, rows=None, json_schema=json.dumps(schema)) as teacher:
+        for answer in teacher.generate(PROMPTS, sampling=Sampling(max_new_tokens=64)):
+            assert valid(answer.text) == "", answer.text
+
+
 def test_a_gguf_file(file: Path, local: TransformersTeacher, smollm2: Path, tmp_path: Path) -> None:
     with LlamaCppTeacher(file, tokenizer=local.tokenizer) as teacher:
         check_answers(teacher, local, close=0.1, ties=1)
@@ -107,6 +122,7 @@ def test_llama_cpps_own_server(file: Path, local: TransformersTeacher) -> None:
         with OpenAITeacher(known(server), rows=None) as teacher:
             check_answers(teacher, local, close=0.1, ties=1)
             check_draws(teacher)
+        check_guided(known(server))
         # two servers of one model: each does its share
         with llama_server(file, alias="smol", places=4) as other:
             several = known(replace(server, urls=(url, other)))
@@ -124,3 +140,4 @@ def test_vllm(served: str, local: TransformersTeacher, smollm2: Path, tmp_path: 
         check_answers(teacher, local, close=0.02)
         check_draws(teacher)
         check_scores(teacher, local, smollm2, tmp_path, close=2e-3)
+    check_guided(known(server))

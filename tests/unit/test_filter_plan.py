@@ -52,3 +52,11 @@ def test_a_filters_files_and_suites_are_in_its_key(folder: Path) -> None:
     suite.write_text("".join(suite.read_text().splitlines(keepends=True)[:-1]))
     assert make(folder, filter=clean).match("filter")[0].key != before
     assert make(folder).match("generate")[0].key == make(folder, filter=clean).match("generate")[0].key
+
+
+def test_a_schema_that_guides_the_teacher_is_in_the_key_of_its_answers(folder: Path) -> None:
+    (folder / "call.json").write_text('{"type": "object"}')
+    with pytest.raises(RecipeError, match=r"generate\.json_schema: transformers writes freely"):
+        make(folder, generate__json_schema="call.json")
+    with pytest.raises(RecipeError, match=r"json_schema: a think is no JSON"):
+        make(folder, generate__json_schema="call.json", generate__style="think")

@@ -134,6 +134,17 @@ def test_an_online_round_asks_the_file_what_the_student_fails(folder: Path, tmp_
     assert 0 < asked["asked"] == asked["rows"] <= len(WORDS)
 
 
+def test_it_may_be_kept_to_a_schema(folder: Path, tmp_path: Path) -> None:
+    (folder / "word.json").write_text(json.dumps({"enum": ["alarm", "queue"]}))
+    free = prepared(folder, tmp_path / "store")
+    session = prepared(folder, tmp_path / "store", **{"generate.json_schema": "word.json"})
+    assert session.plan.match("generate")[0].key != free.plan.match("generate")[0].key
+    outcome = Runner(session.plan.only(session.plan.match("generate")), session.store).build()
+    assert not outcome.failed, outcome.failed
+    lines = (entry(session, "generate").path / "rows.jsonl").read_text().splitlines()
+    assert {json.loads(line)["text"] for line in lines} <= {'"alarm"', '"queue"'}
+
+
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [

@@ -32,6 +32,7 @@ LOGIT_ROWS = 192  # rows of the vocabulary held at once by logprobs: 38 MB at 49
 
 Pick = Callable[[Sequence[tuple[int, int]], np.ndarray], Sequence[int] | np.ndarray]
 """((index of the prompt, tokens written so far) of each row, logits [rows, vocabulary]) -> the next tokens."""
+OnTokens = Callable[[Sequence[int], Sequence[int]], None]
 OnEnd = Callable[[int, Sequence[int], Finish], None]
 
 
@@ -178,7 +179,7 @@ class GgufRunner:
                     "Shorten the prompt, or take the row out of the suite.",
                 )
         started = time.perf_counter()
-        root = Grammar(self._vocab, grammar, self.vocabulary) if grammar is not None else None
+        root = self.grammar(grammar) if grammar is not None else None
         answers: dict[int, Answer] = {}
         if root is not None:
             given = self._allowed(prompts, max_new_tokens, root)
@@ -200,6 +201,10 @@ class GgufRunner:
             self._free |= {(tuple(prompts[i]), max_new_tokens): answers[i] for i in range(len(rows))}
         return _share_seconds([answers[i] for i in range(len(rows))], time.perf_counter() - started)
 
+    def grammar(self, text: str) -> Grammar:
+        """Return a grammar (GBNF) at its start; ``close`` it when done. Raises UsageError for what is none."""
+        return Grammar(self._vocab, text, self.vocabulary)
+
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer's tokens; special tokens are none."""
         for token in tokens:
@@ -215,13 +220,16 @@ class GgufRunner:
         on_end: OnEnd,
         on_start: Callable[[int], None] = lambda index: None,
         pick: Pick = greedy,
+        on_tokens: OnTokens = lambda rows, tokens: None,
         root: Grammar | None = None,
         done: Collection[int] = (),
     ) -> None:
         """Continue token ids, long prompts first, many at once; those whose index is ``done`` are left out.
 
         ``on_start`` gets the index of a prompt when it is put, ``on_end`` its tokens when it ends, in that order of time;
-        ``pick`` chooses the tokens. Prompts fit the context. Raises StepFailed where llama.cpp does not decode.
+        ``pick`` chooses the tokens; one that the grammar ``root`` forbids gives way to the likeliest that it allows. ``on_tokens``
+        gets the rows of the logits that ``pick`` saw, and what was written after each, the end of an answer included. Prompts
+        fit the context. Raises StepFailed where llama.cpp does not decode.
         """
         todo = set(range(len(prompts))) - set(done)
         if not todo:
@@ -246,12 +254,12 @@ class GgufRunner:
                         fresh.append(_Slot(sequence, index, len(prompts[index]), budget, state))
                         session.copy(0, sequence)
                     logits = session.prefill([(s.sequence, prompts[s.index][shared:], shared) for s in fresh])
-                    ended = self._choose(fresh, logits, pick)
+                    ended = self._choose(fresh, logits, pick, on_tokens)
                 else:
                     logits = session.step([(s.sequence, s.tokens[-1], s.position) for s in running])
                     for slot in running:
                         slot.position += 1
-                    ended = self._choose(running, logits, pick)
+                    ended = self._choose(running, logits, pick, on_tokens)
                 for slot, _ in ended:
                     session.forget(slot.sequence)
                     if slot.grammar is not None:
@@ -282,14 +290,19 @@ class GgufRunner:
                 state.close()
         return found
 
-    def _choose(self, slots: Sequence[_Slot], logits: np.ndarray, pick: Pick) -> list[tuple[_Slot, Finish]]:
+    def _choose(
+        self, slots: Sequence[_Slot], logits: np.ndarray, pick: Pick, on_tokens: OnTokens
+    ) -> list[tuple[_Slot, Finish]]:
         """Give each slot its next token from ``logits`` [slots, vocabulary]; return those that end here, and why."""
         best = pick([(slot.index, len(slot.tokens)) for slot in slots], logits) if slots else ()
         done: list[tuple[_Slot, Finish]] = []
+        chosen: list[tuple[int, int]] = []
         for order, slot in enumerate(slots):
             token: int | None = int(best[order])
             if slot.grammar is not None:
                 token = slot.grammar.choose(int(best[order]), logits[order])
+            if token is not None:
+                chosen.append((order, token))
             if token is None or self._lib.llama_vocab_is_eog(self._vocab, token):
                 done.append((slot, "stop"))
                 continue
@@ -297,6 +310,7 @@ class GgufRunner:
             if len(slot.tokens) >= slot.budget:
                 full = slot.position + 1 >= self.context_limit
                 done.append((slot, "context" if full else "length"))
+        on_tokens([order for order, _ in chosen], [token for _, token in chosen])
         return done
 
     def _cell_bytes(self) -> int:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
+from edgedistill.data.filters import schema_validator
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.convert import convert
-from edgedistill.teachers.llama_cpp import LlamaCppTeacher
+from edgedistill.teachers.llama_cpp import LlamaCppTeacher, gbnf
 from edgedistill.teachers.protocol import Answer, Sampling, Teacher
 from edgedistill.teachers.transformers import TransformersTeacher
 from edgedistill.training.data import Example
@@ -124,6 +127,42 @@ def test_it_scores_as_transformers_does(
 def kept(targets: SparseTargets, place: int) -> dict[int, float]:
     span = slice(targets.offsets[place], targets.offsets[place + 1])
     return dict(zip(targets.ids[span].tolist(), targets.logp[span].tolist(), strict=True))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["set_alarm", "call"]}, "at": {"enum": [1, 22, 333]}, "again": {"type": "boolean"}},
+    "required": ["name", "at", "again"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_under_a_schema_it_writes_nothing_else(file: Path, folder: Path, temperature: float) -> None:
+    valid = schema_validator(SCHEMA)
+    with LlamaCppTeacher(file, json_schema=json.dumps(SCHEMA)) as guided:
+        sampling = Sampling(max_new_tokens=80, temperature=temperature, samples=2, seed=1)
+        found = list(guided.generate(PROMPTS, sampling=sampling, row_ids=NAMES))
+    ended = [answer for answer in found if answer.finish_reason == "stop"]
+    assert len(ended) >= 0.9 * len(found)  # a model that knows nothing may write spaces for ever
+    assert [valid(answer.text) for answer in ended] == [""] * len(ended)
+    assert all(list(json.loads(answer.text)) == ["name", "at", "again"] for answer in ended)
+    # what was written is what its likelihood is of, and not what was picked before the grammar
+    model = TransformersTeacher(folder, "float32")
+    prompts = model.encode(PROMPTS, NAMES)
+    for answer in ended[:4]:
+        whole = [*prompts[answer.index], *answer.token_ids]
+        with torch.no_grad():
+            logp = torch.log_softmax(model.model(input_ids=torch.tensor([whole])).logits[0], -1)
+        places = range(len(prompts[answer.index]) - 1, len(whole) - 1)
+        total = sum(float(logp[place, whole[place + 1]]) for place in places)
+        ends = max(float(logp[-1, token]) for token in model.stop_ids())
+        assert answer.logprob == pytest.approx(total + ends, abs=0.3)
+
+
+def test_a_schema_without_a_grammar_is_refused() -> None:
+    with pytest.raises(UsageError, match="no grammar of this JSON Schema"):
+        gbnf('{"$ref": "https://example.com/other.json"}')
 
 
 def test_what_does_not_fit_or_belong_is_refused(
