@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +189,9 @@ def served_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]])
         return {}
     todo = [step.work for step, verdict, _ in rows if verdict.status != "cached"]
     written, scored = (sum(work.amount for work in todo if work.kind == kind) for kind in ("served", "served-scores"))
-    budget, spent = server.budget, server.ledger(RowStore(session.store.root).path).spent()
+    budget = server.budget
+    with closing(server.ledger(RowStore(session.store.root).path)) as ledger:
+        spent = ledger.spent()
     money = budget.cost(Use(int(scored + written / 2), int(written / 2)))  # half of them are answers, say
     bounds = [
         f"{have:{form}} of {most:{form}} {unit}".rstrip()

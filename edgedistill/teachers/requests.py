@@ -99,8 +99,8 @@ class Requests:
     ) -> dict[str, Any]:
         tries, need, tried, host = self.server.retries + 1, most(body), Tried(), self._hosts[0]
         for attempt in range(tries):
-            await self._reserve(need, failed)
             await self._pace(body, need)
+            await self._reserve(need, failed)
             if attempt == 0:
                 on_ask()
             host = self._host()

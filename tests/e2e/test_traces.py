@@ -11,7 +11,7 @@ import pytest
 
 from edgedistill.evals.suites import WHOLE_TRACES
 from edgedistill.runner import Runner
-from tests.e2e.conftest import SIZES, read_jsonl, reduce
+from tests.e2e.conftest import PROMPTS, SIZES, read_jsonl, reduce
 
 TARGET = "phone-midrange"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -60,7 +60,7 @@ def test_a_student_learns_calls_and_answers(session_of: Callable[..., Any], fold
     def found(step: str) -> Any:
         return session.store.load(session.plan.match(step)[0].key)
 
-    traces = SIZES["train"] + SIZES["drills"]
+    traces = PROMPTS
     lines = read_jsonl(found("filter").path / "kept.jsonl")
     assert len(lines) == 2 * traces and len({line["trace"] for line in lines}) == traces
     assert all(line["messages"][-1]["role"] == ("tool" if line["id"].endswith("/2") else "user") for line in lines)
