@@ -345,7 +345,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             suites=specs,
             shots=few_shots(self.inputs.gold, shots),
             references=dict(references or {}),
-            build={"decode": "transformers", "decode-onnx": self.onnx, "served": "openai"}.get(kind, self.llama),
+            build={"decode": "transformers", "decode-onnx": self.onnx, "served": f"openai {self.manner}".strip()}.get(
+                kind, self.llama
+            ),
             isa="" if served else self.isa,
             rows=suites,
             server=self.server if served else None,

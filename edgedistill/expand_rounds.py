@@ -86,7 +86,7 @@ class RoundSteps(TrainingSteps):
             disk=len(rows) * 400,
         )
         asked = self._question(one, teacher, number)
-        stage = GenerateFailed(**asked, student=judged, suite=PROMPTS, server=self.server)
+        stage = GenerateFailed(**asked, student=judged, suite=PROMPTS, server=self.server, manner=self.manner)
         return self._ask(tag, one, stage, "decode-failed", params)
 
     def _question(self, one: Round, asked: Key, number: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class TextSteps(TrainingSteps):
             "rows": rows,
             "seed": recipe.seed,
             "server": self.server,
+            "manner": self.manner,
             **self._generate(),
         }
         answers = self._asked(

@@ -48,6 +48,7 @@ class TrainingSteps:
         self.s_params = student_facts(inputs).params()
         self.checks = inputs.prompts[:64]
         self.server = inputs.server
+        self.manner = self.server.manner if self.server else ""
         self.in_gguf = inputs.recipe.teacher.backend == "llama_cpp"
         self.asked: Key | None = (
             None  # the teacher, and the model with the tokens that one without a tokenizer is asked about
@@ -140,7 +141,7 @@ class TrainingSteps:
         if asked or self.in_gguf:
             assert self.whole_student is not None
             fields = {**stage.fields(), "student": self.whole_student}
-            stage = ScoreServed(**fields, server=asked) if asked else ScoreGguf(**fields)
+            stage = ScoreServed(**fields, server=asked, manner=self.manner) if asked else ScoreGguf(**fields)
             work = Work(kind="served-scores", amount=self.tokens) if asked else replace(work, kind="forward-gguf")
         return self.graph.add(
             name,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UsageError
-from edgedistill.fingerprint import digest
+from edgedistill.fingerprint import canonical_json, digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_teacher import SERVED
@@ -98,6 +98,15 @@ class Server:
     def identity(self) -> dict[str, Any]:
         """Return what its answers depend on: as far as anyone can tell from here, its name and what is always asked along."""
         return {"model": self.model, "body": dict(self.body), **({"revision": self.revision} if self.revision else {})}
+
+    @property
+    def manner(self) -> str:
+        """Return what else the answers of weights that are here depend on: what is always asked along, and vLLM's own arguments;
+        "" where that is nothing, or part of the identity.
+        """
+        if self.launch is None or not (self.body or self.launch.args):
+            return ""
+        return canonical_json({"body": dict(self.body), "args": list(self.launch.args)})
 
     def limit(self, tokens: int) -> dict[str, int]:
         """Return the bound of an answer's length, for a request; nothing where ``body`` has it by its newer name."""

@@ -66,6 +66,7 @@ class Generate(Stage):
     max_new_tokens: int
     seed: int
     json_schema: str = later("")  # nothing but JSON that it allows can be written
+    manner: str = later("")  # the server's, where it runs these very weights
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
@@ -80,7 +81,7 @@ class Generate(Stage):
             ("style", self.style),
             ("temperature", self.temperature),
             ("top_p", self.top_p),
-            *([("json_schema", self.json_schema)] if self.json_schema else []),
+            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
         )
         teacher, rows = ctx.entries[self.teacher].digest, self.to_ask(ctx)
         questions = [

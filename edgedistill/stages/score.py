@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgedistill.fingerprint import Key
 from edgedistill.served import Server
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
@@ -106,6 +106,7 @@ class ScoreServed(Score):
     """Ask a server for the best tokens along the kept text, in the tokens of ``student``, which have to be the teacher's, too."""
 
     student: Key
+    manner: str = later("")
     server: Server = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:

@@ -103,7 +103,7 @@ class Requests:
             await self._reserve(need, failed)
             if attempt == 0:
                 on_ask()
-            host = self._host()
+            host, tried = self._host(), Tried()  # until it is known: nobody knows what it cost
             host.busy += 1
             try:
                 tried = await self._try(host.url + path, body)

@@ -125,6 +125,19 @@ def test_each_step_that_asks_starts_a_server_and_stops_it(folder: Path, tmp_path
     assert here.plan.match("score")[0].key != session.plan.match("score")[0].key
 
 
+def test_what_is_always_asked_along_and_vllms_own_arguments_are_in_the_keys(folder: Path, tmp_path: Path) -> None:
+    plain = prepared(folder, tmp_path / "store").plan
+    for change in (
+        {"teacher.body": {"chat_template_kwargs": {"x": 1}}},
+        {"teacher.vllm.args": ["--quantization", "fp8"]},
+    ):
+        other = prepared(folder, tmp_path / "store", **change).plan
+        for step in ("evaluate/teacher", "generate", "score"):
+            assert other.match(step)[0].key != plain.match(step)[0].key, step
+    more = prepared(folder, tmp_path / "store", **{"teacher.vllm.servers": 2, "teacher.concurrency": 9}).plan
+    assert more.match("score")[0].key == plain.match("score")[0].key
+
+
 def test_what_was_kept_and_rejected_is_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEDISTILL_STORE", str(tmp_path / "store"))
     command = ["data", "show", str(folder)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +16,7 @@ import pytest
 
 from edgedistill.errors import StepFailed
 from edgedistill.served import Rate, Server
-from edgedistill.spending import Budget, Ledger
+from edgedistill.spending import Budget, Ledger, most
 from edgedistill.teachers import requests
 from edgedistill.teachers.requests import Pace, Requests, retry_after
 from tests.planned_server import USAGE, Planned
@@ -172,6 +175,26 @@ def test_the_budget_is_never_exceeded_and_what_a_request_did_not_need_is_given_b
         answered = planned.asked.total()
         found, _ = _spend(planned, path, range(answered, 100), Budget(tokens=10_000))
     assert len(found) == 100 - answered
+
+
+def test_what_is_broken_off_has_cost_the_most(tmp_path: Path) -> None:
+    """Ctrl-C during a second try: the first one's refusal, which cost nothing, says nothing of it."""
+    ledger = Ledger(tmp_path / "rows.sqlite", "a", Budget())
+    with Planned(lambda row, before: "503 0" if before == 0 else "slow 30") as planned:
+        client = Requests(_server(planned.url, timeout=60.0), ledger)
+
+        def interrupt() -> None:
+            while planned.asked[0] < 2:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        body = {"row": 0, "usage": True, "max_tokens": 10}
+        with pytest.raises(KeyboardInterrupt):
+            client.post("/x", [body], lambda at, reply: None)
+        client.close()
+    assert Ledger(tmp_path / "rows.sqlite", "a", Budget()).spent().tokens == most(body).tokens
 
 
 def test_money_is_counted_at_its_price(tmp_path: Path) -> None:
