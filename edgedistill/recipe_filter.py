@@ -96,6 +96,10 @@ class Filter(Section):
             getattr(self, name) == type(self).model_fields[name].default for name in self.OWN["format"]
         ):
             raise key_error("kind", "a format of what? set min_chars, max_chars, pattern or json_schema")
+        if self.kind == "agreement" and self.metric in ("contains", "reasoning-gym"):
+            raise key_error(
+                "metric", f"{self.metric} does not tell whether two answers say the same: exact or json-exact do"
+            )
         try:
             re.compile(self.pattern or "")
         except re.error as error:

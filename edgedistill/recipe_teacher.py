@@ -149,6 +149,8 @@ class Teacher(Section):
 
 def refuse_backend(recipe: Recipe) -> None:
     """Refuse what needs the weights of the teacher in full precision, where they are behind a server or in a GGUF file."""
+    if recipe.generate.json_schema is not None and "response_format" in recipe.teacher.body:
+        raise key_error("teacher.body", "generate.json_schema sets response_format")
     if recipe.teacher.vllm is not None:
         _refuse_vllm(recipe)
     elif recipe.teacher.backend == "transformers" and recipe.generate.json_schema is not None:

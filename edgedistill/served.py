@@ -112,6 +112,11 @@ class Server:
         """Return the bound of an answer's length, for a request; nothing where ``body`` has it by its newer name."""
         return {} if "max_completion_tokens" in self.body else {"max_tokens": tokens}
 
+    @property
+    def own(self) -> bool:
+        """Tell whether this machine's own vLLM is asked: no key, no proxy."""
+        return self.launch is not None
+
     def headers(self) -> dict[str, str]:
         """Return the headers of a request, with the key where there is one. Raises UsageError for what cannot be one."""
         key = self._key()
@@ -128,7 +133,9 @@ class Server:
         return text.replace(key, "…") if key else text
 
     def _key(self) -> str:
-        return os.environ.get(self.key_env, "").strip()  # often read from a file, with its last line break
+        return (
+            "" if self.own else os.environ.get(self.key_env, "").strip()
+        )  # often read from a file, with its last line break
 
 
 def server_of(recipe: Recipe) -> Server | None:

@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 REFUSALS = re.compile(
-    r"^\W*(?:(?:i'?m|i am|we'?re)\s+(?:(?:very|really|so|truly)\s+)?(?:sorry|afraid|unable|not able)\b"
+    r"^\W*(?:(?:i'?m|i am|we'?re)\s+(?:(?:very|really|so|truly)\s+)?(?:unable|not able) to\b"
+    r"|(?:i'?m|i am|we'?re)\s+(?:(?:very|really|so|truly)\s+)?(?:sorry|afraid)\b.{0,20}"
+    r"\b(?:can'?t|cannot|can not|unable|not able|won'?t)\b"
     r"|(?:sorry|apologies|unfortunately)\b.{0,40}\b(?:can'?t|cannot|can not|unable|not able|won'?t)\b"
-    r"|i\s+(?:can'?t|cannot|can not|won'?t|will not|must decline|have to decline|do not feel comfortable|don'?t feel comfortable)\b"
+    r"|i\s+(?:must decline|have to decline|(?:do not|don'?t) feel comfortable)\b"
+    r"|i\s+(?:can'?t|cannot|can not|won'?t|will not)\s+(?:be able to\s+)?(?:help|assist|provide|do|give|offer|share|answer|comply|"
+    r"fulfil+|discuss|support|create|generate|write|engage|participate|tell you|show you|access|browse|open|see)\b"
     r"|as an? (?:ai|artificial intelligence|language model|large language model|assistant)\b.{0,80}"
     r"\b(?:can'?t|cannot|can not|unable|not able|don'?t|do not|won'?t)\b"
     r"|my (?:apologies|programming|guidelines)\b.{0,40}\b(?:can'?t|cannot|prevent|forbid|not allow))",
@@ -87,20 +91,47 @@ def schema_validator(schema: dict[str, Any]) -> Callable[[str], str]:
         kind.check_schema(schema)
     except SchemaError as error:
         raise UsageError(f"no JSON Schema: {error.message}", "https://json-schema.org/learn has examples") from None
+    if wrong := next((ref for ref in _references(schema) if not _resolves(schema, ref)), None):
+        raise UsageError(f"no JSON Schema: $ref {wrong!r} leads nowhere in it", "write what it refers to under $defs")
     checker = kind(schema)
 
     def check(text: str) -> str:
         try:
             value = json.loads(text)
-        except ValueError:
+            error = next(iter(checker.iter_errors(value)), None)
+        except (ValueError, RecursionError):
             return "no JSON"
-        error = next(iter(checker.iter_errors(value)), None)
         if error is None:
             return ""
         where = "/".join(str(step) for step in error.absolute_path)
         return f"not by the schema{f' at {where}' if where else ''}: {error.validator}"
 
     return check
+
+
+def _references(value: Any) -> Iterable[str]:
+    """Yield the references in a schema."""
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for one in value.values():
+            yield from _references(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _references(one)
+
+
+def _resolves(schema: Any, reference: str) -> bool:
+    """Tell whether a reference leads to a place in the schema; nothing is fetched."""
+    if not reference.startswith("#"):
+        return False
+    place = schema
+    for step in filter(None, reference[1:].split("/")):
+        name = step.replace("~1", "/").replace("~0", "~")
+        place = place.get(name) if isinstance(place, dict) else None
+        if place is None:
+            return False
+    return True
 
 
 def refuses(text: str) -> bool:
@@ -114,15 +145,25 @@ def personal(text: str) -> str:
     """
     if any(not RESERVED.search(found.group()) for found in EMAIL.finditer(text)):
         return "e-mail address"
-    if any(_luhn(re.sub(r"\D", "", found.group())) for found in CARD.finditer(text)):
+    if any(_card(re.sub(r"\D", "", found.group())) for found in CARD.finditer(text)):
         return "card number"
-    if any(_iban(found.group().replace(" ", "")) for found in IBAN.finditer(text)):
+    if any(_account(found.group().replace(" ", "")) for found in IBAN.finditer(text)):
         return "bank account"
     if SSN.search(text):
         return "social security number"
     if any(not FICTION.search(found.group()) for found in PHONE.finditer(text)):
         return "telephone number"
     return ""
+
+
+def _card(digits: str) -> bool:
+    """Tell whether digits begin with a card number: what is written after it may have been read along."""
+    return any(_luhn(digits[:length]) for length in range(13, len(digits) + 1))
+
+
+def _account(text: str) -> bool:
+    """Tell whether a text begins with an account number."""
+    return any(_iban(text[:length]) for length in range(15, len(text) + 1))
 
 
 def _luhn(digits: str) -> bool:
@@ -258,10 +299,11 @@ class Contamination:
                 where = f"{name} {row.id}"
                 found: set[tuple[str, ...]] = set()
                 for text in tested(row):
+                    found |= set(self._cut(words_of(text)))
+                for text in asked_in(row):
                     cut = words_of(text)
                     if 0 < len(cut) < words:
                         self._whole.setdefault(tuple(cut), where)
-                    found |= set(self._cut(cut))
                 for gram in found:
                     counts[gram] = counts.get(gram, 0) + 1
                     first.setdefault(gram, where)
@@ -283,7 +325,11 @@ class Contamination:
         return (tuple(words[at : at + self.words]) for at in range(len(words) - self.words + 1))
 
 
+def asked_in(row: Row) -> list[str]:
+    """Return what users say in a row."""
+    return [str(message.get("content") or "") for message in row.messages if message["role"] == "user"]
+
+
 def tested(row: Row) -> list[str]:
-    """Return what a suite's row tests by: what users say in it. A short reference is no test by itself; a long one is."""
-    said = [str(message.get("content") or "") for message in row.messages if message["role"] == "user"]
-    return [*said, *([row.reference] if row.reference and len(row.reference.split()) > 1 else [])]
+    """Return what a suite's row tests by: what users say in it, and its reference, of which a short one gives no words in a row."""
+    return [*asked_in(row), *([row.reference] if row.reference else [])]

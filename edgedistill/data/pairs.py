@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+RIGHT = ("best", "duplicates", "decontaminate", "pii")
+"""Reasons for which answers are rejected that are as right as what was kept; some are not to be handed on at all."""
+
 
 def preference_pairs(folder: Path) -> list[dict[str, Any]]:
     """Pair the first kept text of each prompt with every rejected answer to it that came to an end.
@@ -22,7 +25,7 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
         chosen = kept.get(answer["id"])
         if chosen is None or answer["finish"] != "stop" or answer["text"] == chosen["text"]:
             continue
-        if answer["why"] == "best":  # as right as what was kept
+        if answer["why"].startswith(RIGHT):
             continue
         pairs.append(
             {

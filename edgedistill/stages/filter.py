@@ -26,7 +26,7 @@ from edgedistill.data.filters import (
 )
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
-from edgedistill.errors import StepFailed
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
@@ -43,6 +43,8 @@ def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> 
     return sorted(first.values(), key=order[by])[:keep]
 
 
+UNWANTED = ("duplicates", "decontaminate", "pii")
+"""Filters whose rejected rows are not taught by their reference or a hedge either: there is nothing wrong with the teacher."""
 Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
 """(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
 
@@ -87,12 +89,15 @@ class Filter(Stage):
         kept = sum(map(len, alive.values()))
         yields.append({"filter": "ended", "in": len(lines), "out": kept})
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
+        out: set[str] = set()  # prompts that are not to be taught, by whatever text
         for spec in self.filters:
             before, judge = sum(map(len, alive.values())), self.judge(spec)
             for row_id, found in alive.items():
                 judged = judge(rows[row_id], found)
                 rejected += [{**a, "why": why} for a, why in judged if why]
                 alive[row_id] = [a for a, why in judged if not why]
+                if found and not alive[row_id] and spec["kind"] in UNWANTED:
+                    out.add(row_id)
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
         written = from_gold = hedged = corrected = 0
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
@@ -103,9 +108,9 @@ class Filter(Stage):
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
                 texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
-                if not texts and row.id in gold and row.reference:
+                if not texts and row.id in gold and row.reference and row.id not in out:
                     texts = [(row.reference, "gold", "")]
-                if not texts and hedge is not None and answers[row.id]:
+                if not texts and hedge is not None and answers[row.id] and row.id not in out:
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
@@ -207,7 +212,16 @@ class Filter(Stage):
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""
         metric = find_metric(spec["metric"])
-        return lambda one, other: metric(one, other, None).value == 1.0
+
+        def alike(one: str, other: str) -> bool:
+            if one.strip() == other.strip():
+                return True
+            try:
+                return metric(one, other, None).value == 1.0
+            except UsageError:  # the other is no reference: no JSON, say
+                return False
+
+        return alike
 
     def passes(
         self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None

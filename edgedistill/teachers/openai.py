@@ -56,7 +56,7 @@ class OpenAITeacher:
         self.server, self.tokenizer, self.style = server, tokenizer, style
         self.guide: dict[str, Any] = {}
         if json_schema:
-            named = {"name": "answer", "schema": json.loads(json_schema), "strict": True}
+            named = {"name": "answer", "schema": json.loads(json_schema)}
             self.guide = {"response_format": {"type": "json_schema", "json_schema": named}}
         try:
             self.requests = Requests(server, None if rows is None else server.ledger(rows))

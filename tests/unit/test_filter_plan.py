@@ -27,6 +27,7 @@ def folder(tmp_path: Path) -> Path:
         ([{"kind": "format", "json_schema": "recipe.toml"}], "no JSON"),
         ([{"kind": "format", "json_schema": "wrong.json"}], "no JSON Schema"),
         ([{"kind": "agreement"}], "raise generate.samples to 3"),
+        ([{"kind": "agreement", "metric": "contains"}], r"metric: contains does not tell"),
         ([{"kind": "pii", "similarity": 0.5}], r'similarity: this is for kind = "duplicates"'),
         ([{"kind": "duplicates", "similarity": 0.1}], r"filter\[0\]\.similarity"),
     ],
@@ -54,7 +55,7 @@ def test_a_filters_files_and_suites_are_in_its_key(folder: Path) -> None:
     assert make(folder).match("generate")[0].key == make(folder, filter=clean).match("generate")[0].key
 
 
-def test_a_schema_that_guides_the_teacher_is_in_the_key_of_its_answers(folder: Path) -> None:
+def test_a_schema_guides_no_teacher_that_writes_freely(folder: Path) -> None:
     (folder / "call.json").write_text('{"type": "object"}')
     with pytest.raises(RecipeError, match=r"generate\.json_schema: transformers writes freely"):
         make(folder, generate__json_schema="call.json")

@@ -207,7 +207,10 @@ def test_arguments_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setenv("PYTHONPATH", "/ours")
     wide = launch(tensor_parallel=2, servers=2, context=4096, scored=50, args=("--seed", "3"))
     given = vllm.arguments(tmp_path, wide, 8000)
-    assert "--tensor-parallel-size 2 --max-logprobs 50 --max-model-len 4096 --seed 3" in " ".join(given)
+    assert (
+        "--tensor-parallel-size 2 --max-logprobs 50 --generation-config vllm --max-model-len 4096 --seed 3"
+        in " ".join(given)
+    )
     assert [vllm.environment(wide, number)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert vllm.environment(wide, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"

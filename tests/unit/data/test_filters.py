@@ -61,6 +61,10 @@ def test_an_answer_is_valid_under_the_schema(text: str, why: str) -> None:
 def test_what_is_no_schema_is_refused() -> None:
     with pytest.raises(UsageError, match="no JSON Schema"):
         schema_validator({"type": "objekt"})
+    for wrong in ("#/$defs/x", "https://example.com/schema.json"):
+        with pytest.raises(UsageError, match="leads nowhere"):
+            schema_validator({"$ref": wrong})
+    assert schema_validator({"$ref": "#/$defs/x", "$defs": {"x": {"type": "array"}}})("[" * 5000) == "no JSON"
 
 
 REFUSED = (
@@ -83,6 +87,10 @@ ANSWERED = (
     "The poem: I cannot rest from travel: I will drink life to the lees.",
     "Penguins cannot fly.",
     "As an AI researcher you can apply for a grant.",
+    "I'm sorry to hear that your order is late. I've refunded it.",
+    "I can't recommend this enough: use uv.",
+    "I won't lie, this is hard, but here is how.",
+    "I am afraid of spiders too!",
     '{"name":"set_alarm","arguments":{"time":"07:00"}}',
     "I can help with that.",
 )
@@ -106,6 +114,8 @@ def test_answers_are_no_refusals(text: str) -> None:
         ("Pay with 4539 1488 0343 6467 please", "card number"),
         ("Pay with 4539 1488 0343 6468 please", ""),  # a check digit off
         ("0000 0000 0000 0000", ""),
+        ("Card: 4539 1488 0343 6467 12/25", "card number"),
+        ("DE89370400440532013000 BIC COBADEFF", "bank account"),
         ("Transfer to DE89 3704 0044 0532 0130 00.", "bank account"),
         ("Transfer to DE89 3704 0044 0532 0130 01.", ""),
         ("SSN 536-90-4399", "social security number"),
@@ -201,6 +211,11 @@ def test_contamination() -> None:
         contamination.found_in(["As they say: the mill wheel turns as long as the brook runs, my dear."]) == "long l1"
     )
     assert contamination.found_in(["You are a helpful assistant that answers with one function call each time."]) == ""
+
+
+def test_a_label_is_no_copy_of_a_suite() -> None:
+    rows = [row(f"h{n}", f"My order number {n} is late", '{"intent": "refund"}') for n in range(5)]
+    assert Contamination({"holdout": rows}, 8).found_in(["Where is my parcel", '{"intent": "refund"}']) == ""
 
 
 def test_what_many_rows_of_a_suite_say_is_its_template() -> None:

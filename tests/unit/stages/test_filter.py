@@ -305,6 +305,37 @@ def test_filters_apply_in_their_order_and_each_says_why(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [("decontaminate", "fine"), ("duplicates", "fine"), ("pii", "mail jane@acme-corp.com")],
+)
+def test_a_row_that_must_not_be_taught_is_taught_by_no_other_text(tmp_path: Path, kind: str, text: str) -> None:
+    messages = ({"role": "user", "content": "Wake me at seven, please"},)
+    rows = tuple(Row(id=name, messages=messages, reference="fine") for name in ("a", "b"))
+    suite = (Row(id="s", messages=({"role": "user", "content": "wake me at seven please"},), reference="x"),)
+    common = {"metric": "contains"}
+    for otherwise in ({"otherwise": "gold"}, {"otherwise": "hedge", "hedge": "I do not know."}):
+        filters = ({"kind": kind, "otherwise": "drop", **common}, {"kind": "refusals", **common, **otherwise})
+        stage = Filter(answers=Key("a" * 64), rows_digest="", filters=filters, rows=rows, suites={"suite": suite})
+        folder = tmp_path / otherwise["otherwise"]
+        folder.mkdir()
+        answers = [("a", "no" if kind == "pii" else text, "stop"), ("b", text, "stop")]
+        try:
+            _, read = run(folder, stage, answers)
+        except StepFailed:
+            assert kind == "decontaminate"  # of both rows
+            continue
+        assert [line["id"] for line in read("kept.jsonl")] == ["a"]
+
+
+def test_answers_that_are_no_json_agree_or_not_without_a_crash(tmp_path: Path) -> None:
+    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5}
+    rows = (Row(id="a", messages=({"role": "user", "content": "a"},)),)
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows)
+    facts, _ = run(tmp_path, stage, [("a", text, "stop") for text in ("Sure! {}", "{}", "{ }")])
+    assert facts["kept"] == 2
+
+
 def test_answers_are_believed_that_most_samples_give(tmp_path: Path) -> None:
     rows = tuple(Row(id=name, messages=({"role": "user", "content": name},)) for name in ("a", "b"))
     spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5}

@@ -136,7 +136,7 @@ def test_several_servers_share_the_requests_and_one_that_is_gone_is_left_alone()
         assert sorted(found) == list(range(90))
         assert one.asked.total() + two.asked.total() == 90
         assert min(one.asked.total(), two.asked.total()) > 25
-        assert client.places == 12
+        assert max(one.most, two.most) <= 4  # places are each server's own
 
 
 def test_a_rate_limit_spreads_requests_and_tokens_over_the_minute() -> None:
