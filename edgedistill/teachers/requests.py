@@ -1,7 +1,7 @@
 """Requests to one teacher, which several servers may serve: some at a time, each put again until it is answered or refused.
 
 A busy, broken or absent server is waited for: 408, 409, 425, 429, 5xx, a connection that fails or is cut, an answer that is no
-JSON. The wait is what ``Retry-After`` says, else doubles from half a second to a minute, with jitter, so that requests which failed
+JSON. The wait doubles from half a second to a minute, with jitter, and is at least what ``Retry-After`` says, so that requests which failed
 together do not come back together. Other refusals are final: another try would be refused, too. Each try goes to the server that
 has least to do and is not waited for.
 
