@@ -1,9 +1,9 @@
 """Requests to one teacher, which several servers may serve: some at a time, each put again until it is answered or refused.
 
 A busy, broken or absent server is waited for: 408, 409, 425, 429, 5xx, a connection that fails or is cut, an answer that is no
-JSON. The wait doubles from half a second to a minute, with jitter, and is at least what ``Retry-After`` says, so that requests which failed
-together do not come back together. Other refusals are final: another try would be refused, too. Each try goes to the server that
-has least to do and is not waited for.
+JSON. The wait doubles from half a second to a minute, with jitter, so that requests which failed together do not come back
+together, and is at least what ``Retry-After`` says. Other refusals are final: another try would be refused, too. Each try goes to
+the server that has least to do and is not waited for.
 
 What a try can cost at most is taken out of the budget before it is sent (``spending.py``). A refusal costs nothing; an answer what
 it says; of one that was cut or too slow nobody knows, so it has cost the most. Where the budget has too little for another
