@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from edgedistill.data.filters import COPIED_WORDS, SHARE, SIMILARITY
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.recipe_base import Count, Section
 from edgedistill.toml_source import key_error
@@ -69,13 +70,13 @@ class Filter(Section):
     pattern: str | None = Field(default=None, description="format: a regular expression that is found in every answer")
     json_schema: Path | None = Field(default=None, description="format: a JSON Schema that every answer is valid under")
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="agreement: of the answers to a prompt, which have to say the same"
+        default=SHARE, description="agreement: of the answers to a prompt, which have to say the same"
     )
     similarity: Annotated[float, Field(ge=0.3, le=1)] = Field(
-        default=0.8, description="duplicates: share of words, in threes, that two rows have in common"
+        default=SIMILARITY, description="duplicates: share of words, in threes, that two rows have in common"
     )
     words: Annotated[int, Field(ge=3)] = Field(
-        default=8, description="decontaminate: so many words in a row that a suite has, too, are copied"
+        default=COPIED_WORDS, description="decontaminate: so many words in a row that a suite has, too, are copied"
     )
 
     @model_validator(mode="after")

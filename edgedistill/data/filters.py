@@ -52,6 +52,8 @@ PHONE = re.compile(
 FICTION = re.compile(r"555\D{0,2}01\d\d$")
 """Telephone numbers that are kept for fiction (555-0100 to 555-0199)."""
 
+SHARE, SIMILARITY, COPIED_WORDS = 0.5, 0.8, 8
+"""What the filters agreement, duplicates and decontaminate go by unless a recipe says otherwise."""
 SHINGLE = 3  # words
 PERMUTATIONS = 128
 PRIME = (1 << 31) - 1

@@ -16,9 +16,13 @@ from typing import Any, ClassVar
 
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
+    COPIED_WORDS,
+    SHARE,
+    SIMILARITY,
     Contamination,
     Seen,
     agreeing,
+    asked_in,
     malformed,
     personal,
     refuses,
@@ -175,24 +179,23 @@ class Filter(Stage):
             chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
             return lambda row, found: _first(best(found, **chosen), found)
         if kind == "agreement":
-            same, share = self.same(spec), spec.get("share", 0.5)
+            same, share = self.same(spec), spec.get("share", SHARE)
             return lambda row, found: [
                 (a, "" if good else kind)
                 for a, good in zip(found, agreeing([self.shown(a["text"]) for a in found], same, share), strict=True)
             ]
         if kind == "duplicates":
-            seen = Seen(spec.get("similarity", 0.8))
+            seen = Seen(spec.get("similarity", SIMILARITY))
             return lambda row, found: [(a, kind if seen.before("\n".join(self.taught(row, a))) else "") for a in found]
         if kind == "decontaminate":
-            suites = Contamination(self.suites, spec.get("words", 8))
+            suites = Contamination(self.suites, spec.get("words", COPIED_WORDS))
             return lambda row, found: [(a, _as_in(kind, suites.found_in(self.taught(row, a)))) for a in found]
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
     def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
         """Return what users say in a row, and the answer that they see."""
-        said = [str(message.get("content") or "") for message in row.messages if message["role"] == "user"]
-        return [*said, self.shown(answer["text"])]
+        return [*asked_in(row), self.shown(answer["text"])]
 
     def single(self, spec: Mapping[str, Any]) -> Callable[[Row, str], str]:
         """Return what says why one answer does not pass a filter that looks at nothing else."""
