@@ -37,16 +37,19 @@ _LEAST_DISK, _LEAST_MEMORY = 10 * 2**30, 6 * 2**30  # the quickstart's needs, wi
 
 # In a process of its own: a library built for another processor ends with SIGILL, which must be a line of the report.
 _PROBE = """
-import ctypes, json, llama_cpp
+import ctypes, json, llama_cpp, pathlib, re
 lib = llama_cpp.llama_cpp._lib
 for name in ("ggml_version", "ggml_commit"):
     getattr(lib, name).restype = ctypes.c_char_p
+built = [path.read_bytes() for path in pathlib.Path(llama_cpp.__file__).parent.glob("lib/libggml-cpu*")]
 print(json.dumps({
     "version": llama_cpp.__version__,
     "ggml": lib.ggml_version().decode() + " " + lib.ggml_commit().decode(),
     "system": llama_cpp.llama_print_system_info().decode(),
+    "gcc": min((int(found) for one in built for found in re.findall(rb"GCC: \\([^)]*\\) (\\d+)", one)), default=0),
 }))
 """
+_WRONG_AMX = 12  # GCC's last version known to drop most of what _tile_loadconfig loads (scripts/environment.sh)
 # llama.cpp's name of an instruction set -> ours; where the processor has it and the build has not, speed is lost.
 _BUILD_FEATURES = {
     "AVX2": "avx2", "FMA": "fma", "F16C": "f16c", "AVX512": "avx512", "AVX512_VNNI": "avx512_vnni",
@@ -179,6 +182,10 @@ def _llama_cpp(host: HostFingerprint) -> Check:
     found = json.loads(output)
     sets = re.findall(r"(\w+) = [1-9]\d*", found["system"])
     detail = f"llama-cpp-python {found['version']}, ggml {found['ggml']}: {' '.join(sets)}"
+    if "AMX_INT8" in sets and 0 < found["gcc"] <= _WRONG_AMX:
+        flags = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        why = f"{detail}: built with AMX by GCC {found['gcc']}, which sets AMX up wrong: quantized models end it by a fault"
+        return Check(name="llama.cpp", ok=False, detail=why, remedy=f'CFLAGS="{flags}" CXXFLAGS="{flags}" {rebuild}')
     unused = [name for name, feature in _BUILD_FEATURES.items() if feature in host.features and name not in sets]
     if unused:
         return Check(

@@ -17,6 +17,7 @@ from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.expand_draft import DraftSteps
 from edgedistill.expand_rounds import RoundSteps
 from edgedistill.expand_text import TextSteps
+from edgedistill.expand_training import Other
 from edgedistill.fingerprint import Key, digest
 from edgedistill.inputs import (
     Inputs,
@@ -25,9 +26,12 @@ from edgedistill.inputs import (
     student_facts,
 )
 from edgedistill.models import Resolved
+from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, train_work
 from edgedistill.recipe import Suite
+from edgedistill.recipe_teacher import Another
+from edgedistill.served import Server
 from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.convert import Convert
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
@@ -56,6 +60,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         base_student = teacher if from_teacher else self._base("base/student", self.inputs.student)
         self.asked, self.whole_student = teacher, base_student
         scores = self._prove(teacher)
+        self.others = [
+            self._other(spec, model) for spec, model in zip(recipe.teachers, self.inputs.others, strict=True)
+        ]
         kept = self._text(teacher, scores)
         healed = student = base_student
         before, above, links = teacher, teacher, along_chain(self.inputs)
@@ -105,6 +112,23 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         written = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
         file = "served.json" if self.server.launch is None else "model"
         return self._evaluate("evaluate/teacher", teacher, file, 0, kind="served", only=written)
+
+    def _other(self, spec: Another, model: Resolved) -> Other:
+        """Add a teacher beside the first one, and its proof where it has to reach a score before it is asked."""
+        gguf, server, params = spec.backend == "llama_cpp", model.server, model.facts.params()
+        key, proof = self._as_it_comes(model, spec.name, gguf=gguf), None
+        if spec.min_score:
+            name = f"evaluate/{spec.name}"
+            only = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
+            if gguf:
+                proof = self._evaluate(name, key, "model.gguf", params, only=only)
+            elif server is None:
+                proof = self._evaluate(name, key, "model", params, kind="decode", only=only)
+            else:
+                file = "served.json" if server.launch is None else "model"
+                proof = self._evaluate(name, key, file, 0, kind="served", only=only, server=server)
+        here = not gguf and server is None and not tokens_differ(model, self.inputs.student, self.inputs.prompts)
+        return Other(spec=spec, model=model, key=key, scores=here, proof=proof)
 
     def _unpruned(self, teacher: Key, base_teacher: Key, base: Key) -> None:
         """Evaluate what the student was before it was cut and taught, where suites tell what was forgotten and nothing else
@@ -321,6 +345,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         grammar: bool = False,
         shots: int = 0,
         only: Collection[str] | None = None,
+        server: Server | None = None,
     ) -> Key:
         thinks = self.recipe.generate.style in BLOCKS
         suites = {name: rows for name, rows in self.inputs.suites.items() if only is None or name in only}
@@ -338,19 +363,20 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         kind = kind or ("decode-onnx" if file == "onnx" else "decode-gguf")
         tokens = sum(sum(map(row_tokens, rows)) for rows in suites.values())
         tokens += sum(sum(map(row_tokens, suites[spec.name])) for spec in specs if spec.grammar)
-        served = kind == "served"
+        served, server = kind == "served", server or self.server
+        manner = server.manner if server else ""
         stage = Evaluate(
             model=model,
             file=file,
             suites=specs,
             shots=few_shots(self.inputs.gold, shots),
             references=dict(references or {}),
-            build={"decode": "transformers", "decode-onnx": self.onnx, "served": f"openai {self.manner}".strip()}.get(
+            build={"decode": "transformers", "decode-onnx": self.onnx, "served": f"openai {manner}".strip()}.get(
                 kind, self.llama
             ),
             isa="" if served else self.isa,
             rows=suites,
-            server=self.server if served else None,
+            server=server if served else None,
         )
         return self.graph.add(
             name,
@@ -423,7 +449,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
                 "licence": model.facts.licence,
                 "quantized_from": model.facts.quantized_from,
             }
-            for model in (self.inputs.teacher, self.inputs.student)
+            for model in (self.inputs.teacher, *self.inputs.others, self.inputs.student)
         }
         tokens = [s.max_new_tokens for s in self.recipe.suites.values() if s.metric != "perplexity"]
         fields: dict[str, Any] = {

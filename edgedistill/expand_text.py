@@ -6,12 +6,12 @@ from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_training import Other, TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.stages.analyse import Analyse
 from edgedistill.stages.filter import Filter, ThinkingFilter
-from edgedistill.stages.generate import Generate, GenerateAnalyses
+from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateRecovery
 
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
@@ -31,10 +31,8 @@ class TextSteps(TrainingSteps):
             "manner": self.manner,
             **self._generate(),
         }
-        answers = self._asked(
-            "generate", Generate(**question, scores=scores, min_score=recipe.teacher.min_score), self.tokens
-        )
-        style = recipe.generate.style
+        asked = Generate(**question, scores=scores, min_score=recipe.teacher.min_score, leave=self._routed())
+        answers = self._asked("generate", asked, self.tokens)
         analysed = next((one for one in recipe.filter if one.analysis), None)
         filtered: dict[str, Any] = {
             "answers": answers,
@@ -43,12 +41,16 @@ class TextSteps(TrainingSteps):
             "filters": self._filters(analysed=True),
             "suites": self.inputs.suites,
         }
-        kept = self.graph.add(
-            "filter",
-            ThinkingFilter(**filtered, style=style) if style in BLOCKS else Filter(**filtered),
-            Work(kind="bytes", amount=len(rows) * 1000.0),
-            disk=len(rows) * 800,
+        filtered["others"] = tuple(
+            (one.spec.name, self._asked_another(one, question)) for one in self.others if one.spec.role != "recovery"
         )
+        recovering = [one for one in self.others if one.spec.role == "recovery"]
+        kept = self._filter("filter/1" if recovering else "filter", filtered)
+        for number, one in enumerate(recovering, 2):
+            fields = {"filtered": kept, **question}
+            recovered = (*filtered.get("recovered", ()), (one.spec.name, self._asked_another(one, fields)))
+            filtered |= {"recovered": recovered, "failed": kept}
+            kept = self._filter("filter" if number == len(recovering) + 1 else f"filter/{number}", filtered)
         if analysed is None:
             return kept
         told = GenerateAnalyses(
@@ -63,6 +65,47 @@ class TextSteps(TrainingSteps):
             rows=rows,
         )
         return self.graph.add("analyse", stage, Work(kind="bytes", amount=len(rows) * 1000.0), disk=len(rows) * 800)
+
+    def _routed(self) -> tuple[str, ...]:
+        """Return the tags of prompts that are sent to teachers of their own."""
+        return tuple(sorted({tag for one in self.recipe.teachers for tag in one.tags}))
+
+    def _filter(self, name: str, fields: dict[str, Any]) -> Key:
+        style, rows = self.recipe.generate.style, self.inputs.prompts
+        return self.graph.add(
+            name,
+            ThinkingFilter(**fields, style=style) if style in BLOCKS else Filter(**fields),
+            Work(kind="bytes", amount=len(rows) * 1000.0),
+            disk=len(rows) * 800,
+        )
+
+    def _asked_another(self, one: Other, question: dict[str, Any]) -> Key:
+        """Add the answers of a teacher beside the first one; with ``filtered`` in the question, those to what others failed."""
+        server, role = one.model.server, one.spec.role
+        stage = GenerateRecovery if role == "recovery" else Generate
+        told = {"routed": {"only": one.spec.tags}, "ensemble": {"leave": self._routed()}, "recovery": {}}[role]
+        manner = server.manner if server else ""
+        own = {
+            "teacher": one.key,
+            "server": server,
+            "manner": manner,
+            "scores": one.proof,
+            "min_score": one.spec.min_score,
+        }
+        asked = stage(**{**question, **own, **told})
+        tokens = self.tokens * (WRONG if role == "recovery" else 1.0)
+        if role == "routed":
+            tags, every = set(one.spec.tags), self.inputs.prompts
+            tokens *= sum(bool(tags & set(row.tags)) for row in every) / len(every)
+        kind = "decode-gguf" if one.spec.backend == "llama_cpp" else "decode"
+        params = one.model.facts.params()
+        return self.graph.add(
+            f"generate/{one.spec.name}",
+            asked,
+            Work(kind="served", amount=tokens) if server else Work(kind=kind, amount=2 * params * tokens),
+            memory=2 * params + RUNTIME_MIB * MIB,
+            disk=len(self.inputs.prompts) * asked.samples * 600,
+        )
 
     def _asked(self, name: str, stage: Generate, tokens: float) -> Key:
         """Add a step in which the teacher writes so many tokens, prompts included."""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
@@ -16,6 +16,7 @@ from edgedistill.inputs import Inputs, chosen_layers, cut_rows, read_schema, stu
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
+from edgedistill.recipe_teacher import Another
 from edgedistill.refusals import refuse
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.stages.adapt import Adapt
@@ -23,13 +24,26 @@ from edgedistill.stages.base import Base, Gguf, Served
 from edgedistill.stages.distill import Distill, DistillBeside, DistillCached, DistillServed
 from edgedistill.stages.heal import Heal
 from edgedistill.stages.merge import Merge
-from edgedistill.stages.score import Score, ScoreGguf, ScoreServed
+from edgedistill.stages.score import Score, ScoreGguf, ScoreMixed, ScoreServed, ScoreSeveral
 from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.states import States
 from edgedistill.stages.temper import Temper
 from edgedistill.training.objectives import even_pairs
 
 ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Other:
+    """A teacher beside the first one, as it stands in the graph. ``scores``: its distributions are in the student's tokens, and its
+    weights here; ``proof`` is its evaluation, where it has to prove itself.
+    """
+
+    spec: Another
+    model: Resolved
+    key: Key
+    scores: bool
+    proof: Key | None
 
 
 class TrainingSteps:
@@ -50,6 +64,7 @@ class TrainingSteps:
         self.server = inputs.server
         self.manner = self.server.manner if self.server else ""
         self.in_gguf = inputs.recipe.teacher.backend == "llama_cpp"
+        self.others: list[Other] = []
         self.asked: Key | None = (
             None  # the teacher, and the model with the tokens that one without a tokenizer is asked about
         )
@@ -57,8 +72,8 @@ class TrainingSteps:
 
     def _base(self, name: str, model: Resolved) -> Key:
         if model.kind == SERVED_KIND:
-            assert self.server is not None
-            return self.graph.add(name, Served(identity=self.server.identity), Work(kind="bytes", amount=1000.0))
+            assert model.server is not None
+            return self.graph.add(name, Served(identity=model.server.identity), Work(kind="bytes", amount=1000.0))
         dequantize = model.path.is_file()
         stage = Base(
             source_digest=model.digest, dtype="float32", tool=self.gguf_tool if dequantize else "", path=model.path
@@ -94,11 +109,13 @@ class TrainingSteps:
 
     def _base_teacher(self) -> Key:
         """Add the teacher as it comes; a GGUF file that llama.cpp runs needs no other container."""
-        model = self.inputs.teacher
-        if not self.in_gguf:
-            return self._base("base/teacher", model)
+        return self._as_it_comes(self.inputs.teacher, "teacher", gguf=self.in_gguf)
+
+    def _as_it_comes(self, model: Resolved, name: str, *, gguf: bool) -> Key:
+        if not gguf:
+            return self._base(f"base/{name}", model)
         return self.graph.add(
-            "convert/teacher",
+            f"convert/{name}",
             Gguf(source_digest=model.digest, path=model.path),
             Work(kind="bytes", amount=model.facts.size),
         )
@@ -136,7 +153,25 @@ class TrainingSteps:
             temperature=score.temperature or self.recipe.distill.loss.temperature,
             seed=self.recipe.seed,
         )
-        work = Work(kind="forward", amount=2 * self.t_params * self.tokens)
+        work, memory = Work(kind="forward", amount=2 * self.t_params * self.tokens), 2 * self.t_params
+        if (
+            teacher == self.asked
+            and not (self.server or self.in_gguf)
+            and (able := [one for one in self.others if one.scores])
+        ):
+            fields, params = stage.fields(), [one.model.facts.params() for one in able]
+            if score.combine and (mixed := tuple(one.key for one in able if one.spec.role == "ensemble")):
+                stage = ScoreMixed(**fields, others=mixed, combine=score.combine)
+                work, memory = (
+                    replace(work, amount=2 * (self.t_params + sum(params)) * self.tokens),
+                    memory + 2 * sum(params),
+                )
+            else:
+                stage = ScoreSeveral(**fields, writers=tuple((one.spec.name, one.key) for one in able))
+                work, memory = (
+                    replace(work, amount=2 * max(self.t_params, *params) * self.tokens),
+                    2 * max(self.t_params, *params),
+                )
         asked = self.server if score.kind == "top-k" and teacher == self.asked else None  # not of a link of a chain
         if asked or self.in_gguf:
             assert self.whole_student is not None
@@ -147,7 +182,7 @@ class TrainingSteps:
             name,
             stage,
             work,
-            memory=2 * self.t_params + RUNTIME_MIB * MIB,
+            memory=memory + RUNTIME_MIB * MIB,
             disk=self.tokens * 48,
         )
 

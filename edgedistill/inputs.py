@@ -44,6 +44,8 @@ class Inputs:
     drafting: tuple[Row, ...]
     tempering: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
+    others: tuple[Resolved, ...] = ()
+    """The models of ``recipe.teachers``, in their order."""
     general: tuple[Row, ...] = ()
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
@@ -114,6 +116,7 @@ def read_inputs(
     student: Resolved,
     targets: Iterable[Target],
     *,
+    others: Iterable[Resolved] = (),
     link_targets: Iterable[Iterable[Target]] = (),
     ship_anyway: bool = False,
 ) -> Inputs:
@@ -169,6 +172,7 @@ def read_inputs(
         drafting=read(recipe.draft, "draft", reference=False),
         tempering=read(recipe.temperature, "temperature"),
         suites={name: suite_rows(name, suite.files) for name, suite in recipe.suites.items()},
+        others=tuple(others),
         general=_general(_Files(path), recipe),
         link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,

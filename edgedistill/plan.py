@@ -50,8 +50,10 @@ class Plan:
         return {step.key: step for step in self.steps}
 
     def match(self, pattern: str) -> list[Step]:
-        """Return the steps that a name, a stage or a glob means; raises UsageError with what there is."""
-        found = [
+        """Return the steps that a name, a stage or a glob means, the first of these that is one; raises UsageError with what there
+        is.
+        """
+        found = [step for step in self.steps if pattern in step.ids] or [
             step
             for step in self.steps
             if step.stage.name == pattern or any(fnmatch.fnmatchcase(name, pattern) for name in step.ids)

@@ -17,7 +17,7 @@ from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
-from edgedistill.recipe_teacher import Teacher, refuse_backend
+from edgedistill.recipe_teacher import Another, Teacher, refuse_backend, refuse_several
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
@@ -114,6 +114,11 @@ class Score(Section):
     n: Annotated[int, Field(ge=1, le=255)] = 12
     temperature: Positive | None = Field(
         default=None, description="temperature of the draws; loss.temperature when left out"
+    )
+    combine: Literal["average", "confidence"] | None = Field(
+        default=None,
+        description='with teachers of role "ensemble": mix the distributions of those whose weights are here and whose tokens are '
+        "the student's, evenly or each by its greatest probability at the place; none: the first teacher's alone",
     )
 
     @model_validator(mode="after")
@@ -266,6 +271,7 @@ class Recipe(Section):
     targets: Annotated[tuple[str, ...], Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
     teacher: Teacher
+    teachers: tuple[Another, ...] = Field(default=(), description="further teachers")
     adapt: Adapt | None = None
     chain: tuple[Link, ...] = ()
     student: Student
@@ -303,6 +309,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _taught(self) -> Recipe:
         refuse_backend(self)
+        refuse_several(self)
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,8 @@ SERVED = "openai:"
 """Before the name of a model that stands behind a server."""
 OWN_BODY = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream", "logprobs")
 """What a request for an answer holds anyway."""
+WRITERS = ("teacher", "student", "gold", "hedge", "review")
+"""What kept rows call those who wrote them, beside the names of ``[[teachers]]``."""
 MOST_SCORED = 100
 """Best tokens of a position that it is sensible to ask a server for; vLLM gives 20 unless it is told otherwise."""
 
@@ -145,6 +147,57 @@ class Teacher(Section):
         if given:
             raise key_error(given[0], 'this is for backend = "openai", and the weights of this teacher are here')
         return self
+
+
+class Another(Teacher):
+    """A teacher beside ``[teacher]``. ``recovery`` answers from scratch what the teachers before it failed, judged by the
+    same filters; ``routed`` answers the prompts that have one of its ``tags``, in the first one's place; ``ensemble`` answers what
+    the first one answers, and distributions may be mixed (``score.combine``). Kept rows say who wrote them. What it wrote is scored
+    by itself where its weights are here and its tokens are the student's, else by the first teacher.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$", description="what its rows and steps are called by")]
+    role: Literal["recovery", "routed", "ensemble"]
+    tags: tuple[str, ...] = Field(default=(), description="routed: prompts with one of these are this teacher's")
+
+    @model_validator(mode="after")
+    def _in_its_role(self) -> Another:
+        if (self.role == "routed") != bool(self.tags):
+            raise key_error("tags", 'tags say which prompts are sent to a teacher with role = "routed": set both')
+        if self.name in WRITERS:
+            raise key_error(
+                "name", f"{self.name!r} is what rows are called that no other teacher wrote: take another name"
+            )
+        return self
+
+
+def refuse_several(recipe: Recipe) -> None:
+    """Refuse teachers beside the first one that have nothing to do, or that a recipe's other tables rule out."""
+    if recipe.score.combine is not None and not any(one.role == "ensemble" for one in recipe.teachers):
+        raise key_error("score.combine", 'there is nothing to combine: add [[teachers]] role = "ensemble"')
+    names = [one.name for one in recipe.teachers]
+    for at, one in enumerate(recipe.teachers):
+        wrong: dict[str, str | bool] = {
+            "name": names.index(one.name) < at and f"two teachers are named {one.name!r}",
+            "role": one.role == "recovery"
+            and not recipe.filter
+            and "nothing tells which answers failed: add [[filter]]",
+            "backend": recipe.generate.json_schema is not None
+            and one.backend == "transformers"
+            and one.vllm is None
+            and "it writes freely, and generate.json_schema is set: take vLLM or llama.cpp",
+        }
+        for key, why in wrong.items():
+            if why:
+                raise key_error(f"teachers.{at}.{key}", str(why))
+    if not recipe.teachers:
+        return
+    if recipe.generate.style == "tool-trace":
+        raise key_error("teachers", "the turns of a trace are one teacher's: leave [[teachers]] out")
+    if any(one.analysis for one in recipe.filter):
+        raise key_error(
+            "teachers", "a teacher is told of its own mistakes: set filter.analysis to false, or leave [[teachers]] out"
+        )
 
 
 def refuse_backend(recipe: Recipe) -> None:

@@ -58,6 +58,7 @@ def refuse(inputs: Inputs) -> list[str]:
             f"the teacher's weights come from {teacher.quantized_from}: its distributions are those of a quantized model ({how})"
         )
     _refuse_backend(inputs)
+    _refuse_others(inputs)
     links = along_chain(inputs, _refuse_shape)
     warnings += _gaps(links)
     warnings += check_features(
@@ -154,6 +155,45 @@ def _refuse_backend(inputs: Inputs) -> None:
         )
     if told is not None:
         raise RecipeError(told[0], told[1], key=told[2], file=inputs.path)
+
+
+def _refuse_others(inputs: Inputs) -> None:
+    """Refuse teachers beside the first one that cannot be asked here, or have no prompts."""
+    from edgedistill.teachers.vllm import find_python
+
+    recipe = inputs.recipe
+    every = {tag for row in inputs.prompts for tag in row.tags}
+    able = 0
+    for at, (one, model) in enumerate(zip(recipe.teachers, inputs.others, strict=True)):
+        told, server = ("", "", ""), model.server
+        if one.backend == "llama_cpp" and not model.path.is_file():
+            told = (f"{model.path} is no GGUF file", "leave backend out", "backend")
+        elif server is not None and server.launch is not None and find_python() is None:
+            told = ("vLLM is not installed", "edgedistill doctor --install vllm", "vllm")
+        elif server is not None and any(row.tools for row in inputs.prompts):
+            told = ("rows have tools, and calls of a server's are not read yet", "leave this teacher out", "server")
+        elif one.role == "routed" and not set(one.tags) & every:
+            known = ", ".join(sorted(every)[:8]) or "none"
+            told = (f"no prompt has a tag of {', '.join(one.tags)}", f"tags of the prompts: {known}", "tags")
+        if told[0]:
+            raise RecipeError(told[0], told[1], key=f"teachers.{at}.{told[2]}", file=inputs.path)
+        here = one.backend == "transformers" and server is None
+        able += one.role == "ensemble" and here and not tokens_differ(model, inputs.student, inputs.prompts)
+    if recipe.score.combine and not (able and recipe.teacher.backend == "transformers" and inputs.server is None):
+        raise RecipeError(
+            "distributions are mixed of teachers whose weights are here, in the student's tokens: these are "
+            f"{able} of the ensemble's, and the first one's backend is {recipe.teacher.backend!r}",
+            "leave score.combine out: each text is then scored by who wrote it, or by the first teacher",
+            key="score.combine",
+            file=inputs.path,
+        )
+    if recipe.score.combine and recipe.score.kind in ("none", "dense"):
+        raise RecipeError(
+            f'score.kind = "{recipe.score.kind}" stores no distributions to mix',
+            'set score.kind = "sampled"',
+            key="score.combine",
+            file=inputs.path,
+        )
 
 
 def _refuse_tools(inputs: Inputs) -> list[str]:

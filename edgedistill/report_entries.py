@@ -71,5 +71,9 @@ def sources(inputs: Inputs) -> list[dict[str, Any]]:
             "licence": model.facts.licence,
             "quantized_from": model.facts.quantized_from,
         }
-        for role, model in (("teacher", inputs.teacher), ("student", inputs.student))
+        for role, model in (
+            ("teacher", inputs.teacher),
+            *((f"teacher {spec.name}", one) for spec, one in zip(inputs.recipe.teachers, inputs.others, strict=True)),
+            ("student", inputs.student),
+        )
     ]

@@ -141,6 +141,10 @@ def training_sheet(data: ReportData) -> Sheet:
             f"{data.yields.get('gold')} references"
             + (f", {hedged} hedges" if (hedged := data.yields.get("hedged")) else "")
         )
+        notes += [
+            f"{name} answered {found['asked']} prompts that were failed before, {found['good']} of them right"
+            for name, found in data.yields.get("recovery", {}).items()
+        ]
     return filled(
         Sheet(title="training", columns=columns, rows=rows, right=frozenset(range(3, 12)), notes=notes if rows else [])
     )

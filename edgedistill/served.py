@@ -16,7 +16,7 @@ from edgedistill.errors import UsageError
 from edgedistill.fingerprint import canonical_json, digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
-from edgedistill.recipe_teacher import SERVED
+from edgedistill.recipe_teacher import SERVED, Teacher
 from edgedistill.spending import Budget, Ledger
 from edgedistill.store import write_atomic
 
@@ -138,15 +138,15 @@ class Server:
         )  # often read from a file, with its last line break
 
 
-def server_of(recipe: Recipe) -> Server | None:
-    """Return the server of the recipe's teacher, one that is started included; None where it needs none."""
-    teacher, price = recipe.teacher, recipe.teacher.price
+def server_of(recipe: Recipe, teacher: Teacher) -> Server | None:
+    """Return the server of one of the recipe's teachers, one that is started included; None where it needs none."""
+    price = teacher.price
     if teacher.backend != "openai" and teacher.vllm is None:
         return None
     return Server(
         urls=tuple(url.rstrip("/") for url in teacher.servers),
         model=NAME if teacher.vllm else teacher.model.removeprefix(SERVED),
-        launch=teacher.vllm and Launch(**teacher.vllm.model_dump(), scored=scored_tokens(recipe)),
+        launch=teacher.vllm and Launch(**teacher.vllm.model_dump(), scored=scored_tokens(recipe, teacher)),
         revision=teacher.revision,
         key_env=teacher.key_env,
         body=teacher.body,
@@ -164,9 +164,9 @@ def server_of(recipe: Recipe) -> Server | None:
     )
 
 
-def scored_tokens(recipe: Recipe) -> int:
-    """Return how many best tokens of given text the recipe wants of a server."""
-    return recipe.score.n if recipe.score.kind == "top-k" else 0
+def scored_tokens(recipe: Recipe, teacher: Teacher) -> int:
+    """Return how many best tokens of given text the recipe wants of a teacher's server: of the first teacher's only."""
+    return recipe.score.n if recipe.score.kind == "top-k" and teacher is recipe.teacher else 0
 
 
 def resolve_launched(server: Server, teacher: Resolved) -> Resolved:

@@ -15,8 +15,9 @@ from edgedistill.models import Resolved, read_lock, resolve, write_lock
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.recipe_teacher import Teacher
 from edgedistill.runner import Verdict, assess
-from edgedistill.served import resolve_launched, resolve_served, scored_tokens, server_of
+from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
 from edgedistill.store import Store
 from edgedistill.target import Target, find_target, format_size
 
@@ -66,8 +67,10 @@ def prepare(
 
     own = chosen(recipe.targets, "targets")
     of_links = [chosen(link.targets, f"chain.{at}.targets") for at, link in enumerate(recipe.chain)]
-    teacher, student = _models(recipe, path, store, note)
-    inputs = read_inputs(recipe, path, teacher, student, own, link_targets=of_links, ship_anyway=ship_anyway)
+    (teacher, *others), student = _models(recipe, path, store, note)
+    inputs = read_inputs(
+        recipe, path, teacher, student, own, others=others, link_targets=of_links, ship_anyway=ship_anyway
+    )
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
         return session
@@ -93,14 +96,15 @@ def _target(recipe: Recipe, name: str, path: Path, key: str) -> Target:
         raise RecipeError(error.message, error.hint, file=path, key=f"quantize.{name}") from None
 
 
-def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> tuple[Resolved, Resolved]:
+def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> tuple[list[Resolved], Resolved]:
+    """Resolve the teachers, the first one first, and the student."""
     lock = path.with_name(f"{recipe.name}.lock")
     pins = read_lock(lock)
     found: dict[str, Resolved] = {}
     of_student = recipe.teacher.model if recipe.student.model == "teacher" else recipe.student.model
-    server = server_of(recipe)
-    elsewhere = server is not None and server.launch is None
-    for source in dict.fromkeys((of_student,) if elsewhere else (recipe.teacher.model, of_student)):
+    teachers = [(one, server_of(recipe, one)) for one in (recipe.teacher, *recipe.teachers)]
+    here = [one.model for one, server in teachers if server is None or server.launch is not None]
+    for source in dict.fromkeys((*here, of_student)):
         local = source.split(":", 1)[0] in (
             "path",
             "gguf",
@@ -108,11 +112,16 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
         pin = None if local else pins.get(source)
         found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
-    if server is None:
-        return found[recipe.teacher.model], found[of_student]
-    if not elsewhere:
-        return resolve_launched(server, found[recipe.teacher.model]), found[of_student]
-    return resolve_served(server, found[of_student], store.root, scored=scored_tokens(recipe)), found[of_student]
+    student = found[of_student]
+
+    def resolved(teacher: Teacher, server: Server | None) -> Resolved:
+        if server is None:
+            return found[teacher.model]
+        if server.launch is not None:
+            return resolve_launched(server, found[teacher.model])
+        return resolve_served(server, student, store.root, scored=scored_tokens(recipe, teacher))
+
+    return [resolved(one, server) for one, server in teachers], student
 
 
 def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:

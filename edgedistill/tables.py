@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from edgedistill.plan import Step
     from edgedistill.runner import Outcome, Verdict
+    from edgedistill.served import Server
     from edgedistill.session import Session
 
 __all__ = ["Sheet", "gate_lines", "print_table"]
@@ -168,7 +169,8 @@ def plan_table(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) ->
     notes = ["* by a rate measured on another machine: may be off by several times"] if guessed else []
     if any(verdict.status == "wait" for _, verdict, _ in rows):
         notes.append("wait: known only once its inputs are rebuilt; counted as if it ran")
-    if asked := served_tokens(session, rows):
+    asked_of = [served_tokens(session, rows, session.inputs.server), *_other_tokens(session, rows).values()]
+    for asked in filter(None, asked_of):
         notes.append(asked["note"])
     return Sheet(
         title=f"{session.recipe.name}: {session.path}",
@@ -180,14 +182,21 @@ def plan_table(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) ->
     )
 
 
-def served_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, Any]:
-    """Return what a served teacher would be asked, in tokens and money, and what the recipe has spent on it; nothing where the
-    teacher is here.
+def served_tokens(
+    session: Session, rows: Sequence[tuple[Step, Verdict, float]], server: Server | None
+) -> dict[str, Any]:
+    """Return what a teacher behind ``server`` would be asked, in tokens and money, and what the recipe has spent on it; nothing
+    where a teacher is here.
     """
-    server = session.inputs.server
     if server is None:
         return {}
-    todo = [step.work for step, verdict, _ in rows if verdict.status != "cached"]
+    todo = [
+        step.work
+        for step, verdict, _ in rows
+        if verdict.status != "cached"
+        and (own := getattr(step.stage, "server", None)) is not None
+        and own.account == server.account
+    ]
     written, scored = (sum(work.amount for work in todo if work.kind == kind) for kind in ("served", "served-scores"))
     budget = server.budget
     with closing(server.ledger(RowStore(session.store.root).path)) as ledger:
@@ -210,6 +219,12 @@ def served_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]])
         "spent": {"requests": spent.requests, "tokens": spent.tokens, "money": round(spent.money, 6)},
         "note": note,
     }
+
+
+def _other_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, dict[str, Any]]:
+    """Return what the served ones of the teachers beside the first one would be asked, by their names."""
+    pairs = zip(session.recipe.teachers, session.inputs.others, strict=True)
+    return {spec.name: asked for spec, model in pairs if (asked := served_tokens(session, rows, model.server))}
 
 
 def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, Any]:
@@ -239,7 +254,8 @@ def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> 
         "seconds": round(sum(step["seconds"] for step in todo), 1),
         "memory": max((step["memory"] for step in todo), default=0),
         "disk": sum(step["disk"] for step in todo),
-        **({"teacher": asked} if (asked := served_tokens(session, rows)) else {}),
+        **({"teacher": asked} if (asked := served_tokens(session, rows, session.inputs.server)) else {}),
+        **({"teachers": others} if (others := _other_tokens(session, rows)) else {}),
     }
 
 

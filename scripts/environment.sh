@@ -43,10 +43,19 @@ provide() {
     # First and alone: an index that has torch's CPU build under this version serves that one. Every other request for
     # torch may be answered with gigabytes of CUDA packages.
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" torch==2.13.0
+    without_amx
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "${root}[$extras]"
     "$venv/bin/python" -m compileall -q "$root/edgedistill"  # pip does not for an editable install
     fingerprint >"$venv/installed-$extras"
     echo "installed in $((SECONDS - started)) s" >&2
+}
+
+# GCC 12's _tile_loadconfig lets the stores of all but the first bytes of its configuration go: on servers with AMX llama.cpp
+# then faults in its first product with a quantized matrix. No phone or laptop has AMX, so nothing is lost.
+without_amx() {
+    grep -qw amx_tile /proc/cpuinfo 2>/dev/null || return 0
+    export CFLAGS="${CFLAGS:-} -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+    export CXXFLAGS="${CXXFLAGS:-} -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 }
 
 installed() {

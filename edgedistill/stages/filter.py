@@ -29,11 +29,12 @@ from edgedistill.data.filters import (
     schema_validator,
 )
 from edgedistill.data.prompts import Row
+from edgedistill.data.recovery import UNWANTED
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -47,8 +48,6 @@ def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> 
     return sorted(first.values(), key=order[by])[:keep]
 
 
-UNWANTED = ("duplicates", "decontaminate", "pii")
-"""Filters whose rejected rows are not taught by their reference or a hedge either: there is nothing wrong with the teacher."""
 Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
 """(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
 
@@ -67,24 +66,29 @@ def _because(kind: str, why: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Filter(Stage):
-    """Apply the recipe's filters in order."""
+    """Apply the recipe's filters in order: to ``answers`` and those of ``others`` (name, entry of generate). Where a teacher
+    recovered what the ones before it failed, its answers stand in the place of theirs, which ``failed``, the filter before the
+    last recovery, rejected.
+    """
 
     name: ClassVar[str] = "filter"
     answers: Key
     rows_digest: str
     filters: tuple[Mapping[str, Any], ...]
+    others: tuple[tuple[str, Key], ...] = later(())
+    recovered: tuple[tuple[str, Key], ...] = later(())
+    failed: Key | None = later(None)
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
         rows = {row.id: row for row in self.rows}
-        lines = [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
+        lines, rejected = self.read(ctx)
         answers: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
         for line in lines:
             answers[line["id"]].append(line)
         yields: list[dict[str, Any]] = []
-        rejected: list[dict[str, Any]] = []
         gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
         hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
         alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
@@ -103,7 +107,8 @@ class Filter(Stage):
                 if found and not alive[row_id] and spec["kind"] in UNWANTED:
                     out.add(row_id)
             yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        written = from_gold = hedged = corrected = 0
+        from_gold = hedged = corrected = 0
+        written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
         wrong = wrong_answers(rejected, most, self.shown)
         carried = self.carried(ctx)
@@ -111,14 +116,19 @@ class Filter(Stage):
             for one in carried:
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
-                texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
+                texts = [(a["text"], a.get("by", self.writer()), a["row"]) for a in self.chosen(alive[row.id])]
+                first = dict((text, by) for text, by, _ in reversed(texts))
+                texts = [
+                    one for one in texts if first[one[0]] == one[1]
+                ]  # what several teachers wrote is the first one's
                 if not texts and row.id in gold and row.reference and row.id not in out:
                     texts = [(row.reference, "gold", "")]
                 if not texts and hedge is not None and answers[row.id] and row.id not in out:
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
-                    written += source not in ("gold", "hedge")
+                    if source in written:
+                        written[source] += 1
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -139,12 +149,45 @@ class Filter(Stage):
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
         (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
-        if not written and not from_gold and not carried:
+        taught = sum(written.values())
+        if not taught and not from_gold and not carried:
             raise StepFailed(*self.nothing(len(lines)))
-        kept_rows = {"kept": written + from_gold + hedged, self.writer(): written, "gold": from_gold}
+        kept_rows: dict[str, Any] = {"kept": taught + from_gold + hedged, **written, "gold": from_gold}
         kept_rows |= {"hedged": hedged} if hedge is not None else {}
         kept_rows |= {"corrections": corrected} if corrected else {}
+        if self.recovered:
+            kept_rows["recovery"] = {
+                name: {
+                    "asked": sum(any(a.get("by") == name for a in found) for found in answers.values()),
+                    "good": sum(any(a.get("by") == name for a in found) for found in alive.values()),
+                }
+                for name, _ in self.recovered
+            }
         return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
+
+    def read(self, ctx: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the answers to judge, those of other teachers with their name as ``by``, and those that are rejected already: of
+        prompts that a teacher answered anew.
+        """
+
+        def lines(key: Key, name: str, by: str = "") -> list[dict[str, Any]]:
+            found = (json.loads(line) for line in ctx.path(key, name).read_text().splitlines())
+            return [{**line, "by": by} if by else line for line in found]
+
+        answers = lines(self.answers, "rows.jsonl")
+        for by, key in self.others:
+            answers += lines(key, "rows.jsonl", by)
+        anew: list[dict[str, Any]] = []
+        for by, key in self.recovered:
+            own = lines(key, "rows.jsonl", by)
+            asked = {line["id"] for line in own}
+            answers = [line for line in answers if line["id"] not in asked]
+            anew = [line for line in anew if line["id"] not in asked] + own
+        if self.failed is None:
+            return answers + anew, []
+        again, judged = {line["id"] for line in anew}, {line["row"] for line in anew}
+        known = lines(self.failed, "rejected.jsonl")
+        return answers + anew, [line for line in known if line["id"] in again and line["row"] not in judged]
 
     def writer(self) -> str:
         """Return who wrote the answers."""

@@ -67,6 +67,8 @@ class Generate(Stage):
     seed: int
     json_schema: str = later("")  # nothing but JSON that it allows can be written
     manner: str = later("")  # the server's, where it runs these very weights
+    only: tuple[str, ...] = later(())  # tags: the prompts that have one of them are put
+    leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
@@ -122,7 +124,8 @@ class Generate(Stage):
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
-        return self.rows
+        own, others = set(self.only), set(self.leave)
+        return tuple(row for row in self.rows if not others & set(row.tags) and (not own or own & set(row.tags)))
 
     def _prove(self, ctx: Context) -> None:
         if self.scores is None:
@@ -244,6 +247,26 @@ class GenerateAnalyses(Generate):
 
         rejected = ctx.path(self.filtered, "rejected.jsonl").read_text().splitlines()
         return tuple(to_analyse(self.rows, map(json.loads, rejected), self.corrections))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRecovery(Generate):
+    """Ask another teacher, from scratch, the prompts of which ``filtered`` kept no teacher's answer; not those that are not to be
+    taught by anybody's.
+    """
+
+    filtered: Key
+
+    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+        """Return the rows that the teachers before failed; there may be none."""
+        from edgedistill.data.recovery import failed_prompts
+
+        kept, rejected = (
+            map(json.loads, ctx.path(self.filtered, name).read_text().splitlines())
+            for name in ("kept.jsonl", "rejected.jsonl")
+        )
+        failed = failed_prompts((row.id for row in self.rows), kept, rejected)
+        return tuple(row for row in self.rows if row.id in failed)
 
 
 @dataclass(frozen=True, kw_only=True)

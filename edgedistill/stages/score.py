@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -56,12 +57,31 @@ class Score(Stage):
         temperatures: tuple[float, ...],
     ) -> Mapping[str, Any]:
         """Write what ``teacher`` gives along the kept rows in the tokens of ``model``; ``temperatures`` have normalisers."""
+        return self.finish(ctx, *self.draw(ctx, model, teacher, temperatures))
+
+    def draw(
+        self,
+        ctx: Context,
+        model: Path,
+        teacher: TransformersTeacher | OpenAITeacher | LlamaCppTeacher,
+        temperatures: tuple[float, ...],
+        *,
+        by: Callable[[str], bool] = lambda source: True,
+        prefix: str = "",
+    ) -> tuple[int, int]:
+        """Write what ``teacher`` gives along the kept rows whose source is wanted (``by``), to shards whose names begin with
+        ``prefix``; return the number of rows and of their tokens.
+        """
         from edgedistill.training.recipe import load_kept
         from edgedistill.training.targets import TargetsHeader, TargetsWriter, certain
 
+        sources = {
+            line["id"]: line["source"]
+            for line in map(json.loads, ctx.path(self.kept, "kept.jsonl").read_text().splitlines())
+        }
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
-        lines = map(json.loads, ctx.path(self.kept, "kept.jsonl").read_text().splitlines())
-        hedged = {line["id"] for line in lines if line["source"] == "hedge"}
+        examples = [one for one in examples if by(sources.get(one.id, ""))]
+        hedged = {name for name, source in sources.items() if source == "hedge"}
         header = TargetsHeader(
             kind=self.kind,
             n=self.n,
@@ -77,7 +97,7 @@ class Score(Stage):
         for start in range(0, len(examples), SHARD_ROWS):
             part = examples[start : start + SHARD_ROWS]
             tokens += sum(len(example.completion_ids) for example in part)
-            path = ctx.work / f"{start // SHARD_ROWS:05d}.parquet"
+            path = ctx.work / f"{prefix}{start // SHARD_ROWS:05d}.parquet"
             if path.exists():
                 continue
             with TargetsWriter(path, header) as writer:
@@ -91,14 +111,70 @@ class Score(Stage):
                 )
                 for index, targets in scored:
                     writer.write(part[index], certain(part[index], header) if part[index].id in hedged else targets)
+        return len(examples), tokens
+
+    def finish(self, ctx: Context, rows: int, tokens: int) -> dict[str, Any]:
+        """Move the shards into the entry; return what they are."""
         shutil.copytree(ctx.work, ctx.out / "targets")
         size = sum(path.stat().st_size for path in (ctx.out / "targets").iterdir())
         return {
-            "rows": len(examples),
+            "rows": rows,
             "tokens": tokens,
             "bytes": size,
             "bytes_per_token": round(size / max(1, tokens), 2),
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSeveral(Score):
+    """Draw soft targets of each text from the teacher that wrote it (``writers``: name and checkpoint), of all others from
+    ``teacher``.
+    """
+
+    writers: tuple[tuple[str, Key], ...]
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Run one teacher after the other forward over its rows."""
+        from edgedistill.teachers.transformers import TransformersTeacher
+        from edgedistill.training.draws import stored_temperatures
+
+        apart, temperatures = {name for name, _ in self.writers}, stored_temperatures(self.temperature)
+        kept = ctx.path(self.kept, "kept.jsonl").read_text().splitlines()
+        counts = Counter(
+            "" if source not in apart else source for source in (json.loads(line)["source"] for line in kept)
+        )
+        rows = tokens = 0
+        for name, key in (("", self.teacher), *self.writers):
+            if not counts[name]:
+                continue
+            model = ctx.path(key, "model")
+            more, their = self.draw(
+                ctx,
+                model,
+                TransformersTeacher(model),
+                temperatures,
+                by=lambda source, name=name: source == name if name else source not in apart,
+                prefix=name and f"{name}-",
+            )
+            rows, tokens = rows + more, tokens + their
+        return {**self.finish(ctx, rows, tokens), "by": {name or "teacher": count for name, count in counts.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreMixed(Score):
+    """Draw soft targets from the mixture of ``teacher`` and ``others``, whoever wrote the text."""
+
+    others: tuple[Key, ...]
+    combine: Literal["average", "confidence"]
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Run all teachers forward over the kept rows, shard by shard."""
+        from edgedistill.teachers.mixture import MixedTeacher
+        from edgedistill.training.draws import stored_temperatures
+
+        models = [ctx.path(key, "model") for key in (self.teacher, *self.others)]
+        teacher = MixedTeacher(models, combine=self.combine)
+        return {**self.write(ctx, models[0], teacher, stored_temperatures(self.temperature)), "mixed": len(models)}
 
 
 @dataclass(frozen=True, kw_only=True)

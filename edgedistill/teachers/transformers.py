@@ -208,24 +208,20 @@ class TransformersTeacher:
         if not 1 <= n <= 255:
             raise UsageError(f"score.n = {n}: between 1 and 255")
         order = sorted(range(len(examples)), key=lambda at: (examples[at].length, at))
-        head = self.model.get_output_embeddings()
-        weight = head.weight[: self.vocab_size]
-        bias = None if head.bias is None else head.bias[: self.vocab_size]
         finished, started = 0, time.monotonic()
         for start, end in _batches([examples[at].length for at in order], batch_size, SCORE_TOKENS):
             rows = order[start:end]
             part = [examples[at] for at in rows]
-            with packed_mode(self.model) as packed:
-                states = completion_states(self.model, make_batch(part, packed=packed))
+            positions, logits_of = self.completion_logits(part)
             uniform = None
             if kind != "top-k":
                 uniform = torch.from_numpy(
                     np.concatenate([uniforms(seed, one.id, len(one.completion_ids), n) for one in part])
                 )
             pieces = []
-            for low in range(0, len(states), chunk):
-                high = min(low + chunk, len(states))
-                logits = torch.nn.functional.linear(states[low:high], weight, bias)
+            for low in range(0, positions, chunk):
+                high = min(low + chunk, positions)
+                logits = logits_of(low, high)
                 for first in range(low, high, CACHED_ROWS):
                     last = min(first + CACHED_ROWS, high)
                     pieces.append(
@@ -246,6 +242,17 @@ class TransformersTeacher:
             finished += len(rows)
             if progress is not None:
                 progress(finished, len(examples), f"{finished / (time.monotonic() - started):.1f} rows/s")
+
+    def completion_logits(self, part: Sequence[Example]) -> tuple[int, Callable[[int, int], torch.Tensor]]:
+        """Run forward over the examples of a batch; return the number of their completions' positions, and what gives the logits
+        [positions, vocabulary] of those from one place to another.
+        """
+        head = self.model.get_output_embeddings()
+        weight = head.weight[: self.vocab_size]
+        bias = None if head.bias is None else head.bias[: self.vocab_size]
+        with packed_mode(self.model) as packed:
+            states = completion_states(self.model, make_batch(part, packed=packed))
+        return len(states), lambda low, high: torch.nn.functional.linear(states[low:high], weight, bias)
 
 
 def _batches(lengths: Sequence[int], batch_size: int | None, budget: int) -> list[tuple[int, int]]:
