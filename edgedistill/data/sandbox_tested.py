@@ -18,7 +18,8 @@ def main(code: int, tests: int, verdict: int, turn: int) -> None:
     write, read, pread, leave = os.write, os.read, os.pread, os._exit
     for fd in (code, tests, verdict, turn):
         os.set_inheritable(fd, False)
-    known = dict(vars(builtins))
+    names = builtins.__dict__
+    known = dict(names)
     module = type(sys)("answer")
     sys.modules["answer"] = module
     sys.argv = ["answer.py"]
@@ -26,9 +27,9 @@ def main(code: int, tests: int, verdict: int, turn: int) -> None:
         with open(code, encoding="utf-8", errors="surrogatepass") as file:
             text = file.read()
         exec(compile(text, "answer.py", "exec"), module.__dict__)
-        for name in [name for name in vars(builtins) if name not in known]:
+        for name in [name for name in names if name not in known]:
             delattr(builtins, name)
-        vars(builtins).update(known)
+        names.update(known)
         module.__dict__["__builtins__"] = builtins
         sys.settrace(None)
         sys.setprofile(None)

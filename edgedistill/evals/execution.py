@@ -17,7 +17,8 @@ _FENCE = re.compile(
 )
 _PYTHON = ("python", "py", "python3")
 
-Case, Found = TypeVar("Case"), TypeVar("Found")
+_Case = TypeVar("_Case")
+_Found = TypeVar("_Found")
 
 
 def code_of(answer: str) -> str:
@@ -46,7 +47,7 @@ def _sandbox(timeout: float, memory: int) -> Sandbox:
     return Sandbox.open(Limits(seconds=timeout, memory=memory << 20))
 
 
-def at_once(judge: Callable[[Case], Found], cases: Iterable[Case]) -> Iterator[Found]:
+def at_once(judge: Callable[[_Case], _Found], cases: Iterable[_Case]) -> Iterator[_Found]:
     """Yield what is found of each case, in their order, several at a time: as many as processors, at least two."""
     from concurrent.futures import ThreadPoolExecutor
 
