@@ -20,8 +20,8 @@ class Filter(Section):
     ``format`` looks at its form, ``execution`` runs its code with the row's tests, ``refusals`` and ``pii`` drop what refuses and
     what tells of a person. Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ.
     Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. Where no answer passed,
-    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning,
-    arXiv:2311.09677).
+    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher
+    fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {

@@ -1,7 +1,7 @@
 """Programs that try to get out of the sandbox, or to take the machine with them, and the world that they must not reach.
 
-Standard library only: ``test_sandbox.py`` also runs this file as another user, with an interpreter that this user may read. A program
-prints ESCAPED where it got through; ``run`` looks at the world, too.
+Standard library only: ``test_sandbox.py`` also runs this file as another user, with an interpreter that this user may read. A
+program prints ESCAPED where it got through; ``run`` looks at the world, too.
 """
 
 from __future__ import annotations
@@ -135,9 +135,12 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
         "",
     ),
     "uid 0": (tries("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", "os.setresuid(0, 0, 0)", "os.chown('.', 0, 0)"), ""),
-    "set-uid programs": (tries("subprocess.run(['su', '-c', 'id'], check=True)", "subprocess.run(['mount', '-t', 'tmpfs', 'x', '/scratch'], check=True)"), ""),
+    "set-uid programs": (
+        tries("subprocess.check_output(['su', '-c', 'id'])", "subprocess.check_output(['mount', '-t', 'tmpfs', 'x', '/scratch'])"),
+        "",
+    ),
     "sysctl": (
-        tries(*(f"open('/proc/{name}', 'w').write('1')" for name in ("sys/kernel/core_pattern", "sysrq-trigger", "sys/vm/drop_caches")))
+        tries(*(f"open('/proc/{n}', 'w').write('1')" for n in ("sys/kernel/core_pattern", "sysrq-trigger", "sys/vm/drop_caches")))
         + tries("socket.sethostname('x')", "open('/proc/1/oom_score_adj', 'w').write('-1000')"),
         "",
     ),
@@ -154,7 +157,8 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
     ),
     "daemon by two forks": (
         "import os, sys\nif not os.fork():\n    os.setsid()\n    if not os.fork():\n"
-        "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60) # %(mark)s'])\n    os._exit(0)\nos.wait()",
+        "        os.execv(sys.executable, [sys.executable, '-c', 'import time; time.sleep(60) # %(mark)s'])\n"
+        "    os._exit(0)\nos.wait()",
         "",
     ),
     "no SIGTERM": ("import signal\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\nwhile True: pass", "timed out"),
@@ -167,7 +171,7 @@ PROGRAMS: dict[str, tuple[str, str | None]] = {
     "huge exception": ("raise ValueError('x' * 60000)", "exit 1: ValueError: xxx"),
     "crash": ("import ctypes\nctypes.string_at(0)", "killed: SIGSEGV"),
     "deep recursion": ("def f(): return f()\nf()", "exit 1: RecursionError"),
-    "installed packages": (tries("import numpy", "import pip", "import edgedistill", "sys.path.append('/')or __import__('pip')"), ""),
+    "installed packages": (tries("import numpy", "import pip", "import edgedistill", "import apt_pkg", "import yaml"), ""),
 }  # fmt: skip
 
 

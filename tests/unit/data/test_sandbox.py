@@ -96,7 +96,7 @@ def test_without_isolation_they_do_get_through(tmp_path: Path) -> None:
 
 HONEST = {
     "files": "open('a/b.txt', 'w').write('x')\nassert open('given.txt').read() == 'text'\nprint(input())",
-    "subprocess": "import subprocess, sys\nprint(subprocess.check_output([sys.executable, '-c', 'print(input())'], text=True)[:-1])",
+    "subprocess": "import subprocess as s, sys\nprint(s.check_output([sys.executable, '-c', 'print(input())'], text=True)[:-1])",
     "shell": "import os\nassert os.system('cat given.txt > c && grep -q text c') == 0\nprint(input())",
     "threads": "from concurrent.futures import ThreadPoolExecutor as P\nwith P(8) as p: print(*p.map(lambda x: input(), [1]))",
     "processes": "import multiprocessing as m\nif __name__ == '__main__':\n"
@@ -212,7 +212,10 @@ WRONG = {
         "import builtins\nbuiltins.exec = builtins.compile = lambda *a: None\n__builtins__ = {}\ndef add(a, b): return 0",
         "AssertionError",
     ),
-    "no error": ("import builtins\nbuiltins.AssertionError = builtins.BaseException = ZeroDivisionError\ndef add(a, b): return 0", "AssertionError"),
+    "no error": (
+        "import builtins\nbuiltins.AssertionError = builtins.BaseException = ZeroDivisionError\ndef add(a, b): return 0",
+        "AssertionError",
+    ),
     "atexit": ("import atexit, os\natexit.register(os._exit, 0)\nraise SystemExit", "SystemExit"),
     "another program": ("import os, sys\nos.execv(sys.executable, [sys.executable, '-c', ''])", "ended before its tests"),
     "a fork": ("import os\nif os.fork(): os._exit(0)\nimport time; time.sleep(9)", "ended before its tests"),
@@ -221,7 +224,10 @@ WRONG = {
         "def add(a, b): time.sleep(9)",
         "ended before its tests",
     ),
-    "no traceback": ("import sys\nsys.modules['traceback'] = None\nsys.excepthook = lambda *a: None\ndef add(a, b): return 0", "AssertionError"),
+    "no traceback": (
+        "import sys\nsys.modules['traceback'] = None\nsys.excepthook = lambda *a: None\ndef add(a, b): return 0",
+        "AssertionError",
+    ),
     "closed": ("import os\nos.closerange(0, 60)\ndef add(a, b): return a + b", ""),
     "trace": (
         "import sys\ndef t(f, e, a):\n    f.f_trace_lines = True\n    return t\nsys.settrace(t)\ndef add(a, b): return 0",
@@ -287,6 +293,7 @@ def test_limits_hold_without_isolation() -> None:
     assert one.run("print('x' * 9999)").why == "output"
     assert "File too large" in one.run("open('x', 'wb').write(bytes(2 << 20))").why
     mark = f"mark-{os.getpid()}-none"
-    daemon = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60) # {mark}'], start_new_session=True)"
+    sleep = f"[sys.executable, '-c', 'import time; time.sleep(60) # {mark}']"
+    daemon = f"import subprocess, sys\nsubprocess.Popen({sleep}, start_new_session=True)"
     assert one.run(daemon).ok
     assert not inside(mark)
