@@ -186,10 +186,10 @@ def _file_of(text: str) -> int:
     return fd
 
 
-def _limit(limits: dict[str, Any]) -> None:
-    """Set the limits of each process. Before Linux 5.14 processes are counted by user, all of the machine's together."""
+def _limit(limits: dict[str, Any], isolated: bool) -> None:
+    """Set the limits of each process. Without a namespace, and before Linux 5.14 in one, all processes of the user are counted."""
     version = tuple(int(part) for part in platform.release().replace("-", ".").split(".")[:2])
-    beside = 0 if version >= (5, 14) else 4096
+    beside = 0 if isolated and version >= (5, 14) else 4096
     cpu = int(limits["seconds"]) + 1
     for name, most in {
         "AS": limits["memory"],
@@ -222,7 +222,7 @@ def _start(told: dict[str, Any], stdin: int, stdout: int, stderr: int, beside: t
             os.dup2(source, fd)
         for fd in beside:
             os.set_inheritable(fd, True)
-        _limit(told["limits"])
+        _limit(told["limits"], told["isolated"])
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.chdir(told["scratch"])
         os.execve(sys.executable, command, told["environment"])
@@ -275,6 +275,37 @@ def _memory(pids: list[int], limit: int) -> int:
     return exact
 
 
+class _Said:
+    """What the program has written to its pipes, each read as far as ``most`` bytes and a little on."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.pipes = {name: os.pipe() for name in ("stdout", "stderr", "verdict")}
+        self.text = dict.fromkeys(self.pipes, b"")
+        self.waiting = selectors.DefaultSelector()
+        for name, (fd, _) in self.pipes.items():
+            os.set_blocking(fd, False)
+            self.waiting.register(fd, selectors.EVENT_READ, name)
+
+    def take(self, name: str) -> bool:
+        """Read what is there; tell whether there was something."""
+        fd = self.pipes[name][0]
+        if fd not in self.waiting.get_map():
+            return False
+        try:
+            more = os.read(fd, 65536)
+        except BlockingIOError:
+            return False
+        if not more:
+            self.waiting.unregister(fd)
+        self.text[name] += more
+        return bool(more)
+
+    def over(self) -> bool:
+        """Tell whether too much was written."""
+        return any(len(text) > self.most for text in self.text.values())
+
+
 def watch(told: dict[str, Any]) -> dict[str, Any]:
     """Run the program, and return what became of it: ``code`` (exit code, minus the signal; None where it was ended), ``ended``
     (why it was ended, or ""), ``passed``, stdout, stderr, seconds.
@@ -285,97 +316,76 @@ def watch(told: dict[str, Any]) -> dict[str, Any]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
-    stdin, tests = _file_of(told["stdin"]), _file_of("")
-    pipes = {name: os.pipe() for name in ("stdout", "stderr", "verdict", "turn")}
+    stdin, tests, turn, said = _file_of(told["stdin"]), _file_of(""), os.pipe(), _Said(limits["output"])
     beside = (_file_of(told["program"]),)
     if told["driver"]:
-        beside += (tests, pipes["verdict"][1], pipes["turn"][0])
+        beside += (tests, said.pipes["verdict"][1], turn[0])
     deny()
-    started = time.monotonic()
-    child = _start(told, stdin, pipes["stdout"][1], pipes["stderr"][1], beside)
-    for name in ("stdout", "stderr", "verdict"):
-        os.close(pipes[name][1])
-    os.close(pipes["turn"][0])
-    said = {"stdout": b"", "stderr": b"", "verdict": b""}
-    nonce = b""
-    waiting = selectors.DefaultSelector()
-    waiting.register(0, selectors.EVENT_READ, "parent")
-    for name in said:
-        os.set_blocking(pipes[name][0], False)
-        waiting.register(pipes[name][0], selectors.EVENT_READ, name)
+    started = looked = time.monotonic()
+    child = _start(told, stdin, said.pipes["stdout"][1], said.pipes["stderr"][1], beside)
+    for _, end in said.pipes.values():
+        os.close(end)
+    said.waiting.register(0, selectors.EVENT_READ, "build")
     with contextlib.suppress(OSError):  # it is looked at with every tick, too
-        waiting.register(os.pidfd_open(child), selectors.EVENT_READ, "child")
-
-    def take(name: str) -> bool:
-        """Read what is there; tell whether there was something."""
-        try:
-            more = os.read(pipes[name][0], 65536)
-        except BlockingIOError:
-            return False
-        if not more:
-            waiting.unregister(pipes[name][0])
-            os.close(pipes[name][0])
-            closed.add(name)
-            return False
-        said[name] += more
-        return True
-
-    closed: set[str] = set()
-    code: int | None = None
-    ended = ""
-    looked = 0.0
-    while True:
-        for key, _ in waiting.select(_TICK_S):
-            if key.data == "parent" and not os.read(0, 1):
+        said.waiting.register(os.pidfd_open(child), selectors.EVENT_READ, "child")
+    nonce, code, ended = b"", None, ""
+    while code is None and not ended:
+        for key, _ in said.waiting.select(_TICK_S):
+            if key.data == "build" and not os.read(0, 1):
                 ended = "the build has ended"
-            elif key.data in said:
-                take(key.data)
-        if said["verdict"] and not nonce:  # the answer's code has run: only now does what it is tested by exist in here
+            elif key.data in said.text:
+                said.take(key.data)
+        if said.text["verdict"] and not nonce:  # the answer's code has run: only now what it is tested by comes in here
             nonce = secrets.token_hex(16).encode()
             os.pwrite(tests, nonce + told["tests"].encode("utf-8", "surrogatepass"), 0)
-            said["verdict"] = b""
+            said.text["verdict"] = b""
             with contextlib.suppress(BrokenPipeError):
-                os.write(pipes["turn"][1], b"\n")
-        while code is None or not isolated:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                break
-            if not pid:
-                break
-            if pid == child:
-                code = os.waitstatus_to_exitcode(status)
+                os.write(turn[1], b"\n")
+        code = _reap(child)
         now = time.monotonic()
         if code is not None:
-            for name in ("stdout", "stderr", "verdict"):
-                while name not in closed and len(said[name]) <= limits["output"] and take(name):
+            for name in said.text:
+                while not said.over() and said.take(name):
                     pass
-        if any(len(said[name]) > limits["output"] for name in said):
-            ended = ended or "output"
-        if code is None and not ended and now - looked > _TICK_S:
+        elif now - started > limits["seconds"]:
+            ended = ended or "timed out"
+        elif now - looked > _TICK_S:
             looked = now
-            if now - started > limits["seconds"]:
-                ended = "timed out"
-            elif _memory(_others(isolated), limits["memory"]) > limits["memory"]:
-                ended = "memory"
-            else:
-                space = os.statvfs(scratch)
-                if isolated and space.f_files - space.f_ffree > limits["files"]:
-                    ended = "files"
-        if code is not None or ended:
-            break
+            ended = ended or _excess(limits, scratch, isolated)
+        if said.over():
+            ended = "output"
     if not isolated:
-        _end(isolated)
-    out = {name: said[name][: limits["output"]].decode("utf-8", "replace") for name in ("stdout", "stderr")}
-    passed = bool(nonce) and secrets.compare_digest(said["verdict"], nonce) and code == 0 and not ended
+        _end()
+    out = {name: said.text[name][: limits["output"]].decode("utf-8", "replace") for name in ("stdout", "stderr")}
+    passed = bool(nonce) and secrets.compare_digest(said.text["verdict"], nonce) and code == 0 and not ended
     return {"code": code, "ended": ended, "passed": passed, "seconds": time.monotonic() - started, **out}
 
 
-def _end(isolated: bool) -> None:
+def _reap(child: int) -> int | None:
+    """Let go of processes that have ended, the program's orphans among them; return the exit code of ``child``, once it is one."""
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if pid == child:
+            return os.waitstatus_to_exitcode(status)
+        if not pid:
+            return None
+
+
+def _excess(limits: dict[str, Any], scratch: str, isolated: bool) -> str:
+    """Name what all processes together have too much of, or return ""."""
+    if _memory(_others(isolated), limits["memory"]) > limits["memory"]:
+        return "memory"
+    space = os.statvfs(scratch)
+    return "files" if isolated and space.f_files - space.f_ffree > limits["files"] else ""
+
+
+def _end() -> None:
     """Kill what is left of the program, where no namespace does it."""
     for _ in range(100):
-        left = _others(isolated)
-        for pid in left:
+        for pid in _others(isolated=False):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
