@@ -28,7 +28,7 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
 FROM debian:bookworm-slim
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates libgomp1 libstdc++6 python3 \
+ && apt-get install -y --no-install-recommends bubblewrap ca-certificates libgomp1 libstdc++6 python3 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home edgedistill \
  && install -d -o edgedistill /store /work

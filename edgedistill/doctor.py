@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from edgedistill.data.sandbox import INSTALL, UNSAFE, probe
 from edgedistill.devices.host import HostFingerprint, busy_seconds, fingerprint, load_average
 from edgedistill.target import format_size
 from edgedistill.teachers.vllm import find_python
@@ -78,7 +79,7 @@ def diagnose(store: Path) -> list[Check]:
     """
     host = fingerprint()
     checks = [_python(), _host(host), _load(host), _memory(host), _disk(store), *_packages(), _llama_cpp(host)]
-    return [*checks, _onnx(), _vllm(), _compiler(), _numbers(host)]
+    return [*checks, _onnx(), _vllm(), _compiler(), _sandbox(), _numbers(host)]
 
 
 def _python() -> Check:
@@ -233,6 +234,24 @@ def _compiler() -> Check:
         return Check(name="compiler", ok=None, detail=detail, remedy="apt install g++")
     _, output, _ = _run([compiler, "--version"])
     return Check(name="compiler", ok=True, detail=f"{compiler}: {(output.splitlines() or ['?'])[0]}")
+
+
+def _sandbox() -> Check:
+    """Try what keeps the programs of answers (metric and filter "execution") away from this machine."""
+    why = probe("bubblewrap")
+    if not why:
+        _, version, _ = _run(["bwrap", "--version"])
+        return Check(name="sandbox", ok=True, detail=f"{version.strip() or 'bubblewrap'}, tried with a program")
+    if not probe("namespaces"):
+        return Check(name="sandbox", ok=True, detail=f"namespaces of our own, tried with a program ({why})")
+    detail = f'none works ({why}); needed for metric and filter "execution" only'
+    if os.environ.get(UNSAFE) == "1":
+        detail += f"; {UNSAFE}=1: programs run with limits only"
+    # Installed, but not let: that is the container's to allow, or the machine's.
+    remedy = INSTALL
+    if shutil.which("bwrap"):
+        remedy = "sysctl kernel.apparmor_restrict_unprivileged_userns user.max_user_namespaces   # 0, and over 0"
+    return Check(name="sandbox", ok=None, detail=detail, remedy=remedy)
 
 
 def _numbers(host: HostFingerprint) -> Check:

@@ -62,15 +62,17 @@ class _Files:
 
     def __init__(self, recipe_path: Path, *, traces: bool = False) -> None:
         self.recipe_path, self.traces = recipe_path, traces
-        self._read: dict[tuple[Path, bool], list[Row]] = {}
+        self._read: dict[tuple[Path, bool, bool], list[Row]] = {}
 
-    def rows(self, file: Path, key: str, *, reference: bool) -> list[Row]:
+    def rows(self, file: Path, key: str, *, reference: bool, tests: bool = False) -> list[Row]:
         path = self.recipe_path.parent / file
-        if (path, reference) not in self._read:
+        if (path, reference, tests) not in self._read:
             if not path.is_file():
                 raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=self.recipe_path, key=key)
-            self._read[path, reference] = load_rows(path, need_reference=reference, traces=self.traces)
-        return self._read[path, reference]
+            self._read[path, reference, tests] = load_rows(
+                path, need_reference=reference, need_tests=tests, traces=self.traces
+            )
+        return self._read[path, reference, tests]
 
 
 def _read_rows(
@@ -80,6 +82,7 @@ def _read_rows(
     key: str,
     *,
     reference: bool,
+    tests: bool = False,
     skip: int | Sequence[int] = 0,
 ) -> tuple[Row, ...]:
     """Read the rows of several JSONL files, the first ``limit`` of each after ``skip`` (one count for all files, or one for
@@ -89,7 +92,7 @@ def _read_rows(
     limits = limit if isinstance(limit, Sequence) else [limit] * len(files)
     skips = skip if isinstance(skip, Sequence) else [skip] * len(files)
     for file, most, first in zip(files, limits, skips, strict=True):
-        found = source.rows(file, key, reference=reference)
+        found = source.rows(file, key, reference=reference, tests=tests)
         if first >= len(found):
             name = f"{key.partition('.')[0]}.skip"
             raise RecipeError(
@@ -134,7 +137,10 @@ def read_inputs(
         if section is None:
             return ()
         skip = getattr(section, "skip", 0)
-        rows = _read_rows(source, section.files, section.rows, f"{name}.files", reference=reference, skip=skip)
+        tests = name == "prompts" and any(f.kind == "execution" for f in recipe.filter)
+        rows = _read_rows(
+            source, section.files, section.rows, f"{name}.files", reference=reference, tests=tests, skip=skip
+        )
         if style == TRACES:
             return by_turn(rows, f"{name}.files")
         if style == "rationale" and name in ("heal", "temperature", "tune"):  # of a student that answers at once
@@ -154,7 +160,8 @@ def read_inputs(
         return found
 
     def suite_rows(name: str, files: Sequence[Path]) -> tuple[Row, ...]:
-        rows = _read_rows(source, files, None, f"suites.{name}.files", reference=True)
+        tests = recipe.suites[name].metric == "execution"
+        rows = _read_rows(source, files, None, f"suites.{name}.files", reference=True, tests=tests)
         if style == TRACES:
             return by_turn(rows, f"suites.{name}.files")
         return with_block(rows, "answer" if style == "rationale" else style)

@@ -207,7 +207,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "perplexity"]
+    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "execution", "perplexity"]
     grammar: Path | None = None
     max_new_tokens: Count = 64
 

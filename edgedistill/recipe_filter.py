@@ -10,17 +10,18 @@ from pydantic import Field, model_validator
 
 from edgedistill.data.filters import COPIED_WORDS, SHARE, SIMILARITY
 from edgedistill.data.thinking import LEAST_WORDS
-from edgedistill.recipe_base import Count, Section
+from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S
+from edgedistill.recipe_base import Count, Positive, Section
 from edgedistill.toml_source import key_error
 
 
 class Filter(Section):
     """Keep answers that pass. One by one: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer,
-    ``format`` looks at its form, ``refusals`` and ``pii`` drop what refuses and what tells of a person. Among the answers to one
-    prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ. Among all: ``duplicates`` drops what is nearly a
-    row before, ``decontaminate`` what repeats a suite. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no
-    prompt is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning,
-    arXiv:2311.09677).
+    ``format`` looks at its form, ``execution`` runs its code with the row's tests, ``refusals`` and ``pii`` drop what refuses and
+    what tells of a person. Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ.
+    Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. Where no answer passed,
+    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher
+    fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -28,6 +29,7 @@ class Filter(Section):
         "thinking": ("min_words", "max_words"),
         "best": ("keep", "by"),
         "format": ("min_chars", "max_chars", "pattern", "json_schema"),
+        "execution": ("timeout", "memory"),
         "refusals": (),
         "pii": (),
         "agreement": ("share",),
@@ -38,7 +40,16 @@ class Filter(Section):
     LATER = ("hedge", *(name for names in OWN.values() for name in names))
 
     kind: Literal[
-        "reference", "thinking", "best", "format", "refusals", "pii", "agreement", "duplicates", "decontaminate"
+        "reference",
+        "thinking",
+        "best",
+        "format",
+        "execution",
+        "refusals",
+        "pii",
+        "agreement",
+        "duplicates",
+        "decontaminate",
     ]
     metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = Field(
         default="json-exact", description="reference, agreement: by which two answers are the same"
@@ -69,6 +80,10 @@ class Filter(Section):
     max_chars: Count | None = Field(default=None, description="format: more are too long for the device")
     pattern: str | None = Field(default=None, description="format: a regular expression that is found in every answer")
     json_schema: Path | None = Field(default=None, description="format: a JSON Schema that every answer is valid under")
+    timeout: Positive = Field(default=TIMEOUT_S, description="execution: seconds that code and tests may take together")
+    memory: Annotated[int, Field(ge=64)] = Field(
+        default=MEMORY_MIB, description="execution: MiB, of all processes of a program"
+    )
     share: Annotated[float, Field(gt=0, le=1)] = Field(
         default=SHARE, description="agreement: of the answers to a prompt, which have to say the same"
     )

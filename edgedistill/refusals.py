@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
+from edgedistill.data.sandbox import find_engine
 from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import reasoning
@@ -109,6 +110,7 @@ def refuse(inputs: Inputs) -> list[str]:
         )
     warnings += _refuse_tools(inputs)
     _refuse_problems(inputs)
+    _refuse_execution(inputs)
     for number, link in enumerate(links, 1):
         who = "this student" if number == len(links) else f"link {number} of the chain"
         warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]
@@ -235,6 +237,21 @@ def _refuse_problems(inputs: Inputs) -> None:
                 reasoning.check_entry(row.reasoning_gym)
             except UsageError as error:
                 raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
+
+
+def _refuse_execution(inputs: Inputs) -> None:
+    """Refuse to run answers' code where no sandbox works, and where a row's tests are of no one answer."""
+    recipe = inputs.recipe
+    keys = [f"suites.{name}.metric" for name, suite in recipe.suites.items() if suite.metric == "execution"]
+    keys += [f"filter.{at}.kind" for at, one in enumerate(recipe.filter) if one.kind == "execution"]
+    if keys:
+        if recipe.generate.style == TRACES:
+            told = ("tests are of one answer, and a trace has several", 'set generate.style = "answer", or "think"')
+            raise RecipeError(*told, key=keys[0], file=inputs.path)
+        try:
+            find_engine()
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, key=keys[0], file=inputs.path) from None
 
 
 def _thinking(inputs: Inputs) -> list[str]:

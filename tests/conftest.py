@@ -45,6 +45,10 @@ def _no_onnx() -> str:
     return "" if find_spec("onnxruntime_genai") else "onnxruntime-genai missing: pip install 'edgedistill[onnx]'"
 
 
+def _no_bubblewrap() -> str:
+    return "" if shutil.which("bwrap") else "bubblewrap missing: apt-get install -y bubblewrap"
+
+
 def _no_reasoning() -> str:
     return "" if find_spec("reasoning_gym") else "reasoning-gym missing: pip install 'edgedistill[reasoning]'"
 
@@ -59,6 +63,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "reasoning": _no_reasoning,
     "container": _no_container_tools,
     "browser": _no_browser,
+    "bubblewrap": _no_bubblewrap,
     "vllm": _no_vllm,
 }
 

@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from edgedistill.errors import UsageError
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = (
     *("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id"),
-    *("evolution", "reasoning_gym"),
+    *("evolution", "reasoning_gym", "tests"),
 )
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
@@ -40,7 +41,8 @@ class Row:
     ``rationale`` how one gets there, for the styles that teach it (``data/thinking.py``). ``tools`` are definitions for the
     chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``). ``evolution`` is the round of evolution
     that made the prompt, 0 for a seed: what ``distill.curriculum = "evolution"`` orders by. ``reasoning_gym`` is the problem that
-    the row is made of, for its verifier (``evals/reasoning.py``).
+    the row is made of, for its verifier (``evals/reasoning.py``). ``tests`` is Python that is run after the code of an answer: an
+    exception, a failed assertion among them, says that the code is wrong (``evals/execution.py``).
     """
 
     id: str
@@ -54,11 +56,18 @@ class Row:
     trace: str | None = None
     evolution: int | None = None
     reasoning_gym: dict[str, Any] | None = None
+    tests: str | None = None
+
+    @property
+    def problem(self) -> Mapping[str, Any] | None:
+        """Return what metrics judge by beside the reference: the problem of reasoning-gym, and ``tests``."""
+        found = {**(self.reasoning_gym or {}), **({} if self.tests is None else {"tests": self.tests})}
+        return found or self.reasoning_gym
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution", "reasoning_gym"):
+        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution", "reasoning_gym", "tests"):
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -82,12 +91,13 @@ class Leak:
     second: tuple[str, str]
 
 
-def load_rows(path: Path, *, need_reference: bool = False, traces: bool = False) -> list[Row]:
+def load_rows(path: Path, *, need_reference: bool = False, need_tests: bool = False, traces: bool = False) -> list[Row]:
     """Read the rows of a JSONL file, in file order. With ``traces`` a row may end with the assistant's turn, its reference.
 
     Blank lines are skipped. A row without ``id`` gets one from its messages, so that it keeps its name when lines move.
     Raises UsageError (file:line and a remedy) for a missing or empty file, malformed JSON, an unusable message, a wrong
-    type, a duplicate id, and, with ``need_reference``, for a row without a reference.
+    type, a duplicate id, and, with ``need_reference``, for a row without a reference; with ``need_tests`` for one without tests,
+    or with tests that are no Python.
     """
     path = Path(path)
     if path.is_dir():
@@ -112,6 +122,8 @@ def load_rows(path: Path, *, need_reference: bool = False, traces: bool = False)
                 f"{where}: row {row.id!r} has no reference, and this file is scored against references",
                 'Add "reference": the wanted answer as a string, or take the row out.',
             )
+        if need_tests:
+            _check_tests(row, where)
         if row.id in seen:
             raise UsageError(
                 f"{where}: id {row.id!r} was used before, on line {seen[row.id]}",
@@ -122,6 +134,24 @@ def load_rows(path: Path, *, need_reference: bool = False, traces: bool = False)
     if not rows:
         raise UsageError(f"{path}: no rows", 'Write one JSON object a line, such as {"id": "a1", "prompt": "Hello"}.')
     return rows
+
+
+def _check_tests(row: Row, where: str) -> None:
+    if row.tests is None or not row.tests.strip():
+        raise UsageError(
+            f"{where}: row {row.id!r} has no tests, and the code of its answers is to be run",
+            'Add "tests": "assert add(2, 3) == 5", Python that is run after the answer\'s code, or take the row out.',
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tests, to whoever wrote them
+            compile(row.tests, "tests", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        at = f", line {error.lineno} of it" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UsageError(
+            f"{where}: the tests of row {row.id!r} are no Python: {getattr(error, 'msg', error)}{at}",
+            "Mend them: assertions that name what the answer is to define.",
+        ) from None
 
 
 def _nearby(path: Path) -> str:
@@ -190,7 +220,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
     tags = record.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UsageError(f"{where}: tags must be a list of strings", 'Write "tags": ["alarm"].')
-    for name in ("rationale", "split", "seed_id"):
+    for name in ("rationale", "split", "seed_id", "tests"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise UsageError(f"{where}: {name} must be a string, not {_kind(record[name])}", f'Write "{name}": "...".')
     evolution = record.get("evolution")
@@ -215,6 +245,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         rationale=record.get("rationale"),
         evolution=evolution,
         reasoning_gym=problem,
+        tests=record.get("tests"),
     )
 
 

@@ -1,7 +1,7 @@
 """Metrics: how one answer is scored against one reference.
 
-A text metric maps (answer, reference) to a Score between 0 and 1; one that ``needs_problem`` is given the row's problem of
-reasoning-gym, too. A likelihood metric (perplexity) scores the
+A text metric maps (answer, reference) to a Score between 0 and 1; one that ``needs_problem`` is given ``Row.problem``, too: the
+problem of reasoning-gym, and the row's tests. A likelihood metric (perplexity) scores the
 reference's tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan``
 looks names up.
 """
@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ class Metric:
     higher_is_better: bool = True
     function: Callable[..., Score] | None = None
     needs_problem: bool = False
+    waits: bool = False  # for other processes: several answers are scored at a time
 
     def __call__(self, answer: str, reference: str, problem: Mapping[str, Any] | None = None) -> Score:
         """Score one answer. Raises UsageError for a likelihood metric, which has no answer to score, and without a problem
@@ -48,6 +49,14 @@ class Metric:
         if self.needs_problem:
             return self.function(answer, reference, problem)
         return self.function(answer, reference)
+
+    def score_all(self, cases: Iterable[tuple[str, str, Mapping[str, Any] | None]]) -> list[Score]:
+        """Score (answer, reference, problem), in their order."""
+        if not self.waits:
+            return [self(*case) for case in cases]
+        from edgedistill.evals.execution import at_once
+
+        return list(at_once(lambda case: self(*case), cases))
 
 
 class _Invalid(ValueError):
@@ -184,6 +193,19 @@ def reasoning_gym(answer: str, reference: str, problem: Mapping[str, Any] | None
     return Score(value=float(given == 1.0), details={"credit": given})
 
 
+def execution(answer: str, reference: str, problem: Mapping[str, Any] | None) -> Score:
+    """Score 1 if the answer's code runs in the sandbox and passes the row's tests. Details: ``why`` not, in a word or two. Raises
+    UsageError for a row without tests.
+    """
+    from edgedistill.evals.execution import verdict
+
+    tests = (problem or {}).get("tests")
+    if tests is None:
+        raise UsageError("execution: the row has no tests", 'Add "tests": "assert add(2, 3) == 5" to the row.')
+    why = verdict(answer, tests)
+    return Score(value=float(not why), details={"why": why} if why else {})
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -199,6 +221,14 @@ METRICS: dict[str, Metric] = {
             summary="right by the verifier of the row's problem",
             function=reasoning_gym,
             needs_problem=True,
+        ),
+        Metric(
+            name="execution",
+            kind="text",
+            summary="the answer's code passes the row's tests, in a sandbox",
+            function=execution,
+            needs_problem=True,
+            waits=True,
         ),
         Metric(
             name="perplexity",

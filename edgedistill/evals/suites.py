@@ -181,8 +181,10 @@ def evaluate(
 
     answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
     results = []
-    for row, reference, answer in zip(rows, references, answers, strict=True):
-        score = metric(answer.text, reference, row.reasoning_gym)
+    scores = metric.score_all(
+        (answer.text, reference, row.problem) for row, reference, answer in zip(rows, references, answers, strict=True)
+    )
+    for row, reference, answer, score in zip(rows, references, answers, scores, strict=True):
         results.append(
             RowResult(
                 id=row.id,
@@ -249,9 +251,7 @@ def _reference(row: Row, metric: Metric) -> str:
         raise UsageError(f"row {row.id!r} has no reference to score against", 'Add "reference": "..." to the row.')
     if metric.kind == "text":
         try:
-            metric(
-                "", row.reference, row.reasoning_gym
-            )  # reads the reference: a wrong one must not cost a decoded suite
+            metric("", row.reference, row.problem)  # reads the reference: a wrong one must not cost a decoded suite
         except UsageError as error:
             raise UsageError(f"row {row.id!r}: {error.message}", error.hint) from None
     return row.reference

@@ -43,7 +43,7 @@ class Analyse(Stage):
                 why = "did not end"
             elif split(answer["text"]).empty:
                 why = "no analysis"
-            elif metric(answer["text"], row.reference or "", row.reasoning_gym).value < 1:
+            elif metric(answer["text"], row.reference or "", row.problem).value < 1:
                 why = f"reference ({self.metric})"
             if why:
                 left.append({**answer, "why": why})

@@ -32,6 +32,7 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.recovery import UNWANTED
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, later, unkeyed
@@ -99,7 +100,8 @@ class Filter(Stage):
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
         out: set[str] = set()  # prompts that are not to be taught, by whatever text
         for spec in self.filters:
-            before, judge = sum(map(len, alive.values())), self.judge(spec)
+            before = sum(map(len, alive.values()))
+            judge = self.executed(spec, rows, alive, ctx) if spec["kind"] == "execution" else self.judge(spec)
             for row_id, found in alive.items():
                 judged = judge(rows[row_id], found)
                 rejected += [{**a, "why": why} for a, why in judged if why]
@@ -236,6 +238,19 @@ class Filter(Stage):
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
+    def executed(
+        self, spec: Mapping[str, Any], rows: Mapping[str, Row], alive: Mapping[str, list[dict[str, Any]]], ctx: Context
+    ) -> Judge:
+        """Run the code of all answers with their rows' tests, each text once and several at a time."""
+        timeout, memory = spec.get("timeout", TIMEOUT_S), spec.get("memory", MEMORY_MIB)
+        cases = list(dict.fromkeys((row_id, self.shown(a["text"])) for row_id, found in alive.items() for a in found))
+        found: dict[tuple[str, str], str] = {}
+        ran = at_once(lambda case: verdict(case[1], rows[case[0]].tests or "", timeout, memory), cases)
+        for number, (case, why) in enumerate(zip(cases, ran, strict=True), 1):
+            found[case] = why
+            ctx.progress(number, len(cases), "programs run")
+        return lambda row, answers: [(a, _because("execution", found[row.id, self.shown(a["text"])])) for a in answers]
+
     def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
         """Return what users say in a row, and the answer that they see."""
         return [*asked_in(row), self.shown(answer["text"])]
@@ -253,7 +268,7 @@ class Filter(Stage):
         if kind == "pii":
             return lambda row, text: _because(kind, personal(text))
         why = f"reference ({spec['metric']})" if kind == "reference" else kind
-        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.problem) else why
 
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""

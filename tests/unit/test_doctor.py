@@ -18,7 +18,9 @@ def by_name(checks: list[doctor.Check]) -> dict[str, doctor.Check]:
 
 def test_healthy_machine(tmp_path: Path) -> None:
     checks = by_name(doctor.diagnose(tmp_path / "store"))
-    assert {"Python", "processor", "load", "memory", "store", "packages", "llama.cpp", "compiler"} <= set(checks)
+    assert {"Python", "processor", "load", "memory", "store", "packages", "llama.cpp", "compiler", "sandbox"} <= set(
+        checks
+    )
     assert checks["Python"].ok
     assert checks["packages"].ok
     assert checks["llama.cpp"].ok is not False
