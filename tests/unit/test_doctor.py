@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -50,8 +51,20 @@ def test_library_for_another_processor_is_a_line_not_a_crash(monkeypatch: pytest
     assert "--force-reinstall" in check.remedy
 
 
+@pytest.mark.parametrize(
+    ("system", "gcc", "ok"), [("AMX_INT8 = 1", 12, False), ("AMX_INT8 = 1", 14, True), ("F16C = 1", 12, True)]
+)
+def test_a_build_whose_amx_faults_is_found(monkeypatch: pytest.MonkeyPatch, system: str, gcc: int, ok: bool) -> None:
+    reply = json.dumps({"version": "1", "ggml": "2", "system": f"CPU : {system} | ", "gcc": gcc})
+    monkeypatch.setattr(doctor, "_PROBE", f"print({reply!r})")
+    monkeypatch.setattr(doctor, "_BUILD_FEATURES", {})
+    check = doctor._llama_cpp(fingerprint())
+    assert check.ok is ok
+    assert ok or check.remedy.startswith('CFLAGS="-mno-amx-tile')
+
+
 def test_build_without_the_processors_instructions_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    reply = '{"version": "1", "ggml": "2", "system": "CPU : SSE3 = 1 | REPACK = 1 | "}'
+    reply = '{"version": "1", "ggml": "2", "system": "CPU : SSE3 = 1 | REPACK = 1 | ", "gcc": 12}'
     monkeypatch.setattr(doctor, "_PROBE", f"print('''{reply}''')")
     host = fingerprint()
     check = doctor._llama_cpp(host)
