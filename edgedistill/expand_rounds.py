@@ -12,6 +12,7 @@ from edgedistill.data.thinking import BLOCKS
 from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe_distill import Round
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
@@ -62,7 +63,8 @@ class RoundSteps(TrainingSteps):
     def _online(self, tag: str, one: Round, student: Key, number: int, teacher: Key, params: int) -> Key:
         """Add the student's greedy answers to all prompts, judged by the reference, and the teacher's to those it fails."""
         rows, generate = self.inputs.prompts, self.recipe.generate
-        metric = next(spec.metric for spec in self.recipe.filter if spec.kind == "reference")
+        own = next(spec.metric for spec in self.recipe.filter if spec.kind == "reference")
+        metric = keyed_metric(self.inputs, own, "filter")
         suite = SuiteSpec(
             name=PROMPTS,
             digest=rows_digest(rows),
@@ -80,6 +82,7 @@ class RoundSteps(TrainingSteps):
                 build="transformers",
                 isa=self.isa,
                 rows={PROMPTS: rows},
+                folder=self.inputs.path.parent,
             ),
             Work(kind="decode", amount=2 * self.s_params * sum(map(row_tokens, rows))),
             memory=4 * self.s_params + RUNTIME_MIB * MIB,
@@ -125,6 +128,7 @@ class RoundSteps(TrainingSteps):
             "rows": rows,
             "filters": self._filters(),
             "suites": self.inputs.suites,
+            "folder": self.inputs.path.parent,
             "by": "teacher" if online else "student",
             "keep": one.keep,
             "before": before if online and one.replay else None,

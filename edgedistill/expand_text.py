@@ -8,6 +8,7 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.stages.analyse import Analyse
 from edgedistill.stages.filter import Filter, ThinkingFilter
@@ -42,6 +43,7 @@ class TextSteps(TrainingSteps):
             "rows": rows,
             "filters": self._filters(analysed=True),
             "suites": self.inputs.suites,
+            "folder": self.inputs.path.parent,
         }
         kept = self.graph.add(
             "filter",
@@ -59,8 +61,9 @@ class TextSteps(TrainingSteps):
             analyses=self._asked("generate/analyses", told, WRONG * self.tokens),
             rows_digest=rows_digest(rows),
             corrections=analysed.corrections,
-            metric=analysed.metric,
+            metric=keyed_metric(self.inputs, analysed.metric, "filter"),
             rows=rows,
+            folder=self.inputs.path.parent,
         )
         return self.graph.add("analyse", stage, Work(kind="bytes", amount=len(rows) * 1000.0), disk=len(rows) * 800)
 

@@ -16,6 +16,7 @@ from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.evals import own_metric
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Training
@@ -210,6 +211,16 @@ def read_schema(inputs: Inputs, file: Path, key: str) -> dict[str, Any]:
     except UsageError as error:
         told = (f"{path}: {error.message}", error.hint)
     raise RecipeError(*told, key=key, file=inputs.path)
+
+
+def keyed_metric(inputs: Inputs, name: str, key: str) -> str:
+    """Return a metric's name as a step's key holds it: that of a function of the user's with a digest. Raises RecipeError."""
+    if not name.startswith(own_metric.PREFIX):
+        return name
+    try:
+        return own_metric.keyed_name(name, inputs.path.parent)
+    except UsageError as error:
+        raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
 
 
 def along_chain(

@@ -17,6 +17,7 @@ from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
+from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_teacher import Teacher, refuse_backend
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -202,7 +203,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "perplexity"]
+    metric: SuiteMetric
     grammar: Path | None = None
     max_new_tokens: Count = 64
 

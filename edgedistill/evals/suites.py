@@ -15,7 +15,7 @@ from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.errors import UsageError
 from edgedistill.evals import likelihood, statistics
-from edgedistill.evals.metrics import Metric, find_metric
+from edgedistill.evals.metrics import Metric, find_metric, judging
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate
 
@@ -182,7 +182,8 @@ def evaluate(
     answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
     results = []
     for row, reference, answer in zip(rows, references, answers, strict=True):
-        score = metric(answer.text, reference, row.reasoning_gym)
+        with judging(row.id):
+            score = metric(answer.text, reference, row.reasoning_gym)
         results.append(
             RowResult(
                 id=row.id,
@@ -247,7 +248,7 @@ def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:
 def _reference(row: Row, metric: Metric) -> str:
     if row.reference is None:
         raise UsageError(f"row {row.id!r} has no reference to score against", 'Add "reference": "..." to the row.')
-    if metric.kind == "text":
+    if metric.kind == "text" and metric.reads_reference:
         try:
             metric(
                 "", row.reference, row.reasoning_gym

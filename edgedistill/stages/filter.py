@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
@@ -28,10 +29,11 @@ from edgedistill.data.filters import (
     refuses,
     schema_validator,
 )
+from edgedistill.data.language import other_language
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.evals.metrics import AFTER_THINKING, find_metric
+from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
 
@@ -75,6 +77,7 @@ class Filter(Stage):
     filters: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
+    folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
@@ -180,10 +183,13 @@ class Filter(Stage):
             return lambda row, found: _first(best(found, **chosen), found)
         if kind == "agreement":
             same, share = self.same(spec), spec.get("share", SHARE)
-            return lambda row, found: [
-                (a, "" if good else kind)
-                for a, good in zip(found, agreeing([self.shown(a["text"]) for a in found], same, share), strict=True)
-            ]
+
+            def agree(row: Row, found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+                with judging(row.id):
+                    good = agreeing([self.shown(a["text"]) for a in found], same, share)
+                return [(a, "" if one else kind) for a, one in zip(found, good, strict=True)]
+
+            return agree
         if kind == "duplicates":
             seen = Seen(spec.get("similarity", SIMILARITY))
             return lambda row, found: [(a, kind if seen.before("\n".join(self.taught(row, a))) else "") for a in found]
@@ -207,14 +213,22 @@ class Filter(Stage):
             return lambda row, text: _because(kind, malformed(self.shown(text), **form))
         if kind == "refusals":
             return lambda row, text: kind if refuses(self.shown(text)) else ""
+        if kind == "language":
+            languages = spec["languages"]
+            return lambda row, text: _because(kind, other_language(self.shown(text), languages))
         if kind == "pii":
             return lambda row, text: _because(kind, personal(text))
-        why = f"reference ({spec['metric']})" if kind == "reference" else kind
-        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+        why = f"reference ({shown_name(spec['metric'])})" if kind == "reference" else kind
+
+        def judge(row: Row, text: str) -> str:
+            with judging(row.id):
+                return "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+
+        return judge
 
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""
-        metric = find_metric(spec["metric"])
+        metric = find_metric(spec["metric"], self.folder)
 
         def alike(one: str, other: str) -> bool:
             if one.strip() == other.strip():
@@ -230,7 +244,7 @@ class Filter(Stage):
         self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None
     ) -> bool:
         """Tell whether one answer is right."""
-        return find_metric(spec["metric"])(text, reference, problem).value == 1.0
+        return find_metric(spec["metric"], self.folder)(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what the student learns from one kept answer."""
@@ -279,7 +293,7 @@ class ThinkingFilter(Filter):
         if spec["kind"] == "thinking":
             words, most = split(text).words, spec.get("max_words")
             return words >= spec.get("min_words", LEAST_WORDS) and (most is None or words <= most)
-        return find_metric(AFTER_THINKING + spec["metric"])(text, reference, problem).value == 1.0
+        return find_metric(AFTER_THINKING + spec["metric"], self.folder)(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the text whole, or in the style ``rationale`` the answer, and the rationale as a task of its own."""
