@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgedistill.data import language
+from edgedistill.data.language import LANGUAGES
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.errors import RecipeError, UsageError
@@ -29,10 +29,10 @@ def refuse_metrics(inputs: Inputs) -> None:
 def refuse_languages(inputs: Inputs) -> None:
     """Refuse languages that are not told apart."""
     for at, one in enumerate(inputs.recipe.filter):
-        if missing := language.unknown(one.languages) if one.languages else []:
+        if missing := [code for code in one.languages if code not in LANGUAGES]:
             raise RecipeError(
                 f"there is no language {missing[0]!r} among those that are told apart",
-                f"known: {' '.join(language.known())}",
+                f"known: {' '.join(LANGUAGES)}",
                 key=f"filter.{at}.languages",
                 file=inputs.path,
             )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgedistill.data.language import other_language, unknown
+from edgedistill.data.language import LANGUAGES, NO_LANGUAGE, _identifier, other_language
 from edgedistill.data.prompts import Row
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key
@@ -46,7 +46,7 @@ def test_sentences_are_in_their_language_and_in_no_far_one(language: str) -> Non
 @pytest.mark.parametrize(
     "text",
     ["OK.", "42", "Ja, gut.", "C'est ça.", '{"name": "set_alarm", "arguments": {"titel": "Wecker stellen", "zeit": "07:00"}}',
-     "```python\nfür = 'Straße über den Fluss'\nprint(für)\n```", "x = [i ** 2 for i in range(10)]; y = {k: v for k, v in z.items()}",
+     "```python\nfür = 'Straße über den Fluss'\nprint(für)\n```", "x = [i ** 2 for i in range(10)]; y = {k: v for k, v in z}",
      "1. 3.14159 2. 2.71828 3. 1.41421", "https://de.wikipedia.org/wiki/Straßenbahnhaltestelle", "", "   "],
 )  # fmt: skip
 def test_what_tells_too_little_passes(text: str) -> None:
@@ -67,7 +67,7 @@ def test_the_filter_names_the_language() -> None:
 
 
 def test_languages_that_are_not_told_apart_are_refused_in_plan(tmp_path: Path) -> None:
-    assert unknown(["en", "xx", "zxx"]) == ["xx", "zxx"]
+    assert sorted(LANGUAGES) == sorted({*_identifier().labels} - {NO_LANGUAGE})
     folder = copy_recipe("quickstart", tmp_path / "quickstart")
     for languages, message in (
         (["en", "xx"], "no language 'xx'"),
