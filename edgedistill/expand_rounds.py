@@ -10,7 +10,7 @@ from typing import Any
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.evals.metrics import AFTER_THINKING
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_grades import GradeSteps
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
@@ -23,7 +23,7 @@ PROMPTS = "prompts"  # the name of the prompts as a suite
 FAILED = 0.25  # share of the prompts that a student is assumed to fail, for estimates
 
 
-class RoundSteps(TrainingSteps):
+class RoundSteps(GradeSteps):
     """Adds the rounds of the recipe, for the last student."""
 
     def _rounds(self, student: Key, kept: Key, *, teacher: Key, params: int, above: Key, done: int) -> Key:
@@ -126,7 +126,7 @@ class RoundSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(),
+            "filters": self._graded_filters(self._grades(answers, self.tokens, tag)),
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
             "by": "teacher" if online else "student",

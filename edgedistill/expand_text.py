@@ -6,7 +6,7 @@ from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_grades import GradeSteps
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
@@ -17,7 +17,7 @@ from edgedistill.stages.generate import Generate, GenerateAnalyses
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
 
-class TextSteps(TrainingSteps):
+class TextSteps(GradeSteps):
     """Adds what comes of asking the teacher."""
 
     def _text(self, teacher: Key, scores: Key) -> Key:
@@ -41,7 +41,7 @@ class TextSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(analysed=True),
+            "filters": self._graded_filters(self._grades(answers, self.tokens), analysed=True),
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
         }

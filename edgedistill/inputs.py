@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ class Inputs:
     tempering: tuple[Row, ...]
     suites: Mapping[str, tuple[Row, ...]]
     general: tuple[Row, ...] = ()
+    graders: Mapping[str, Resolved] = field(default_factory=dict)
+    """The models of filters, by their sources, where they are neither teacher nor student."""
+    judge: Resolved | None = None
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
@@ -117,11 +120,13 @@ def read_inputs(
     *,
     link_targets: Iterable[Iterable[Target]] = (),
     ship_anyway: bool = False,
+    graders: Mapping[str, Resolved] | None = None,
+    judge: Resolved | None = None,
 ) -> Inputs:
     """Read the data files of a recipe."""
     style = recipe.generate.style
     source = _Files(path, traces=style == TRACES)
-    need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
+    need = any(f.kind == "reference" or f.against for f in recipe.filter) or recipe.baselines.gold_sft
 
     def read(
         section: Prompts | Adapt | Heal | Temperature | Tune | Draft | None,
@@ -173,6 +178,8 @@ def read_inputs(
         general=_general(_Files(path), recipe),
         link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,
+        graders=graders or {},
+        judge=judge,
     )
 
 

@@ -18,7 +18,7 @@ from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Sectio
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
-from edgedistill.recipe_teacher import Teacher, refuse_backend
+from edgedistill.recipe_teacher import Judge, Teacher, refuse_backend
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
@@ -273,6 +273,7 @@ class Recipe(Section):
     prompts: Prompts
     generate: Generate = Generate()
     filter: tuple[Filter, ...] = ()
+    judge: Judge | None = None
     score: Score = Score()
     heal: Heal | None = None
     distill: Distill = Distill()
@@ -378,8 +379,14 @@ class Recipe(Section):
                     "what is wrong is said in a block beside the answer: set generate.style = "
                     + " or ".join(f'"{style}"' for style in ANALYSED),
                 )
+        if self.judge is not None and not any(one.kind == "judge" for one in self.filter):
+            raise key_error("judge", 'there is nothing to judge: add [[filter]] kind = "judge", or leave the table out')
         if any(one.kind == "agreement" for one in self.filter) and self.generate.samples < 3:
             raise ValueError('[[filter]] kind = "agreement" counts answers: raise generate.samples to 3 or more')
+        if any(one.keeps_best for one in self.filter) and self.generate.samples == 1 and not self.round:
+            raise ValueError(
+                '[[filter]] kind = "reward" with keep chooses among several answers: raise generate.samples'
+            )
         if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
             raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
         for at, one in enumerate(self.filter):

@@ -187,5 +187,7 @@ class Filter(Section):
         """Return the thresholds of a filter by a model: what its grades are compared with, in the filter's key alone."""
         if self.kind == "judge":
             return {} if self.against else {"min": LEAST_SCORE if self.min is None else self.min}
-        bounds = {name: value for name in ("min", "max") if (value := getattr(self, name)) is not None}
+        bounds: dict[str, float] = {
+            name: value for name in ("min", "max") if (value := getattr(self, name)) is not None
+        }
         return bounds | ({"keep": self.keep} if self.keeps_best else {})

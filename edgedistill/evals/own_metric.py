@@ -101,7 +101,7 @@ def call(name: str, folder: Path, answer: str, reference: str) -> float:
     # numbers.Real: numpy's are good, too; its booleans are none, and know no comparison with a range
     if type(value).__name__ in ("bool", "bool_"):
         return float(value)
-    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise MetricFailed(f"{where} gave {value!r:.80}, and not a number from 0 to 1, True or False", f"mend {path}")
     return float(value)
 

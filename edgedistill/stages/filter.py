@@ -29,6 +29,7 @@ from edgedistill.data.filters import (
     refuses,
     schema_validator,
 )
+from edgedistill.data.grades import judged, read_grades
 from edgedistill.data.language import other_language
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
@@ -67,6 +68,11 @@ def _because(kind: str, why: str) -> str:
     return f"{kind}: {why}" if why else ""
 
 
+def _with_grades(ctx: Context, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a filter with the grades themselves in the place of the step that made them."""
+    return {**spec, "grades": read_grades(ctx.path(spec["grades"], "grades.jsonl"))} if "grades" in spec else spec
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter(Stage):
     """Apply the recipe's filters in order."""
@@ -98,7 +104,7 @@ class Filter(Stage):
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
         out: set[str] = set()  # prompts that are not to be taught, by whatever text
         for spec in self.filters:
-            before, judge = sum(map(len, alive.values())), self.judge(spec)
+            before, judge = sum(map(len, alive.values())), self.judge(_with_grades(ctx, spec))
             for row_id, found in alive.items():
                 judged = judge(rows[row_id], found)
                 rejected += [{**a, "why": why} for a, why in judged if why]
@@ -196,6 +202,8 @@ class Filter(Stage):
         if kind == "decontaminate":
             suites = Contamination(self.suites, spec.get("words", COPIED_WORDS))
             return lambda row, found: [(a, _as_in(kind, suites.found_in(self.taught(row, a)))) for a in found]
+        if "grades" in spec:
+            return lambda row, found: judged(spec, spec["grades"], found)
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
