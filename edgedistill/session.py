@@ -159,7 +159,11 @@ def _judge(recipe: Recipe, path: Path, student: Resolved, store: Store, note: Ca
             return resolve_served(server, student, store.root, scored=0)
         model = _pinned(recipe.judge.model, recipe, path, store, note, "text")
     except UsageError as error:
-        raise RecipeError(error.message, error.hint.replace("teacher.", "judge."), file=path, key="judge") from None
+        message, hint = (
+            text.replace("the teacher's", "the judge's").replace("teacher.", "judge.")
+            for text in (error.message, error.hint)
+        )
+        raise RecipeError(message, hint, file=path, key="judge") from None
     return model if server is None else resolve_launched(server, model)
 
 

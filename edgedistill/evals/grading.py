@@ -118,6 +118,11 @@ class Reward:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UsageError(f"{folder}: cannot be loaded as a sequence classifier: {first}") from error
         self.model: Any = model.eval().requires_grad_(False).to(device)
+        head = getattr(self.model, "score", None)
+        if isinstance(
+            head, torch.nn.Linear
+        ):  # decoders': a score in bf16 has 8 bits, too few to tell good answers from better ones
+            head.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         self.label = None if label is None else int(self.model.config.label2id[label])
         self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
         self.pad = self.model.config.pad_token_id
