@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
+from edgedistill.evals.mathematics import last_number, numbers_in, same_number
+from edgedistill.evals.metrics import normalised_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +58,8 @@ FICTION = re.compile(r"555\D{0,2}01\d\d$")
 SHARE, SIMILARITY, COPIED_WORDS = 0.5, 0.8, 8
 """What the filters agreement, duplicates and decontaminate go by unless a recipe says otherwise."""
 SHINGLE = 3  # words
+SHORT = 8
+"""Words of an answer that a block of thinking may be asked to hold as they stand."""
 PERMUTATIONS = 128
 PRIME = (1 << 31) - 1
 
@@ -134,6 +139,23 @@ def _resolves(schema: Any, reference: str) -> bool:
         if place is None:
             return False
     return True
+
+
+def supports(text: str) -> bool:
+    """Tell whether the block of a text comes to its answer, as far as that can be read.
+
+    A short answer has to stand in the block, but for case, punctuation and articles; or the block's last number is the answer's. Of
+    a longer answer the last number has to be one of the block's; without a number it passes, as there is nothing to look for.
+    """
+    thought = split(text)
+    block, answer = thought.thinking or "", thought.answer
+    number, plain = last_number(answer), normalised_text(answer)
+    if len(plain.split()) > SHORT:
+        return number is None or any(same_number(number, one) for one in numbers_in(block))
+    if plain and f" {plain} " in f" {normalised_text(block)} ":
+        return True
+    end = last_number(block)
+    return number is not None and end is not None and same_number(number, end)
 
 
 def refuses(text: str) -> bool:

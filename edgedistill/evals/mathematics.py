@@ -13,6 +13,7 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -51,8 +52,13 @@ def last_number(text: str) -> Number | None:
     Thousands may be parted by a comma, an apostrophe or a narrow space: "1,234.5" is 1234.5. "3/4" and "\\frac{3}{4}" are 0.75. A
     minus counts where it stands at the number and after no other one: "5 - 3" ends in 3.
     """
+    found = list(numbers_in(text))
+    return found[-1] if found else None
+
+
+def numbers_in(text: str) -> Iterator[Number]:
+    """Yield the numbers of a text, as ``last_number`` reads them."""
     text = FRACTION.sub(r"\1/\2", text[-LONGEST:].replace("{,}", ","))
-    found = None
     for match in NUMBER.finditer(text):
         value = _value(match) if match["whole"] or match["part"] else None
         if value is None:
@@ -60,8 +66,7 @@ def last_number(text: str) -> Number | None:
         before = text[: match.start()].rstrip()
         if match["sign"] in ("-", "\u2212") and not (before and (before[-1].isdigit() or before[-1] in ")%")):
             value = -value
-        found = Number(value, bool(match["percent"]))
-    return found
+        yield Number(value, bool(match["percent"]))
 
 
 def _value(match: re.Match[str]) -> float | None:

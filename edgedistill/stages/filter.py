@@ -28,6 +28,7 @@ from edgedistill.data.filters import (
     personal,
     refuses,
     schema_validator,
+    supports,
 )
 from edgedistill.data.grades import judged, read_grades
 from edgedistill.data.language import other_language
@@ -302,6 +303,13 @@ class ThinkingFilter(Filter):
             words, most = split(text).words, spec.get("max_words")
             return words >= spec.get("min_words", LEAST_WORDS) and (most is None or words <= most)
         return find_metric(AFTER_THINKING + spec["metric"], self.folder)(text, reference, problem).value == 1.0
+
+    def single(self, spec: Mapping[str, Any]) -> Callable[[Row, str], str]:
+        """Return what says why one answer does not pass a filter: of thinking, too, that it comes to something else."""
+        judge = super().single(spec)
+        if not spec.get("supports"):
+            return judge
+        return lambda row, text: judge(row, text) or ("" if supports(text) else "thinking: does not come to the answer")
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the text whole, or in the style ``rationale`` the answer, and the rationale as a task of its own."""
