@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -183,6 +184,19 @@ def test_near_duplicates_by_the_thousand() -> None:
     assert [short.before(text) for text in ("yes", "yes", "no", "", "", "好的", "好的")] == [
         *(False, True, False, False, True, False, True)
     ]
+
+
+def test_near_duplicates_are_found_in_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "edgedistill.data.filters._Bands.NEWEST", 50
+    )  # a few texts, so that arrays are merged many times
+    rng = random.Random(2)
+    base = [" ".join(rng.choice(WORDS) for _ in range(20)) for _ in range(200)]
+    seen = Seen(0.8)
+    assert not any(seen.before(text) for text in base)
+    lengths = [len(hashes) for hashes, _ in seen._bands._sorted]
+    assert len(lengths) > 1 and all(one >= 2 * other for one, other in itertools.pairwise(lengths))
+    assert all(seen.before(text) for text in reversed(base))
 
 
 @pytest.mark.parametrize("similarity", [0.3, 0.5, 0.8, 0.9, 1.0])
