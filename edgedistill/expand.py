@@ -23,6 +23,7 @@ from edgedistill.inputs import (
     Inputs,
     along_chain,
     few_shots,
+    keyed_metric,
     student_facts,
 )
 from edgedistill.models import Resolved
@@ -353,12 +354,13 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             SuiteSpec(
                 name=suite,
                 digest=rows_digest(rows),
-                metric=AFTER_THINKING + spec.metric if thinks and spec.metric != "perplexity" else spec.metric,
+                metric=AFTER_THINKING + metric if thinks and metric != "perplexity" else metric,
                 max_new_tokens=spec.max_new_tokens,
                 grammar=self._grammar(spec) if grammar else None,
             )
             for suite, rows in suites.items()
             for spec in [self.recipe.suites[suite]]
+            for metric in [keyed_metric(self.inputs, spec.metric, f"suites.{suite}.metric")]
         )
         kind = kind or ("decode-onnx" if file == "onnx" else "decode-gguf")
         tokens = sum(sum(map(row_tokens, rows)) for rows in suites.values())
@@ -377,6 +379,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             isa="" if served else self.isa,
             rows=suites,
             server=server if served else None,
+            folder=self.inputs.path.parent,
         )
         return self.graph.add(
             name,

@@ -10,8 +10,9 @@ from typing import Any
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.evals.metrics import AFTER_THINKING
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_grades import GradeSteps
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe_distill import Round
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
@@ -22,7 +23,7 @@ PROMPTS = "prompts"  # the name of the prompts as a suite
 FAILED = 0.25  # share of the prompts that a student is assumed to fail, for estimates
 
 
-class RoundSteps(TrainingSteps):
+class RoundSteps(GradeSteps):
     """Adds the rounds of the recipe, for the last student."""
 
     def _rounds(self, student: Key, kept: Key, *, teacher: Key, params: int, above: Key, done: int) -> Key:
@@ -62,7 +63,8 @@ class RoundSteps(TrainingSteps):
     def _online(self, tag: str, one: Round, student: Key, number: int, teacher: Key, params: int) -> Key:
         """Add the student's greedy answers to all prompts, judged by the reference, and the teacher's to those it fails."""
         rows, generate = self.inputs.prompts, self.recipe.generate
-        metric = next(spec.metric for spec in self.recipe.filter if spec.kind == "reference")
+        own = next(spec.metric for spec in self.recipe.filter if spec.kind == "reference")
+        metric = keyed_metric(self.inputs, own, "filter")
         suite = SuiteSpec(
             name=PROMPTS,
             digest=rows_digest(rows),
@@ -80,6 +82,7 @@ class RoundSteps(TrainingSteps):
                 build="transformers",
                 isa=self.isa,
                 rows={PROMPTS: rows},
+                folder=self.inputs.path.parent,
             ),
             Work(kind="decode", amount=2 * self.s_params * sum(map(row_tokens, rows))),
             memory=4 * self.s_params + RUNTIME_MIB * MIB,
@@ -123,8 +126,9 @@ class RoundSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(),
+            "filters": self._graded_filters(self._grades(answers, self.tokens, tag)),
             "suites": self.inputs.suites,
+            "folder": self.inputs.path.parent,
             "by": "teacher" if online else "student",
             "keep": one.keep,
             "before": before if online and one.replay else None,

@@ -6,8 +6,10 @@ from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
-from edgedistill.expand_training import Other, TrainingSteps
+from edgedistill.expand_grades import GradeSteps, joined
+from edgedistill.expand_training import Other
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.stages.analyse import Analyse
 from edgedistill.stages.filter import Filter, ThinkingFilter
@@ -16,7 +18,7 @@ from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateReco
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
 
-class TextSteps(TrainingSteps):
+class TextSteps(GradeSteps):
     """Adds what comes of asking the teacher."""
 
     def _text(self, teacher: Key, scores: Key) -> Key:
@@ -38,18 +40,23 @@ class TextSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(analysed=True),
             "suites": self.inputs.suites,
+            "folder": self.inputs.path.parent,
         }
+        grades = [self._grades(answers, self.tokens)]
         filtered["others"] = tuple(
             (one.spec.name, self._asked_another(one, question)) for one in self.others if one.spec.role != "recovery"
         )
+        grades += [self._grades(key, self.tokens, name) for name, key in filtered["others"]]
+        filtered["filters"] = self._graded_filters(joined(grades), analysed=True)
         recovering = [one for one in self.others if one.spec.role == "recovery"]
         kept = self._filter("filter/1" if recovering else "filter", filtered)
         for number, one in enumerate(recovering, 2):
             fields = {"filtered": kept, **question}
             recovered = (*filtered.get("recovered", ()), (one.spec.name, self._asked_another(one, fields)))
-            filtered |= {"recovered": recovered, "failed": kept}
+            grades.append(self._grades(recovered[-1][1], WRONG * self.tokens, one.spec.name))
+            told = self._graded_filters(joined(grades), analysed=True)
+            filtered |= {"recovered": recovered, "failed": kept, "filters": told}
             kept = self._filter("filter" if number == len(recovering) + 1 else f"filter/{number}", filtered)
         if analysed is None:
             return kept
@@ -61,8 +68,9 @@ class TextSteps(TrainingSteps):
             analyses=self._asked("generate/analyses", told, WRONG * self.tokens),
             rows_digest=rows_digest(rows),
             corrections=analysed.corrections,
-            metric=analysed.metric,
+            metric=keyed_metric(self.inputs, analysed.metric, "filter"),
             rows=rows,
+            folder=self.inputs.path.parent,
         )
         return self.graph.add("analyse", stage, Work(kind="bytes", amount=len(rows) * 1000.0), disk=len(rows) * 800)
 

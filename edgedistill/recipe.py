@@ -17,7 +17,8 @@ from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
-from edgedistill.recipe_teacher import Another, Teacher, refuse_backend, refuse_several
+from edgedistill.recipe_metric import SuiteMetric
+from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_backend, refuse_several
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
@@ -207,7 +208,7 @@ class Suite(Section):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym", "execution", "perplexity"]
+    metric: SuiteMetric
     grammar: Path | None = None
     max_new_tokens: Count = 64
 
@@ -278,6 +279,7 @@ class Recipe(Section):
     prompts: Prompts
     generate: Generate = Generate()
     filter: tuple[Filter, ...] = ()
+    judge: Judge | None = None
     score: Score = Score()
     heal: Heal | None = None
     distill: Distill = Distill()
@@ -384,8 +386,14 @@ class Recipe(Section):
                     "what is wrong is said in a block beside the answer: set generate.style = "
                     + " or ".join(f'"{style}"' for style in ANALYSED),
                 )
+        if self.judge is not None and not any(one.kind == "judge" for one in self.filter):
+            raise key_error("judge", 'there is nothing to judge: add [[filter]] kind = "judge", or leave the table out')
         if any(one.kind == "agreement" for one in self.filter) and self.generate.samples < 3:
             raise ValueError('[[filter]] kind = "agreement" counts answers: raise generate.samples to 3 or more')
+        if any(one.keeps_best for one in self.filter) and self.generate.samples == 1 and not self.round:
+            raise ValueError(
+                '[[filter]] kind = "reward" with keep chooses among several answers: raise generate.samples'
+            )
         if any(one.kind == "best" for one in self.filter) and self.generate.samples == 1 and not self.round:
             raise ValueError('[[filter]] kind = "best" chooses among several answers: raise generate.samples')
         for at, one in enumerate(self.filter):

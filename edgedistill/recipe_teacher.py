@@ -57,12 +57,11 @@ class Vllm(Section):
     start_timeout: Positive = Field(default=1800.0, description="seconds to wait until it answers")
 
 
-class Teacher(Section):
-    """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
-    it stands behind a server that speaks as OpenAI's does (vLLM, SGLang, llama-server, Ollama, hosted ones): ``model`` is
-    "openai:" and the name that it is served by, ``server`` the address. With "llama_cpp" a GGUF file teaches as it is, in its own
-    type, by llama.cpp; with "transformers" such a file is brought to full precision first. With ``vllm`` the build starts vLLM on
-    weights that are here: it writes, is proved and gives the best tokens.
+class Asked(Section):
+    """A model that is asked. With ``backend`` "openai" it stands behind a server that speaks as OpenAI's does (vLLM, SGLang,
+    llama-server, Ollama, hosted ones): ``model`` is "openai:" and the name that it is served by, ``server`` the address. With
+    "llama_cpp" a GGUF file answers as it is, in its own type, by llama.cpp; with "transformers" such a file is brought to full
+    precision first. With ``vllm`` the build starts vLLM on weights that are here.
     """
 
     OF_ANY_SERVER: ClassVar[tuple[str, ...]] = ("body", "concurrency", "timeout", "retries")
@@ -79,7 +78,6 @@ class Teacher(Section):
 
     model: str
     backend: Literal["transformers", "llama_cpp", "openai"] = "transformers"
-    min_score: dict[str, Share] = Field(default={})
     server: str | list[str] | None = Field(
         default=None,
         description="address up to its /v1: http://127.0.0.1:8000/v1; of several servers of the model, all of theirs",
@@ -121,7 +119,7 @@ class Teacher(Section):
         return server
 
     @model_validator(mode="after")
-    def _served(self) -> Teacher:
+    def _served(self) -> Asked:
         if self.vllm is not None and self.backend != "transformers":
             raise key_error("vllm", "this starts vLLM on weights that are here: leave backend out")
         if (self.backend == "openai" or self.vllm) and (taken := sorted(set(self.body) & set(OWN_BODY))):
@@ -147,6 +145,21 @@ class Teacher(Section):
         if given:
             raise key_error(given[0], 'this is for backend = "openai", and the weights of this teacher are here')
         return self
+
+
+class Teacher(Asked):
+    """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. What answers, is proved
+    and gives distributions is a model's weights, a GGUF file that llama.cpp runs (``backend`` "llama_cpp"), a server that speaks as
+    OpenAI's does ("openai"), or vLLM, which the build starts (``vllm``): it gives the best tokens.
+    """
+
+    min_score: dict[str, Share] = Field(default={})
+
+
+class Judge(Asked):
+    """Who judges answers for ``[[filter]] kind = "judge"``; without this table the teacher does. A server, weights or a GGUF file,
+    as a teacher is; ``budget`` and ``price`` are its own, but where it has the teacher's name both are put down to one account.
+    """
 
 
 class Another(Teacher):

@@ -16,6 +16,7 @@ from edgedistill.families import of_any_width
 from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, student_facts
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
+from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
 from edgedistill.target import Target, format_size
 from edgedistill.training.objectives import WHOLE
 
@@ -111,6 +112,9 @@ def refuse(inputs: Inputs) -> list[str]:
     warnings += _refuse_tools(inputs)
     _refuse_problems(inputs)
     _refuse_execution(inputs)
+    refuse_metrics(inputs)
+    refuse_languages(inputs)
+    refuse_graders(inputs)
     for number, link in enumerate(links, 1):
         who = "this student" if number == len(links) else f"link {number} of the chain"
         warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]

@@ -16,7 +16,7 @@ from edgedistill.errors import UsageError
 from edgedistill.fingerprint import canonical_json, digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
-from edgedistill.recipe_teacher import SERVED, Teacher
+from edgedistill.recipe_teacher import SERVED, Asked
 from edgedistill.spending import Budget, Ledger
 from edgedistill.store import write_atomic
 
@@ -138,7 +138,7 @@ class Server:
         )  # often read from a file, with its last line break
 
 
-def server_of(recipe: Recipe, teacher: Teacher) -> Server | None:
+def server_of(recipe: Recipe, teacher: Asked) -> Server | None:
     """Return the server of one of the recipe's teachers, one that is started included; None where it needs none."""
     price = teacher.price
     if teacher.backend != "openai" and teacher.vllm is None:
@@ -164,7 +164,7 @@ def server_of(recipe: Recipe, teacher: Teacher) -> Server | None:
     )
 
 
-def scored_tokens(recipe: Recipe, teacher: Teacher) -> int:
+def scored_tokens(recipe: Recipe, teacher: Asked) -> int:
     """Return how many best tokens of given text the recipe wants of a teacher's server: of the first teacher's only."""
     return recipe.score.n if recipe.score.kind == "top-k" and teacher is recipe.teacher else 0
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
-from edgedistill.models import Resolved, read_lock, resolve, write_lock
+from edgedistill.models import Resolved, Task, read_lock, resolve, write_lock
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
@@ -69,7 +69,16 @@ def prepare(
     of_links = [chosen(link.targets, f"chain.{at}.targets") for at, link in enumerate(recipe.chain)]
     (teacher, *others), student = _models(recipe, path, store, note)
     inputs = read_inputs(
-        recipe, path, teacher, student, own, others=others, link_targets=of_links, ship_anyway=ship_anyway
+        recipe,
+        path,
+        teacher,
+        student,
+        own,
+        others=others,
+        link_targets=of_links,
+        ship_anyway=ship_anyway,
+        graders=_graders(recipe, path, store, note),
+        judge=_judge(recipe, path, student, store, note),
     )
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
@@ -122,6 +131,48 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
         return resolve_served(server, student, store.root, scored=scored_tokens(recipe, teacher))
 
     return [resolved(one, server) for one, server in teachers], student
+
+
+def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callable[[str], None], task: Task) -> Resolved:
+    """Bring a model of a filter here, and pin it as the teacher is."""
+    lock, local = path.with_name(f"{recipe.name}.lock"), source.startswith(("path:", "gguf:"))
+    pin = None if local else read_lock(lock).get(source)
+    model = resolve(source, store.root, base=path.parent, pin=pin, note=note, task=task)
+    if not local:
+        write_lock(lock, [model])
+    return model
+
+
+def _graders(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> dict[str, Resolved]:
+    """Bring the models of filters here that are neither teacher nor student. Raises RecipeError."""
+    found: dict[str, Resolved] = {}
+    for at, one in enumerate(recipe.filter):
+        if one.model is None or (one.kind == "perplexity" and one.model in ("student", "teacher")):
+            continue
+        try:
+            task: Task = "classification" if one.kind == "reward" else "text"
+            found[one.model] = _pinned(one.model, recipe, path, store, note, task)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, file=path, key=f"filter.{at}.model") from None
+    return found
+
+
+def _judge(recipe: Recipe, path: Path, student: Resolved, store: Store, note: Callable[[str], None]) -> Resolved | None:
+    """Bring the judge here, or find out what its server can do; None where the teacher judges. Raises RecipeError."""
+    if recipe.judge is None:
+        return None
+    server = server_of(recipe, recipe.judge)
+    try:
+        if server is not None and server.launch is None:
+            return resolve_served(server, student, store.root, scored=0)
+        model = _pinned(recipe.judge.model, recipe, path, store, note, "text")
+    except UsageError as error:
+        message, hint = (
+            text.replace("the teacher's", "the judge's").replace("teacher.", "judge.")
+            for text in (error.message, error.hint)
+        )
+        raise RecipeError(message, hint, file=path, key="judge") from None
+    return model if server is None else resolve_launched(server, model)
 
 
 def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Verdict, float]]:

@@ -50,7 +50,8 @@ def _no_bubblewrap() -> str:
 
 
 def _no_reasoning() -> str:
-    return "" if find_spec("reasoning_gym") else "reasoning-gym missing: pip install 'edgedistill[reasoning]'"
+    missing = [name for name in ("reasoning_gym", "math_verify") if not find_spec(name)]
+    return f"{' and '.join(missing)} missing: pip install 'edgedistill[reasoning]'" if missing else ""
 
 
 def _no_vllm() -> str:

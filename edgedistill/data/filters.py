@@ -6,13 +6,19 @@ Each function says why in a few words, or "" where nothing is wrong. ``stages/fi
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
+from edgedistill.evals.mathematics import last_number, numbers_in, same_number
+from edgedistill.evals.metrics import normalised_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,6 +61,8 @@ FICTION = re.compile(r"555\D{0,2}01\d\d$")
 SHARE, SIMILARITY, COPIED_WORDS = 0.5, 0.8, 8
 """What the filters agreement, duplicates and decontaminate go by unless a recipe says otherwise."""
 SHINGLE = 3  # words
+SHORT = 8
+"""Words of an answer that a block of thinking may be asked to hold as they stand."""
 PERMUTATIONS = 128
 PRIME = (1 << 31) - 1
 
@@ -134,6 +142,23 @@ def _resolves(schema: Any, reference: str) -> bool:
         if place is None:
             return False
     return True
+
+
+def supports(text: str) -> bool:
+    """Tell whether the block of a text comes to its answer, as far as that can be read.
+
+    A short answer has to stand in the block, but for case, punctuation and articles; or the block's last number is the answer's. Of
+    a longer answer the last number has to be one of the block's; without a number it passes, as there is nothing to look for.
+    """
+    thought = split(text)
+    block, answer = thought.thinking or "", thought.answer
+    number, plain = last_number(answer), normalised_text(answer)
+    if len(plain.split()) > SHORT:
+        return number is None or any(same_number(number, one) for one in numbers_in(block))
+    if plain and f" {plain} " in f" {normalised_text(block)} ":
+        return True
+    end = last_number(block)
+    return number is not None and end is not None and same_number(number, end)
 
 
 def refuses(text: str) -> bool:
@@ -216,8 +241,9 @@ def words_of(text: str) -> list[str]:
 class Seen:
     """Find texts that are nearly the same as one before: words in threes, compared by MinHash and then in full.
 
-    ``similarity`` is the share of threes that two texts have in common (Jaccard), from which on they count as the same. Memory
-    grows by what was kept. Sources: Broder 1997; Lee et al. 2022 (arXiv:2107.06499).
+    ``similarity`` is the share of threes that two texts have in common (Jaccard), from which on they count as the same. In memory a
+    text that was kept is the hashes of its bands, 12 bytes each in sorted arrays; its threes lie in a nameless file. Sources:
+    Broder 1997; Lee et al. 2022 (arXiv:2107.06499).
     """
 
     def __init__(self, similarity: float) -> None:
@@ -228,9 +254,9 @@ class Seen:
         self._a = rng.integers(1, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._b = rng.integers(0, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._rows = band_rows(similarity)
-        # One number is held as itself and not in a list, and a band's hashes as one: most of the memory is here.
-        self._bands: list[dict[int, int | list[int]]] = [{} for _ in range(PERMUTATIONS // self._rows)]
-        self._kept: list[np.ndarray] = []
+        self._bands = _Bands()
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this is)
+        self._ends = array("Q", [0])  # of each kept text's threes, in the file
         self._crc: dict[str, int] = {}
 
     def before(self, text: str) -> bool:
@@ -239,28 +265,27 @@ class Seen:
 
         threes = self._threes(text)
         hashes = ((threes[:, None] * self._a + self._b) % np.uint64(PRIME)).min(axis=0)
-        keys = [hash(hashes[at * self._rows : (at + 1) * self._rows].tobytes()) for at in range(len(self._bands))]
-        met: set[int] = set()
-        for band, key in zip(self._bands, keys, strict=True):
-            held = band.get(key, [])
-            met.update([held] if isinstance(held, int) else held)
-        for number in met:
-            other = self._kept[number]
+        starts = range(0, PERMUTATIONS // self._rows * self._rows, self._rows)
+        keys = [hash((at, hashes[at : at + self._rows].tobytes())) for at in starts]
+        for number in self._bands.met(keys):
+            other = self._kept(number)
             if min(len(threes), len(other)) < self.similarity * max(len(threes), len(other)):
                 continue
             common = len(np.intersect1d(threes, other, assume_unique=True))
             if common >= self.similarity * (len(threes) + len(other) - common):
                 return True
-        for band, key in zip(self._bands, keys, strict=True):
-            held = band.get(key)
-            if held is None:
-                band[key] = len(self._kept)
-            elif isinstance(held, int):
-                band[key] = [held, len(self._kept)]
-            else:
-                held.append(len(self._kept))
-        self._kept.append(threes)
+        self._bands.add(keys, len(self._ends) - 1)
+        raw = threes.astype(np.uint32).tobytes()  # under PRIME, so 31 bits
+        os.pwrite(self._file.fileno(), raw, self._ends[-1])
+        self._ends.append(self._ends[-1] + len(raw))
         return False
+
+    def _kept(self, number: int) -> np.ndarray:
+        """Return the threes of a text that was kept: uint32 [threes]."""
+        import numpy as np
+
+        start, end = self._ends[number], self._ends[number + 1]
+        return np.frombuffer(os.pread(self._file.fileno(), end - start, start), dtype=np.uint32)
 
     def _threes(self, text: str) -> np.ndarray:
         """Return the distinct threes of words as numbers under PRIME: uint64 [threes]."""
@@ -273,6 +298,53 @@ class Seen:
         for at in range(SHINGLE):
             mixed = (mixed * np.uint64(1_000_003) + found[at : at + len(mixed)]) % np.uint64(PRIME)
         return np.unique(mixed)
+
+
+class _Bands:
+    """Map hashes of bands to the numbers of the texts that have them: the newest in a dictionary, the others in sorted arrays, of
+    which each is at least twice as long as the next (a log-structured merge).
+    """
+
+    NEWEST = 1 << 15  # hashes in the dictionary, at most
+
+    def __init__(self) -> None:
+        self._new: dict[int, list[int]] = {}
+        self._count = 0
+        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def met(self, keys: Sequence[int]) -> set[int]:
+        """Return the numbers of the texts with one of these hashes."""
+        import numpy as np
+
+        found = {number for key in keys for number in self._new.get(key, ())}
+        wanted = np.asarray(keys, dtype=np.int64)
+        for hashes, numbers in self._sorted:
+            first = np.searchsorted(hashes, wanted)
+            for at in np.flatnonzero(hashes[np.minimum(first, len(hashes) - 1)] == wanted):
+                end = np.searchsorted(hashes, wanted[at], side="right")
+                found.update(numbers[first[at] : end].tolist())
+        return found
+
+    def add(self, keys: Iterable[int], number: int) -> None:
+        """Note that a text has these hashes."""
+        for key in keys:
+            self._new.setdefault(key, []).append(number)
+            self._count += 1
+        if self._count >= self.NEWEST:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Put what is new into the arrays."""
+        import numpy as np
+
+        hashes = np.asarray([key for key, numbers in self._new.items() for _ in numbers], dtype=np.int64)
+        numbers = np.asarray([one for found in self._new.values() for one in found], dtype=np.uint32)
+        self._new, self._count = {}, 0
+        while self._sorted and len(self._sorted[-1][0]) < 2 * len(hashes):
+            older = self._sorted.pop()
+            hashes, numbers = np.concatenate([older[0], hashes]), np.concatenate([older[1], numbers])
+        order = np.argsort(hashes, kind="stable")
+        self._sorted.append((hashes[order], numbers[order]))
 
 
 def band_rows(similarity: float) -> int:

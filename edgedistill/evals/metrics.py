@@ -2,8 +2,8 @@
 
 A text metric maps (answer, reference) to a Score between 0 and 1; one that ``needs_problem`` is given ``Row.problem``, too: the
 problem of reasoning-gym, and the row's tests. A likelihood metric (perplexity) scores the
-reference's tokens under the model and needs no answer; ``evals.likelihood`` computes it. No torch, no numpy: ``plan``
-looks names up.
+reference's tokens under the model and needs no answer; ``evals.likelihood`` computes it. ``python:FILE:FUNCTION`` is a function of
+the user's (``evals/own_metric.py``). No torch, no numpy: ``plan`` looks names up.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from edgedistill.data.thinking import split
-from edgedistill.errors import UsageError
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals import mathematics, own_metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,9 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """Describe one metric; ``function`` is that of kind "text"."""
+    """Describe one metric; ``function`` is that of kind "text". ``reads_reference``: what an empty answer scores against a
+    reference tells whether the metric can read that. ``compares``: it tells of any two answers whether they say the same.
+    """
 
     name: str
     kind: Literal["text", "likelihood"]
@@ -39,6 +45,8 @@ class Metric:
     function: Callable[..., Score] | None = None
     needs_problem: bool = False
     waits: bool = False  # for other processes: several answers are scored at a time
+    reads_reference: bool = True
+    compares: bool = True
 
     def __call__(self, answer: str, reference: str, problem: Mapping[str, Any] | None = None) -> Score:
         """Score one answer. Raises UsageError for a likelihood metric, which has no answer to score, and without a problem
@@ -50,13 +58,18 @@ class Metric:
             return self.function(answer, reference, problem)
         return self.function(answer, reference)
 
-    def score_all(self, cases: Iterable[tuple[str, str, Mapping[str, Any] | None]]) -> list[Score]:
-        """Score (answer, reference, problem), in their order."""
+    def score_all(self, cases: Iterable[tuple[str, tuple[str, str, Mapping[str, Any] | None]]]) -> list[Score]:
+        """Score (row's id, (answer, reference, problem)), in their order."""
+
+        def one(case: tuple[str, tuple[str, str, Mapping[str, Any] | None]]) -> Score:
+            with judging(case[0]):
+                return self(*case[1])
+
         if not self.waits:
-            return [self(*case) for case in cases]
+            return [one(case) for case in cases]
         from edgedistill.evals.execution import at_once
 
-        return list(at_once(lambda case: self(*case), cases))
+        return list(at_once(one, cases))
 
 
 class _Invalid(ValueError):
@@ -206,12 +219,70 @@ def execution(answer: str, reference: str, problem: Mapping[str, Any] | None) ->
     return Score(value=float(not why), details={"why": why} if why else {})
 
 
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans(
+    "", "", string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u00bf\u00a1\u00ab\u00bb"
+)
+
+
+def normalised_text(text: str) -> str:
+    """Return a text without what SQuAD's evaluation leaves out (Rajpurkar et al. 2016, arXiv:1606.05250): case, punctuation,
+    English articles, and spaces beyond one between words. Typographic punctuation counts as punctuation.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_NO_PUNCTUATION)).split())
+
+
+def normalised(answer: str, reference: str) -> Score:
+    """Score 1 if the answer is the reference but for case, punctuation, articles and spacing. A text of nothing else (an article, a
+    sign) is compared as it is.
+    """
+    one, other = normalised_text(answer), normalised_text(reference)
+    return Score(value=float(one == other if other else answer.strip() == reference.strip()))
+
+
+def numeric(answer: str, reference: str) -> Score:
+    """Score 1 if the last number of the answer is the last one of the reference. Details: ``number``, the answer's. Raises
+    UsageError for a reference without a number.
+    """
+    wanted, given = mathematics.last_number(reference), mathematics.last_number(answer)
+    if wanted is None:
+        raise UsageError(
+            f"numeric: the reference has no number: {reference[:80]!r}", "Correct the row, or choose another metric."
+        )
+    right = given is not None and mathematics.same_number(given, wanted)
+    return Score(value=float(right), details={"number": None if given is None else given.value})
+
+
+def math_verify(answer: str, reference: str) -> Score:
+    """Score 1 if the answer's mathematics is that of the reference. Raises UsageError for a reference that is none."""
+    return Score(value=float(mathematics.same_mathematics(answer, reference)))
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric(name="json-exact", kind="text", summary="equal JSON value, types included", function=json_exact),
         Metric(name="exact", kind="text", summary="equal text, outer spaces aside", function=exact),
-        Metric(name="contains", kind="text", summary="the reference stands in the answer", function=contains),
+        Metric(
+            name="contains",
+            kind="text",
+            summary="the reference stands in the answer",
+            function=contains,
+            compares=False,
+        ),
+        Metric(
+            name="normalised",
+            kind="text",
+            summary="equal text but for case, punctuation, articles and spacing",
+            function=normalised,
+        ),
+        Metric(name="numeric", kind="text", summary="the same last number", function=numeric),
+        Metric(
+            name="math-verify",
+            kind="text",
+            summary="the same mathematics, by the library math-verify",
+            function=math_verify,
+        ),
         Metric(
             name="tool-calls", kind="text", summary="the same calls, or none where none are due", function=tool_calls
         ),
@@ -221,6 +292,7 @@ METRICS: dict[str, Metric] = {
             summary="right by the verifier of the row's problem",
             function=reasoning_gym,
             needs_problem=True,
+            compares=False,
         ),
         Metric(
             name="execution",
@@ -229,6 +301,8 @@ METRICS: dict[str, Metric] = {
             function=execution,
             needs_problem=True,
             waits=True,
+            reads_reference=False,
+            compares=False,
         ),
         Metric(
             name="perplexity",
@@ -254,15 +328,37 @@ def _after_thinking(metric: Metric) -> Metric:
     return dataclasses.replace(metric, name=AFTER_THINKING + metric.name, function=score)
 
 
-def find_metric(name: str) -> Metric:
-    """Return the metric of that name, ``think:NAME`` for the text metric NAME after thinking. Raises UsageError with
-    did-you-mean.
+def find_metric(name: str, folder: Path = Path()) -> Metric:
+    """Return the metric of that name, ``think:NAME`` for the text metric NAME after thinking; the file of a function of the user's
+    lies in ``folder``. Raises UsageError with did-you-mean.
     """
     if name in METRICS:
         return METRICS[name]
-    inner = METRICS.get(name.removeprefix(AFTER_THINKING))
+    plain = name.removeprefix(AFTER_THINKING)
+    inner = METRICS.get(plain) or (_own(plain, folder) if own_metric.NAME.fullmatch(plain) else None)
     if inner is not None and inner.kind == "text":
-        return _after_thinking(inner)
+        return _after_thinking(inner) if plain != name else inner
     close = difflib.get_close_matches(name, METRICS, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    raise UsageError(f"unknown metric {name!r}", f"{hint}Metrics: {', '.join(METRICS)}.")
+    raise UsageError(f"unknown metric {name!r}", f"{hint}Metrics: {', '.join(METRICS)}, python:FILE:FUNCTION.")
+
+
+def _own(name: str, folder: Path) -> Metric:
+    def score(answer: str, reference: str) -> Score:
+        return Score(value=own_metric.call(name, folder, answer, reference))
+
+    return Metric(name=name, kind="text", summary="a function of one's own", function=score, reads_reference=False)
+
+
+def shown_name(name: str) -> str:
+    """Return a metric's name as people write it, without a digest."""
+    return name.partition("@")[0] if name.startswith((own_metric.PREFIX, AFTER_THINKING + own_metric.PREFIX)) else name
+
+
+@contextmanager
+def judging(row_id: str) -> Iterator[None]:
+    """Say of a function of the user's that fails on which row it did. Raises StepFailed."""
+    try:
+        yield
+    except own_metric.MetricFailed as error:
+        raise StepFailed(f"row {row_id!r}: {error.message}", error.hint) from error.__cause__

@@ -182,7 +182,8 @@ def evaluate(
     answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
     results = []
     scores = metric.score_all(
-        (answer.text, reference, row.problem) for row, reference, answer in zip(rows, references, answers, strict=True)
+        (row.id, (answer.text, reference, row.problem))
+        for row, reference, answer in zip(rows, references, answers, strict=True)
     )
     for row, reference, answer, score in zip(rows, references, answers, scores, strict=True):
         results.append(
@@ -249,7 +250,7 @@ def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:
 def _reference(row: Row, metric: Metric) -> str:
     if row.reference is None:
         raise UsageError(f"row {row.id!r} has no reference to score against", 'Add "reference": "..." to the row.')
-    if metric.kind == "text":
+    if metric.kind == "text" and metric.reads_reference:
         try:
             metric("", row.reference, row.problem)  # reads the reference: a wrong one must not cost a decoded suite
         except UsageError as error:

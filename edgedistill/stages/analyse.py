@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from edgedistill.data.corrections import to_analyse
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
-from edgedistill.evals.metrics import AFTER_THINKING, find_metric
+from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
 
@@ -30,21 +31,24 @@ class Analyse(Stage):
     corrections: int
     metric: str
     rows: tuple[Row, ...] = unkeyed()
+    folder: Path = unkeyed(default=Path())  # the recipe's, where the file of a metric lies
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Judge, and write kept rows and lessons."""
         rejected = map(json.loads, ctx.path(self.kept, "rejected.jsonl").read_text().splitlines())
         asked = {row.id: row for row in to_analyse(self.rows, rejected, self.corrections)}
         answers = [json.loads(line) for line in ctx.path(self.analyses, "rows.jsonl").read_text().splitlines()]
-        metric, lessons, left = find_metric(AFTER_THINKING + self.metric), [], []
+        metric, lessons, left = find_metric(AFTER_THINKING + self.metric, self.folder), [], []
         for answer in answers:
             row, why = asked[answer["id"]], ""
             if answer["finish"] != "stop" or not split(answer["text"]).answer:
                 why = "did not end"
             elif split(answer["text"]).empty:
                 why = "no analysis"
-            elif metric(answer["text"], row.reference or "", row.problem).value < 1:
-                why = f"reference ({self.metric})"
+            else:
+                with judging(row.id):
+                    score = metric(answer["text"], row.reference or "", row.problem)
+                why = "" if score.value == 1 else f"reference ({shown_name(self.metric)})"
             if why:
                 left.append({**answer, "why": why})
                 continue

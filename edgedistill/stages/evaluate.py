@@ -49,9 +49,11 @@ class Evaluate(Stage):
     isa: str
     rows: Mapping[str, tuple[Row, ...]] = unkeyed()
     server: Server | None = unkeyed(default=None)  # that of a teacher whose weights are not here
+    folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Answer, score, compare distributions."""
+        from edgedistill.evals.metrics import find_metric
         from edgedistill.evals.suites import evaluate
 
         facts: dict[str, Any] = {"suites": {}, "likelihood": {}}
@@ -68,7 +70,7 @@ class Evaluate(Stage):
                     result = evaluate(
                         runner,
                         _with_shots(rows, self.shots),
-                        suite.metric,
+                        find_metric(suite.metric, self.folder),
                         max_new_tokens=suite.max_new_tokens,
                         grammar=grammar,
                         progress=lambda done, total, note, label=label: ctx.progress(done, total, label),

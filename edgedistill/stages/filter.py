@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
@@ -27,13 +28,16 @@ from edgedistill.data.filters import (
     personal,
     refuses,
     schema_validator,
+    supports,
 )
+from edgedistill.data.grades import judged, read_grades
+from edgedistill.data.language import other_language
 from edgedistill.data.prompts import Row
 from edgedistill.data.recovery import UNWANTED
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
-from edgedistill.evals.metrics import AFTER_THINKING, find_metric
+from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, later, unkeyed
 
@@ -65,6 +69,17 @@ def _because(kind: str, why: str) -> str:
     return f"{kind}: {why}" if why else ""
 
 
+def _with_grades(ctx: Context, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a filter with the grades themselves in the place of the step that made them."""
+    if "grades" not in spec:
+        return spec
+    steps = [spec["grades"]] if isinstance(spec["grades"], Key) else spec["grades"]
+    return {
+        **spec,
+        "grades": {row: grade for key in steps for row, grade in read_grades(ctx.path(key, "grades.jsonl")).items()},
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filter(Stage):
     """Apply the recipe's filters in order: to ``answers`` and those of ``others`` (name, entry of generate). Where a teacher
@@ -81,6 +96,7 @@ class Filter(Stage):
     failed: Key | None = later(None)
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
+    folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
@@ -100,7 +116,7 @@ class Filter(Stage):
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
         out: set[str] = set()  # prompts that are not to be taught, by whatever text
         for spec in self.filters:
-            before = sum(map(len, alive.values()))
+            before, spec = sum(map(len, alive.values())), _with_grades(ctx, spec)
             judge = self.executed(spec, rows, alive, ctx) if spec["kind"] == "execution" else self.judge(spec)
             for row_id, found in alive.items():
                 judged = judge(rows[row_id], found)
@@ -225,16 +241,21 @@ class Filter(Stage):
             return lambda row, found: _first(best(found, **chosen), found)
         if kind == "agreement":
             same, share = self.same(spec), spec.get("share", SHARE)
-            return lambda row, found: [
-                (a, "" if good else kind)
-                for a, good in zip(found, agreeing([self.shown(a["text"]) for a in found], same, share), strict=True)
-            ]
+
+            def agree(row: Row, found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+                with judging(row.id):
+                    good = agreeing([self.shown(a["text"]) for a in found], same, share)
+                return [(a, "" if one else kind) for a, one in zip(found, good, strict=True)]
+
+            return agree
         if kind == "duplicates":
             seen = Seen(spec.get("similarity", SIMILARITY))
             return lambda row, found: [(a, kind if seen.before("\n".join(self.taught(row, a))) else "") for a in found]
         if kind == "decontaminate":
             suites = Contamination(self.suites, spec.get("words", COPIED_WORDS))
             return lambda row, found: [(a, _as_in(kind, suites.found_in(self.taught(row, a)))) for a in found]
+        if "grades" in spec:
+            return lambda row, found: judged(spec, spec["grades"], found)
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
@@ -265,14 +286,22 @@ class Filter(Stage):
             return lambda row, text: _because(kind, malformed(self.shown(text), **form))
         if kind == "refusals":
             return lambda row, text: kind if refuses(self.shown(text)) else ""
+        if kind == "language":
+            languages = spec["languages"]
+            return lambda row, text: _because(kind, other_language(self.shown(text), languages))
         if kind == "pii":
             return lambda row, text: _because(kind, personal(text))
-        why = f"reference ({spec['metric']})" if kind == "reference" else kind
-        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.problem) else why
+        why = f"reference ({shown_name(spec['metric'])})" if kind == "reference" else kind
+
+        def judge(row: Row, text: str) -> str:
+            with judging(row.id):
+                return "" if self.passes(spec, text, row.reference or "", row.problem) else why
+
+        return judge
 
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""
-        metric = find_metric(spec["metric"])
+        metric = find_metric(spec["metric"], self.folder)
 
         def alike(one: str, other: str) -> bool:
             if one.strip() == other.strip():
@@ -288,7 +317,7 @@ class Filter(Stage):
         self, spec: Mapping[str, Any], text: str, reference: str, problem: Mapping[str, Any] | None = None
     ) -> bool:
         """Tell whether one answer is right."""
-        return find_metric(spec["metric"])(text, reference, problem).value == 1.0
+        return find_metric(spec["metric"], self.folder)(text, reference, problem).value == 1.0
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what the student learns from one kept answer."""
@@ -337,7 +366,14 @@ class ThinkingFilter(Filter):
         if spec["kind"] == "thinking":
             words, most = split(text).words, spec.get("max_words")
             return words >= spec.get("min_words", LEAST_WORDS) and (most is None or words <= most)
-        return find_metric(AFTER_THINKING + spec["metric"])(text, reference, problem).value == 1.0
+        return find_metric(AFTER_THINKING + spec["metric"], self.folder)(text, reference, problem).value == 1.0
+
+    def single(self, spec: Mapping[str, Any]) -> Callable[[Row, str], str]:
+        """Return what says why one answer does not pass a filter: of thinking, too, that it comes to something else."""
+        judge = super().single(spec)
+        if not spec.get("supports"):
+            return judge
+        return lambda row, text: judge(row, text) or ("" if supports(text) else "thinking: does not come to the answer")
 
     def lessons(self, line: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the text whole, or in the style ``rationale`` the answer, and the rationale as a task of its own."""

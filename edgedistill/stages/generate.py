@@ -270,6 +270,38 @@ class GenerateRecovery(Generate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Judge(Generate):
+    """Ask a judge what each of the ``answers`` is worth by a ``rubric``: a score of 1 to 5, or, ``against`` the reference, which of
+    the two is better, once in each order. Its verdicts are rows like any answer; ``grades.jsonl`` is what is read in them.
+    """
+
+    name: ClassVar[str] = "grade"
+    answers: Key
+    rubric: str
+    against: str
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Ask what was not asked before, and read the verdicts."""
+        from edgedistill.data.grades import histogram, write_grades
+        from edgedistill.data.judging import grades
+
+        asked = super().run(ctx)
+        lines = map(json.loads, (ctx.out / "rows.jsonl").read_text().splitlines())
+        found = grades(self._answers(ctx), {one["id"]: one["text"] for one in lines}, against=bool(self.against))
+        write_grades(ctx.out / "grades.jsonl", found)
+        return {**asked, "grades": {"kind": "judge", "n": len(found), "histogram": histogram(found)}}
+
+    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+        """Return what the judge is asked."""
+        from edgedistill.data.judging import to_judge
+
+        return tuple(to_judge(self.rows, self._answers(ctx), self.rubric, against=bool(self.against)))
+
+    def _answers(self, ctx: Context) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateFailed(Generate):
     """Ask only what the student gets wrong: the rows whose answers in ``student``, its evaluation on them as the suite
     ``suite``, miss the reference or do not end.

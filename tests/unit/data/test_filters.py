@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -18,8 +19,10 @@ from edgedistill.data.filters import (
     personal,
     refuses,
     schema_validator,
+    supports,
 )
 from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import join
 from edgedistill.errors import UsageError
 
 SCHEMA = {
@@ -183,6 +186,19 @@ def test_near_duplicates_by_the_thousand() -> None:
     ]
 
 
+def test_near_duplicates_are_found_in_what_was_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "edgedistill.data.filters._Bands.NEWEST", 50
+    )  # a few texts, so that arrays are merged many times
+    rng = random.Random(2)
+    base = [" ".join(rng.choice(WORDS) for _ in range(20)) for _ in range(200)]
+    seen = Seen(0.8)
+    assert not any(seen.before(text) for text in base)
+    lengths = [len(hashes) for hashes, _ in seen._bands._sorted]
+    assert len(lengths) > 1 and all(one >= 2 * other for one, other in itertools.pairwise(lengths))
+    assert all(seen.before(text) for text in reversed(base))
+
+
 @pytest.mark.parametrize("similarity", [0.3, 0.5, 0.8, 0.9, 1.0])
 def test_bands_miss_at_most_one_in_a_hundred(similarity: float) -> None:
     rows = band_rows(similarity)
@@ -226,3 +242,23 @@ def test_what_many_rows_of_a_suite_say_is_its_template() -> None:
     contamination = Contamination({"suite": rows}, 8)
     assert contamination.found_in(["Turn this sentence into one function call for the phone please: wake me"]) == ""
     assert contamination.found_in([rows[3].messages[1]["content"]]) == "suite r3"
+
+
+@pytest.mark.parametrize(
+    ("block", "answer", "good"),
+    [
+        ("9 eggs at 2 dollars make 18.", "The answer is $18.00.", True),
+        ("9 eggs at 2 dollars make 18.", "19", False),
+        ("It is 18, or is it 17?", "18", True),  # it stands there
+        ("It is 18, or is it 17?", "She gets $18", False),  # and the last word is another
+        ("Paris has the tower, so Paris.", "Paris!", True),
+        ("Lyon has the tower.", "Paris", False),
+        ("They want to be comparisons.", "Paris", False),  # whole words
+        ("I add 40 and 2, which is 42.", "Adding the two numbers that you gave me comes to 42 in all.", True),
+        ("I add 40 and 2, which is 43.", "Adding the two numbers that you gave me comes to 42 in all.", False),
+        ("Something about the sea.", "The old man went out to fish alone and came home with a skeleton.", True),
+    ],
+)
+def test_a_block_has_to_come_to_its_answer(block: str, answer: str, good: bool) -> None:
+    assert supports(join("think", block, answer)) is good
+    assert supports(join("explanation", block, answer)) is good

@@ -49,7 +49,7 @@ def test_the_code_of_an_answer(answer: str, code: str) -> None:
 def test_code_is_judged_by_the_rows_tests() -> None:
     metric = find_metric("execution")
     cases = [GOOD, f"So:\n```python\n{GOOD}```", BAD, "no code here!", "```json\n{}\n```", "import os; os._exit(0)"]
-    scores = metric.score_all((answer, "a reference", PROBLEM) for answer in cases)
+    scores = metric.score_all(("row", (answer, "a reference", PROBLEM)) for answer in cases)
     assert [score.value for score in scores] == [1, 1, 0, 0, 0, 0]
     why = [score.details.get("why") for score in scores]
     assert why == [None, None, "AssertionError", "SyntaxError", "no code", "ended before its tests"]

@@ -358,3 +358,18 @@ def test_answers_are_believed_that_most_samples_give(tmp_path: Path) -> None:
     ]
     facts, read = run(folder, think, thoughts)
     assert facts["kept"] == 2
+
+
+def test_thinking_that_comes_to_something_else_is_dropped_where_that_is_asked(tmp_path: Path) -> None:
+    answers = [
+        ("a", join("think", "Two and two make 5.", "4"), "stop"),
+        ("b", join("think", "They make 4.", "4"), "stop"),
+    ]
+    for name, more, whys in (("off", {}, []), ("on", {"supports": True}, ["thinking: does not come to the answer"])):
+        spec = {"kind": "thinking", "otherwise": "drop", **more}
+        stage = ThinkingFilter(
+            answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("a", "b"), style="think"
+        )
+        (tmp_path / name).mkdir()
+        _, read = run(tmp_path / name, stage, answers)
+        assert [one["why"] for one in read("rejected.jsonl")] == whys

@@ -1,0 +1,97 @@
+"""What a model thinks of answers, one number each, and what passes: grades are made once and read again by every threshold.
+
+A file of grades is JSONL, one line an answer: its key in the row store ("row") and its "grade", null where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+Grades = Mapping[str, float | None]
+MISSING = {
+    "perplexity": "longer than the model's context",
+    "reward": "longer than the model's context",
+    "judge": "no verdict",
+}
+"""What it means that an answer has no grade."""
+
+
+def write_grades(path: Path, grades: Grades) -> None:
+    """Write the grades of answers, by the answers' keys, in the order of the keys."""
+    with path.open("w") as file:
+        for key in sorted(grades):
+            file.write(line(key, grades[key]))
+
+
+def line(key: str, grade: float | None) -> str:
+    """Return one line of a file of grades."""
+    return json.dumps({"row": key, "grade": grade}) + "\n"
+
+
+def read_grades(path: Path, *, partial: bool = False) -> dict[str, float | None]:
+    """Read a file of grades; of a ``partial`` one the last line may be cut, and is left out."""
+    found: dict[str, float | None] = {}
+    for text in path.read_text().splitlines(keepends=True):
+        if partial and not text.endswith("\n"):
+            break
+        one = json.loads(text)
+        found[one["row"]] = one["grade"]
+    return found
+
+
+def told(grades: Grades) -> dict[str, Any]:
+    """Return how grades are spread, to choose a threshold by: how many there are, quantiles, the least and the greatest."""
+    values = sorted(value for value in grades.values() if value is not None)
+    spread: dict[str, Any] = {"n": len(values), "none": len(grades) - len(values)}
+    if values:
+        spread |= {"min": values[0], "max": values[-1]}
+        spread["quantiles"] = {f"{share:g}": values[math.floor(share * (len(values) - 1) + 0.5)] for share in QUANTILES}
+    return spread
+
+
+def histogram(grades: Grades) -> dict[str, int]:
+    """Return how many answers have each grade; "none" where the judge gave no verdict."""
+    found: dict[str, int] = {}
+    for value in sorted(grades.values(), key=lambda one: (one is None, one or 0.0)):
+        name = "none" if value is None else f"{value:g}"
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def judged(
+    spec: Mapping[str, Any], grades: Grades, found: Sequence[dict[str, Any]]
+) -> list[tuple[dict[str, Any], str]]:
+    """Return the answers to one prompt, each with why it does not pass ("" where it does), by the thresholds of a filter: ``min``,
+    ``max``, and ``keep``, so many of the highest grades. The order stays.
+    """
+    whys = [_why(spec, grades[answer["row"]]) for answer in found]
+    if "keep" in spec:
+        good = [at for at, why in enumerate(whys) if not why]
+        order = sorted(good, key=lambda at: -(grades[found[at]["row"]] or 0.0))  # of equal ones, the first drawn
+        seen: set[str] = set()
+        best = []
+        for at in order:  # texts that differ, as kind = "best" keeps them
+            if len(best) < spec["keep"] and found[at]["text"] not in seen:
+                best.append(at)
+                seen.add(found[at]["text"])
+        for at in set(good) - set(best):
+            whys[at] = f"{spec['kind']}: not among the best {spec['keep']}"
+    return list(zip(found, whys, strict=True))
+
+
+def _why(spec: Mapping[str, Any], grade: float | None) -> str:
+    kind, least, most = spec["kind"], spec.get("min"), spec.get("max")
+    if grade is None:
+        return f"{kind}: {MISSING[kind]}"
+    if spec.get("against"):
+        return "" if grade > 0 else f"{kind}: loses to the {spec['against']}"
+    if most is not None and grade > most:
+        return f"{kind}: {grade:.4g} over {most:g}"
+    if least is not None and grade < least:
+        return f"{kind}: {grade:.4g} under {least:g}"
+    return ""

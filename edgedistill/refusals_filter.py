@@ -1,0 +1,75 @@
+"""What can be refused of metrics and filters before anything runs: libraries, files and models that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgedistill.data.language import LANGUAGES
+from edgedistill.data.prompts import Row
+from edgedistill.data.thinking import split
+from edgedistill.errors import RecipeError, UsageError
+from edgedistill.evals import mathematics
+from edgedistill.evals.metrics import METRICS
+from edgedistill.inputs import Inputs, keyed_metric
+from edgedistill.models import labels_of
+
+
+def refuse_metrics(inputs: Inputs) -> None:
+    """Refuse math-verify without the library, functions of the user's that are not there, and references without a number."""
+    for key, metric, rows in _metrics(inputs):
+        keyed_metric(inputs, metric, key)
+        if metric == "math-verify" and not mathematics.installed():
+            raise RecipeError("math-verify is not installed", mathematics.INSTALL, key=key, file=inputs.path)
+        for row in rows if metric == "numeric" else ():
+            try:
+                METRICS[metric]("", split(row.reference or "").answer)
+            except UsageError as error:
+                raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
+
+
+def refuse_languages(inputs: Inputs) -> None:
+    """Refuse languages that are not told apart."""
+    for at, one in enumerate(inputs.recipe.filter):
+        if missing := [code for code in one.languages if code not in LANGUAGES]:
+            raise RecipeError(
+                f"there is no language {missing[0]!r} among those that are told apart",
+                f"known: {' '.join(LANGUAGES)}",
+                key=f"filter.{at}.languages",
+                file=inputs.path,
+            )
+
+
+def refuse_graders(inputs: Inputs) -> None:
+    """Refuse filters by a model whose weights are not here, classifiers with other labels, and a judge that cannot be run."""
+    from edgedistill.teachers.vllm import find_python
+
+    recipe = inputs.recipe
+    away = "stands behind a server" if recipe.teacher.backend == "openai" else "is a GGUF file that llama.cpp runs"
+    for at, one in enumerate(recipe.filter):
+        told: tuple[str, str] | None = None
+        if one.kind == "perplexity" and one.model == "teacher" and recipe.teacher.backend != "transformers":
+            told = (f"the teacher {away}: its weights are not here", 'take "student", or a source of weights')
+        elif one.kind == "reward" and one.model and one.model in inputs.graders:
+            labels = labels_of(inputs.graders[one.model].path)
+            if len(labels) == 1 and one.label is not None:
+                told = (f"{one.model} gives one score and has no labels", f"leave filter.{at}.label out")
+            elif len(labels) > 1 and one.label not in labels:
+                told = (f"{one.model} has several labels: {', '.join(labels)}", f"name one: filter.{at}.label")
+        if told is not None:
+            raise RecipeError(*told, key=f"filter.{at}.model", file=inputs.path)
+    judge, model = recipe.judge, inputs.judge
+    if judge is not None and judge.vllm is not None and find_python() is None:
+        raise RecipeError(
+            "vLLM is not installed", "edgedistill doctor --install vllm", key="judge.vllm", file=inputs.path
+        )
+    if judge is not None and model is not None and judge.backend == "llama_cpp" and not model.path.is_file():
+        raise RecipeError(f"{model.path} is no GGUF file", "leave backend out", key="judge.backend", file=inputs.path)
+
+
+def _metrics(inputs: Inputs) -> Iterator[tuple[str, str, tuple[Row, ...]]]:
+    """Yield each metric that is used, with its key and the rows whose references it reads."""
+    for name, suite in inputs.recipe.suites.items():
+        yield f"suites.{name}.metric", suite.metric, inputs.suites[name]
+    for at, one in enumerate(inputs.recipe.filter):
+        if one.kind in ("reference", "agreement"):
+            yield f"filter.{at}.metric", one.metric, inputs.prompts if one.kind == "reference" else ()
