@@ -246,7 +246,7 @@ def _named(path: Path, names: Callable[[Any], list[str]]) -> list[str]:
         found = [str(name) for name in names(json.loads(_read(path)))]
     except (ValueError, KeyError, TypeError):
         found = [""]
-    if any(Path(name).name != name for name in found):
+    if any(not name or Path(name).name != name for name in found):
         raise UsageError(f"{path}: not as datasets writes it", "Save the set anew: save_to_disk")
     return found
 
