@@ -1,12 +1,13 @@
-"""The verbs on what a recipe learns from: ``data make`` writes rows of reasoning-gym's problems, ``data show`` prints what was
-kept, or rejected and why (``data pairs``: cli.py).
+"""The verbs on what a recipe learns from: ``data make`` writes rows of reasoning-gym's problems, ``data import`` turns files of
+others into rows, ``data show`` prints what was kept, or rejected and why, and ``data export`` writes what was kept for others
+(``data pairs``: cli.py).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -74,3 +75,70 @@ def show(
         notes = [f"{count} x {reason}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1])]
         print_table(Sheet(title="", columns=("id", column, "text"), rows=cells, notes=notes))
     typer.echo(f"{len(shown)} of {len(found)} rows", err=True)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="JSONL, JSON, CSV, TSV, Parquet, or a folder of datasets' save_to_disk")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the JSONL file; stdout when left out")] = None,
+    template: Annotated[str | None, typer.Option(help="writes the prompt from the columns: {topic}")] = None,
+    system: Annotated[str | None, typer.Option(help="system message of rows that have none")] = None,
+    reference: Annotated[str | None, typer.Option(help="the column that holds the wanted answer")] = None,
+    split: Annotated[str | None, typer.Option(help="take the rows of this split alone")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="take the rows with this tag (repeatable: any of them)")] = None,
+    traces: Annotated[bool, typer.Option(help="keep conversations whole, for the style tool-trace")] = False,
+) -> None:
+    """Write the rows of a file in another container or form (Alpaca, ShareGPT, OpenAI's, …) as JSONL of ours."""
+    from edgedistill.data.columns import Columns, template_problem
+    from edgedistill.data.prompts import load_rows
+    from edgedistill.data.sources import as_lines, write_records
+    from edgedistill.errors import UsageError
+
+    if template is not None and (problem := template_problem(template)):
+        raise UsageError(f"--template: {problem}", "--template 'Explain {topic} to a child.'")
+    if output is not None and output.suffix != ".jsonl":
+        raise UsageError(f"{output}: rows are written as JSONL", f"-o {output.with_suffix('.jsonl')}")
+    columns = Columns(template=template, system=system, reference=reference, split=split, tags=tuple(tag or ()))
+    found = [row.to_json() for row in load_rows(file, traces=traces, columns=columns)]
+    if output is None:
+        typer.echo(as_lines(found), nl=False)
+    else:
+        write_records(output, found)
+    references = sum("reference" in row for row in found)
+    typer.echo(f"{len(found)} rows, {references} with a reference", err=True)
+
+
+@app.command("export")
+def export(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
+    as_: Annotated[
+        Literal["jsonl", "alpaca", "sharegpt", "parquet"], typer.Option("--as", help="the form of the rows")
+    ] = "jsonl",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="the file; of the name's ending .json: one list. Else stdout")
+    ] = None,
+    step: Annotated[str, typer.Option(help="which step of filter: filter, filter/round-1")] = "filter",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key (repeatable)")] = None,
+) -> None:
+    """Write what the filters kept, for other trainers: the text that is learnt is the row's reference."""
+    from edgedistill.data.forms import exported
+    from edgedistill.data.kept import kept_rows
+    from edgedistill.data.sources import as_lines, write_records
+    from edgedistill.errors import UsageError
+    from edgedistill.session import prepare
+    from edgedistill.toml_source import parse_override
+
+    parquet = output is not None and output.suffix == ".parquet"
+    if as_ == "parquet" and not parquet:
+        raise UsageError("--as parquet: a Parquet file is no text", "-o kept.parquet")
+    overrides = dict(parse_override(text) for text in set_ or [])
+    session = prepare(recipe, overrides=overrides, note=lambda text: typer.echo(text, err=True))
+    entry = session.store.load(session.plan.match(step)[0].key)
+    if entry is None or not (entry.path / "kept.jsonl").is_file():
+        raise UsageError(f"{step}: nothing is filtered yet", f"edgedistill build {recipe} --until {step}")
+    found = exported(kept_rows(entry.path), as_)
+    if output is None:
+        typer.echo(as_lines(found), nl=False)
+    else:
+        write_records(output, found)
+    typer.echo(f"{len(found)} rows", err=True)

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.chat import read_chat
+from edgedistill.data.columns import ColumnError, Columns
 from edgedistill.data.corrections import WRONG
-from edgedistill.data.prompts import Row, load_rows
+from edgedistill.data.prompts import Row, picked, placed_rows
+from edgedistill.data.sources import is_source
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.models import ModelFacts, Resolved
-from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
-from edgedistill.recipe_base import Shaped, Training
+from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
+from edgedistill.recipe_base import Shaped, Tabled, Training
 from edgedistill.recipe_distill import Distill
 from edgedistill.served import Server
 from edgedistill.target import Target
@@ -62,26 +64,39 @@ class Inputs:
 
 
 class _Files:
-    """JSONL files beside a recipe, each parsed once however many keys name it; ``traces`` where a row is a whole trace."""
+    """Files of rows beside a recipe, each parsed once however many keys name it; ``traces`` where a row is a whole trace."""
 
     def __init__(self, recipe_path: Path, *, traces: bool = False) -> None:
         self.recipe_path, self.traces = recipe_path, traces
-        self._read: dict[tuple[Path, bool, bool], list[Row]] = {}
+        self._read: dict[tuple[Path, bool, Columns], tuple[list[Row], dict[str, str]]] = {}
 
-    def rows(self, file: Path, key: str, *, reference: bool, tests: bool = False) -> list[Row]:
-        path = self.recipe_path.parent / file
-        if (path, reference, tests) not in self._read:
-            if not path.is_file():
-                raise RecipeError(f"{path}: no such file", f"create it, or mend {key}", file=self.recipe_path, key=key)
-            self._read[path, reference, tests] = load_rows(
-                path, need_reference=reference, need_tests=tests, traces=self.traces
+    def rows(self, file: Path, key: str, columns: Columns, *, reference: bool, tests: bool = False) -> list[Row]:
+        path, made = self.recipe_path.parent / file, columns.made()
+        try:
+            if (path, reference, made) not in self._read:
+                self._check(path, file, key)
+                self._read[path, reference, made] = placed_rows(path, traces=self.traces, columns=made)
+            return picked(*self._read[path, reference, made], path, columns, need_reference=reference, need_tests=tests)
+        except ColumnError as error:
+            table = key.removesuffix("files")
+            raise RecipeError(error.message, error.hint, file=self.recipe_path, key=table + error.key) from None
+
+    def _check(self, path: Path, file: Path, key: str) -> None:
+        if is_source(path) or path.is_dir():  # of another folder, its reader says what to name in it
+            return
+        told = (f"{path}: no such file", f"create it, or mend {key}")
+        if str(file).startswith("hf:"):
+            name = str(file).removeprefix("hf:")
+            told = (
+                f"{file}: data sets of the hub are not fetched here",
+                f"hf download --repo-type dataset --revision COMMIT --local-dir data {name}, and name its Parquet or JSONL files",
             )
-        return self._read[path, reference, tests]
+        raise RecipeError(*told, file=self.recipe_path, key=key)
 
 
 def _read_rows(
     source: _Files,
-    files: Sequence[Path],
+    section: Tabled,
     limit: int | Sequence[int] | None,
     key: str,
     *,
@@ -89,14 +104,14 @@ def _read_rows(
     tests: bool = False,
     skip: int | Sequence[int] = 0,
 ) -> tuple[Row, ...]:
-    """Read the rows of several JSONL files, the first ``limit`` of each after ``skip`` (one count for all files, or one for
+    """Read the rows of a table's files, the first ``limit`` of each after ``skip`` (one count for all files, or one for
     each); the key is named in errors.
     """
     rows: list[Row] = []
-    limits = limit if isinstance(limit, Sequence) else [limit] * len(files)
-    skips = skip if isinstance(skip, Sequence) else [skip] * len(files)
-    for file, most, first in zip(files, limits, skips, strict=True):
-        found = source.rows(file, key, reference=reference, tests=tests)
+    limits = limit if isinstance(limit, Sequence) else [limit] * len(section.files)
+    skips = skip if isinstance(skip, Sequence) else [skip] * len(section.files)
+    for file, most, first in zip(section.files, limits, skips, strict=True):
+        found = source.rows(file, key, section.columns, reference=reference, tests=tests)
         if first >= len(found):
             name = f"{key.partition('.')[0]}.skip"
             raise RecipeError(
@@ -144,9 +159,7 @@ def read_inputs(
             return ()
         skip = getattr(section, "skip", 0)
         tests = name == "prompts" and any(f.kind == "execution" for f in recipe.filter)
-        rows = _read_rows(
-            source, section.files, section.rows, f"{name}.files", reference=reference, tests=tests, skip=skip
-        )
+        rows = _read_rows(source, section, section.rows, f"{name}.files", reference=reference, tests=tests, skip=skip)
         if style == TRACES:
             return by_turn(rows, f"{name}.files")
         if style == "rationale" and name in ("heal", "temperature", "tune"):  # of a student that answers at once
@@ -165,9 +178,9 @@ def read_inputs(
         _refuse_doubles(found, key, path)
         return found
 
-    def suite_rows(name: str, files: Sequence[Path]) -> tuple[Row, ...]:
-        tests = recipe.suites[name].metric == "execution"
-        rows = _read_rows(source, files, None, f"suites.{name}.files", reference=True, tests=tests)
+    def suite_rows(name: str, suite: Suite) -> tuple[Row, ...]:
+        tests = suite.metric == "execution"
+        rows = _read_rows(source, suite, None, f"suites.{name}.files", reference=True, tests=tests)
         if style == TRACES:
             return by_turn(rows, f"suites.{name}.files")
         return with_block(rows, "answer" if style == "rationale" else style)
@@ -184,7 +197,7 @@ def read_inputs(
         tuning=read(recipe.tune, "tune"),
         drafting=read(recipe.draft, "draft", reference=False),
         tempering=read(recipe.temperature, "temperature"),
-        suites={name: suite_rows(name, suite.files) for name, suite in recipe.suites.items()},
+        suites={name: suite_rows(name, suite) for name, suite in recipe.suites.items()},
         others=tuple(others),
         general=_general(_Files(path), recipe),
         link_targets=tuple(map(tuple, link_targets)),
@@ -199,7 +212,7 @@ def _general(source: _Files, recipe: Recipe) -> tuple[Row, ...]:
     keep = recipe.distill.keep
     if keep is None:
         return ()
-    rows = _read_rows(source, keep.files, keep.rows, "distill.keep.files", reference=True)
+    rows = _read_rows(source, keep, keep.rows, "distill.keep.files", reference=True)
     if len(rows) < FEWEST:
         raise RecipeError(
             f"{len(rows)} general rows are too few to keep anything by",

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from edgedistill.data.columns import Columns
 from edgedistill.data.thinking import AFTER, BLOCKS
-from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Training
+from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Tabled, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
@@ -33,7 +34,7 @@ UNLOADABLE = {
 """Heads for speculative decoding that people ask for by name, and why they are refused (llama-cpp-python 0.3.36)."""
 
 
-class Adapt(Training):
+class Adapt(Tabled, Training):
     """Fine-tune the teacher on gold data first."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -50,7 +51,7 @@ class Student(Shaped):
     model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
 
 
-class Heal(Ordered):
+class Heal(Tabled, Ordered):
     """Train the pruned student in full, so that an adapter has something to adapt: on the kept text, or on the
     references of ``files``. ``hidden`` weighs the distance of its hidden states from the teacher's.
     """
@@ -67,8 +68,10 @@ class Heal(Ordered):
     freeze_embeddings: bool = True
 
 
-class Prompts(Section):
-    """The prompts that the teacher answers: JSONL with id, messages | prompt, reference, tags."""
+class Prompts(Tabled):
+    """The prompts that the teacher answers: JSONL, JSON, CSV, TSV or Parquet with id, messages | prompt, reference, tags, split; or
+    with columns of one's own, and a ``template``.
+    """
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
     rows: Rows = None
@@ -135,7 +138,7 @@ class Calibrate(Section):
     rows: Count = 200
 
 
-class Tune(Training):
+class Tune(Tabled, Training):
     """Train the norms of quantized files towards the student that they were made from, whole: what rounding shifted is
     shifted back, and type, size and speed stay. ``skip`` leaves out the first so many rows of each file: text that the
     student was taught shows little of what rounding did.
@@ -151,7 +154,7 @@ class Tune(Training):
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
-class Temperature(Section):
+class Temperature(Tabled):
     """Fit one temperature to the merged student's probabilities, on rows that nobody was taught, and fold it into its final norm:
     greedy answers stay, and how sure it is says how often it is right. ``skip`` leaves out the first so many rows of each file.
     """
@@ -161,7 +164,7 @@ class Temperature(Section):
     skip: Skip = 0
 
 
-class Draft(Shaped, Training):
+class Draft(Tabled, Shaped, Training):
     """A draft model for speculative decoding: cut out of the merged student, trained in full on what the quantized file of each
     target writes, with the student's distributions; then measured beside that file. One that brings nothing is not shipped.
     """
@@ -204,7 +207,7 @@ class Draft(Shaped, Training):
         return self
 
 
-class Suite(Section):
+class Suite(Tabled):
     """A test set. ``grammar`` (GBNF) adds a second score, decoded under it."""
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -415,6 +418,16 @@ class Recipe(Section):
             ):
                 raise key_error(
                     f"filter.{at}.otherwise", "one thing is learnt where no answer passed: gold, or one hedge"
+                )
+        of_files = {**sections, **{f"suites.{name}": suite for name, suite in self.suites.items()}}
+        for place, section in of_files.items():
+            if section is None:
+                continue
+            if section.columns != Columns() and not section.files:
+                raise key_error(f"{place}.files", "template, reference, split and tags are about files: name some")
+            if section.template is not None and self.generate.style == "tool-trace":
+                raise key_error(
+                    f"{place}.template", "a template writes one prompt, and rows are whole traces: leave it out"
                 )
         if self.generate.style == "tool-trace":
             if any(one.corrections for one in self.filter):

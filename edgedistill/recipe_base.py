@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from edgedistill.data.columns import Columns, template_problem
 from edgedistill.toml_source import key_error
 
 Positive = Annotated[float, Field(gt=0)]
@@ -30,11 +32,13 @@ class Section(BaseModel):
     LATER: ClassVar[tuple[str, ...]] = ()
     """Fields that came after the first release. At their default they are no part of a key: what was built before is
     still what would be built."""
+    READ: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how rows are read. The digest of the rows says all of it, so they are no part of a key."""
 
     def keyed(self, *exclude: str) -> dict[str, Any]:
         """Return the fields as plain values for a step's key, without those that stand for nothing new."""
         fields = type(self).model_fields
-        found = self.model_dump(exclude=set(exclude))
+        found = self.model_dump(exclude={*exclude, *self.READ})
         for name in self.LATER:
             if getattr(self, name) == fields[name].default:
                 found.pop(name, None)
@@ -43,6 +47,40 @@ class Section(BaseModel):
             if isinstance(value, Section):
                 found[name] = value.keyed()
         return found
+
+
+class Tabled(Section):
+    """Tables that name files of rows: how a row is made of a record's columns, and which rows are taken."""
+
+    READ = ("template", "system", "reference", "split", "tags")
+
+    files: tuple[Path, ...]
+    template: str | None = Field(
+        default=None,
+        description="writes the prompt of a row from its columns: {name}; braces that are text are doubled",
+    )
+    system: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="the system message of rows that have none, as it is"
+    )
+    reference: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="the column that holds the wanted answer"
+    )
+    split: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description='take the rows of this "split" alone; every row of the files has to name one'
+    )
+    tags: tuple[str, ...] = Field(default=(), description='take the rows that have one of these "tags"')
+
+    @field_validator("template")
+    @classmethod
+    def _fillable(cls, template: str | None) -> str | None:
+        if template is not None and (problem := template_problem(template)):
+            raise ValueError(problem)
+        return template
+
+    @property
+    def columns(self) -> Columns:
+        """Return what the keys say, for the readers of rows."""
+        return Columns(**{name: getattr(self, name) for name in self.READ})
 
 
 class Lora(Section):

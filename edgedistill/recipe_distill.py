@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from edgedistill.recipe_base import Count, Layer, Lora, Ordered, Positive, Rows, Section, Share
+from edgedistill.recipe_base import Count, Layer, Lora, Ordered, Positive, Rows, Section, Share, Tabled
 from edgedistill.training.objectives import DivergenceName, problem
 
 
@@ -68,7 +68,7 @@ class Features(Section):
         return bool(self.weight or self.relations.distances or self.relations.angles)
 
 
-class Keep(Section):
+class Keep(Tabled):
     """General rows beside the task's, so that the student keeps what it knew (``training/keeping.py``). One in five is held out:
     the loss on these, before and after, is what was forgotten.
     """

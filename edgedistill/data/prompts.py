@@ -1,19 +1,21 @@
-"""Rows: prompts with or without a reference, read from JSONL files that people write and edit.
+"""Rows: prompts with or without a reference, read from files that people write and edit, or have from elsewhere.
 
 One line is one row::
 
     {"id": "h-001", "messages": [{"role": "user", "content": "wake me at seven"}], "reference": "{...}", "tags":
     ["alarm"]}
 
-``prompt`` (a string) may stand for ``messages`` (one user message). Everything but the prompt is optional. What cannot
-be right is refused with file, line and remedy, before a model is loaded: a wrong file costs a second here and hours
-later. This module imports neither torch nor numpy: the command line reads rows before it plans.
+``prompt`` (a string) may stand for ``messages`` (one user message). Everything but the prompt is optional. Other containers and
+forms come to the same records (``sources.py``, ``forms.py``, ``columns.py``). What cannot be right is refused with file, line and
+remedy, before a model is loaded: a wrong file costs a second here and hours later. This module imports neither torch nor numpy:
+the command line reads rows before it plans.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import warnings
@@ -23,6 +25,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from edgedistill.data.columns import ColumnError, Columns, counted
+from edgedistill.data.forms import plain
+from edgedistill.data.sources import records
 from edgedistill.errors import UsageError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -31,6 +36,7 @@ FIELDS = (
     *("evolution", "reasoning_gym", "tests"),
 )
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
+_IN_ROWS, _IN_MESSAGES = frozenset(FIELDS), frozenset(MESSAGE_FIELDS)
 
 Message = dict[str, Any]
 
@@ -91,49 +97,50 @@ class Leak:
     second: tuple[str, str]
 
 
-def load_rows(path: Path, *, need_reference: bool = False, need_tests: bool = False, traces: bool = False) -> list[Row]:
-    """Read the rows of a JSONL file, in file order. With ``traces`` a row may end with the assistant's turn, its reference.
+def load_rows(
+    path: Path,
+    *,
+    need_reference: bool = False,
+    need_tests: bool = False,
+    traces: bool = False,
+    columns: Columns | None = None,
+) -> list[Row]:
+    """Read the rows of a file, in file order: JSONL or another container (``sources.py``), in our form or another (``forms.py``).
+    With ``traces`` a row may end with the assistant's turn, its reference. ``columns`` make rows of a table and pick some.
 
     Blank lines are skipped. A row without ``id`` gets one from its messages, so that it keeps its name when lines move.
     Raises UsageError (file:line and a remedy) for a missing or empty file, malformed JSON, an unusable message, a wrong
     type, a duplicate id, and, with ``need_reference``, for a row without a reference; with ``need_tests`` for one without tests,
     or with tests that are no Python.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(
-            f"{path}: is a folder, not a JSONL file", f"Name a file in it, such as {path / 'prompts.jsonl'}."
-        )
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file", _nearby(path)) from None
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}", f"Check the file: ls -l {path}") from None
+    columns = columns or Columns()
+    rows, spots = placed_rows(path, traces=traces, columns=columns)
+    return picked(rows, spots, path, columns, need_reference=need_reference, need_tests=need_tests)
+
+
+def placed_rows(
+    path: Path, *, traces: bool = False, columns: Columns | None = None
+) -> tuple[list[Row], dict[str, str]]:
+    """Read all rows of a file; return them, and id -> line. Raises UsageError, as ``load_rows``."""
+    path, columns = Path(path), columns or Columns()
     rows: list[Row] = []
-    seen: dict[str, int] = {}
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        row = parse_row(_decode(raw, where), where, traces=traces)
-        if need_reference and row.reference is None and row.messages[-1]["role"] != "assistant":
-            raise UsageError(
-                f"{where}: row {row.id!r} has no reference, and this file is scored against references",
-                'Add "reference": the wanted answer as a string, or take the row out.',
-            )
-        if need_tests:
-            _check_tests(row, where)
+    seen: dict[str, str] = {}
+    for record, spot in records(path):
+        where = f"{path}:{spot}"
+        row = parse_row(columns.fill(record, where), where, traces=traces)
+        if columns.system is not None and row.messages[0]["role"] != "system":
+            row = dataclasses.replace(row, messages=({"role": "system", "content": columns.system}, *row.messages))
         if row.id in seen:
+            before = f"on line {seen[row.id]}" if seen[row.id].isdecimal() else f"in {seen[row.id]}"
             raise UsageError(
-                f"{where}: id {row.id!r} was used before, on line {seen[row.id]}",
+                f"{where}: id {row.id!r} was used before, {before}",
                 "Ids name rows in the store and must be unique in a file: rename one, or remove the repeated row.",
             )
-        seen[row.id] = number
+        seen[row.id] = spot
         rows.append(row)
     if not rows:
         raise UsageError(f"{path}: no rows", 'Write one JSON object a line, such as {"id": "a1", "prompt": "Hello"}.')
-    return rows
+    return rows, seen
 
 
 def _check_tests(row: Row, where: str) -> None:
@@ -154,30 +161,47 @@ def _check_tests(row: Row, where: str) -> None:
         ) from None
 
 
-def _nearby(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"The folder {folder} does not exist either. Paths in a recipe are relative to the recipe."
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".jsonl", ".json"))
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return f"Did you mean {folder / close[0]}?"
-    return f"{folder} has: {', '.join(names[:8])}." if names else f"There is no JSONL file in {folder}."
-
-
-def _decode(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: not UTF-8 at byte {error.start}", "Save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        text = raw.decode("utf-8").strip()
-        hint = "Every line must be one complete JSON object, without a comma at its end."
-        if text in ("[", "{", "]") or text.startswith("["):
-            hint = "This looks like one JSON document over many lines; convert it: jq -c '.[]' FILE > FILE.jsonl"
-        raise UsageError(f"{where}: malformed JSON, column {error.colno}: {error.msg}", hint) from None
-    except RecursionError:
-        raise UsageError(f"{where}: JSON nested too deeply", "Take this row out.") from None
+def picked(
+    rows: Sequence[Row],
+    spots: Mapping[str, str],
+    path: Path,
+    columns: Columns,
+    *,
+    need_reference: bool = False,
+    need_tests: bool = False,
+) -> list[Row]:
+    """Return the rows of the split, and with one of the tags, that ``columns`` name; all where it names none. Raises UsageError
+    for a row that has no split, where none is left, and, with ``need_reference``, for one of them without a reference; with
+    ``need_tests`` for one without tests, or with tests that are no Python.
+    """
+    split, tags = columns.split, set(columns.tags)
+    found: list[Row] = []
+    for row in rows:
+        if split is not None and row.split is None:
+            raise ColumnError(
+                f"{path}:{spots[row.id]}: row {row.id!r} has no split, and rows are picked by it",
+                f'Write "split": "{split}", or the name of another split, into every row of the file.',
+                key="split",
+            )
+        if split not in (None, row.split) or (tags and tags.isdisjoint(row.tags)):
+            continue
+        if need_reference and row.reference is None and row.messages[-1]["role"] != "assistant":
+            raise UsageError(
+                f"{path}:{spots[row.id]}: row {row.id!r} has no reference, and this file is scored against references",
+                'Add "reference": the wanted answer as a string, or take the row out.',
+            )
+        if need_tests:
+            _check_tests(row, f"{path}:{spots[row.id]}")
+        found.append(row)
+    if not found:
+        there = {
+            "split": counted(row.split or "" for row in rows),
+            "tags": counted(tag for row in rows if split in (None, row.split) for tag in row.tags),
+        }
+        key = "split" if split is not None and all(row.split != split for row in rows) else "tags"
+        wanted = f'the split "{split}"' if key == "split" else "one of the tags " + ", ".join(map(repr, columns.tags))
+        raise ColumnError(f"{path}: no row has {wanted}", f"There are: {there[key]}.", key=key)
+    return found
 
 
 def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
@@ -188,11 +212,12 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         raise UsageError(
             f"{where}: a row must be a JSON object, not {_kind(record)}", 'Write {"id": "a1", "prompt": "Hello"}.'
         )
+    record = plain(record, where, traces=traces)
     for name in record:
         # Columns of one's own are fine; a misspelt one of ours would silently lose what it was to say.
-        close = [] if name in FIELDS else difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
-        if close and close[0] not in record:
-            raise UsageError(f"{where}: unknown field {name!r}", f"Did you mean {close[0]!r}?")
+        close = None if name in _IN_ROWS else _meant(name)
+        if close and close not in record:
+            raise UsageError(f"{where}: unknown field {name!r}", f"Did you mean {close!r}?")
     messages = _messages(record, where, traces=traces)
     reference = record.get("reference")
     if reference is not None and not isinstance(reference, str):
@@ -249,6 +274,11 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _meant(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)), None)
+
+
 def _messages(record: Mapping[str, Any], where: str, *, traces: bool) -> tuple[Message, ...]:
     if "prompt" in record and "messages" in record:
         raise UsageError(f"{where}: has both prompt and messages", "Keep one: prompt is short for one user message.")
@@ -261,7 +291,8 @@ def _messages(record: Mapping[str, Any], where: str, *, traces: bool) -> tuple[M
     if not isinstance(messages, list) or not messages:
         raise UsageError(
             f"{where}: no messages",
-            'Write "prompt": "Hello", or "messages": [{"role": "user", "content": "Hello"}].',
+            'Write "prompt": "Hello", or "messages": [{"role": "user", "content": "Hello"}]; columns of your own make a prompt '
+            'by a template: prompts.template = "{topic}".',
         )
     for index, message in enumerate(messages):
         at = f"{where}: messages[{index}]"
@@ -275,8 +306,9 @@ def _messages(record: Mapping[str, Any], where: str, *, traces: bool) -> tuple[M
             if isinstance(role, str) and (close := difflib.get_close_matches(role.lower(), ROLES, n=1)):
                 hint += f" Did you mean {close[0]!r}?"
             raise UsageError(f"{at}: wrong role {role!r}", hint)
-        if unknown := sorted(set(message) - set(MESSAGE_FIELDS)):
-            raise UsageError(f"{at}: unknown field {unknown[0]!r}", "A message has: " + ", ".join(MESSAGE_FIELDS) + ".")
+        if not message.keys() <= _IN_MESSAGES:
+            unknown = min(message.keys() - _IN_MESSAGES)
+            raise UsageError(f"{at}: unknown field {unknown!r}", "A message has: " + ", ".join(MESSAGE_FIELDS) + ".")
         content = message.get("content")
         calls_only = role == "assistant" and message.get("tool_calls") and content is None
         if not isinstance(content, str) and not calls_only:

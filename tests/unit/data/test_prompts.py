@@ -102,9 +102,9 @@ def test_a_wrong_line_is_named_with_a_remedy(
 
 
 def test_order_of_messages(tmp_path: Path) -> None:
-    turn = {"role": "assistant", "content": "y"}
+    call = {"role": "assistant", "content": "y", "tool_calls": [{"function": {"name": "f"}}]}
     with pytest.raises(UsageError, match="nothing to answer"):
-        load_rows(write(tmp_path, {"messages": [{"role": "user", "content": "x"}, turn]}))
+        load_rows(write(tmp_path, {"messages": [{"role": "user", "content": "x"}, call]}))
     late = [{"role": "user", "content": "x"}, {"role": "system", "content": "s"}]
     with pytest.raises(UsageError, match="must come first"):
         load_rows(write(tmp_path, {"messages": late}))

@@ -107,11 +107,14 @@ def test_a_trace_begins_with_the_user() -> None:
             turns([read({"id": "t", "messages": messages, "reference": "x"})], never)
 
 
-def test_only_traces_may_end_with_the_assistant(tmp_path: Path) -> None:
+def test_only_traces_stay_whole_and_elsewhere_the_last_turn_is_the_reference(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(trace()) + "\n")
     (row,) = load_rows(path, need_reference=True, traces=True)
     assert row.messages[-1]["role"] == "assistant" and row.reference is None
+    (split,) = load_rows(path, need_reference=True)
+    assert split.messages == row.messages[:-1] and split.reference == row.messages[-1]["content"]
+    path.write_text(json.dumps(trace(messages=trace()["messages"][:2])) + "\n")  # ends with a call
     with pytest.raises(UsageError, match="nothing to answer") as error:
         load_rows(path)
     assert "tool-trace" in (error.value.hint or "")
