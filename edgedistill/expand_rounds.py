@@ -125,6 +125,7 @@ class RoundSteps(TrainingSteps):
             "rows": rows,
             "filters": self._filters(),
             "suites": self.inputs.suites,
+            "reviews": self._reviews(),
             "by": "teacher" if online else "student",
             "keep": one.keep,
             "before": before if online and one.replay else None,

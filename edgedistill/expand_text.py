@@ -42,6 +42,7 @@ class TextSteps(TrainingSteps):
             "rows": rows,
             "filters": self._filters(analysed=True),
             "suites": self.inputs.suites,
+            "reviews": self._reviews(),
         }
         kept = self.graph.add(
             "filter",

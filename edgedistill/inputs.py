@@ -15,6 +15,7 @@ from edgedistill.data.corrections import WRONG
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
+from edgedistill.data.verdicts import Verdict, read_verdicts
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Temperature, Tune
@@ -210,6 +211,22 @@ def read_schema(inputs: Inputs, file: Path, key: str) -> dict[str, Any]:
     except UsageError as error:
         told = (f"{path}: {error.message}", error.hint)
     raise RecipeError(*told, key=key, file=inputs.path)
+
+
+def read_reviews(inputs: Inputs) -> dict[Path, dict[str, Verdict]]:
+    """Read the files of verdicts that the recipe's filters name, as it names them. Raises RecipeError where one cannot be read."""
+    found = {}
+    for at, one in enumerate(inputs.recipe.filter):
+        if one.file is None:
+            continue
+        path = inputs.path.parent / one.file
+        try:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file", f"edgedistill review {inputs.path}")
+            found[one.file] = read_verdicts(path)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, key=f"filter.{at}.file", file=inputs.path) from None
+    return found
 
 
 def along_chain(

@@ -18,8 +18,9 @@ class Filter(Section):
     """Keep answers that pass. One by one: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer,
     ``format`` looks at its form, ``refusals`` and ``pii`` drop what refuses and what tells of a person. Among the answers to one
     prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ. Among all: ``duplicates`` drops what is nearly a
-    row before, ``decontaminate`` what repeats a suite. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no
-    prompt is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning,
+    row before, ``decontaminate`` what repeats a suite. ``review`` goes by what people said of them (``edgedistill review``): what
+    they rejected is dropped, what they edited is taught as edited. Where no answer passed, ``otherwise`` trains on the reference
+    (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning,
     arXiv:2311.09677).
     """
 
@@ -33,12 +34,22 @@ class Filter(Section):
         "agreement": ("share",),
         "duplicates": ("similarity",),
         "decontaminate": ("words",),
+        "review": ("file",),
     }
     """What each kind of filter may be told, beside ``otherwise``."""
     LATER = ("hedge", *(name for names in OWN.values() for name in names))
 
     kind: Literal[
-        "reference", "thinking", "best", "format", "refusals", "pii", "agreement", "duplicates", "decontaminate"
+        "reference",
+        "thinking",
+        "best",
+        "format",
+        "refusals",
+        "pii",
+        "agreement",
+        "duplicates",
+        "decontaminate",
+        "review",
     ]
     metric: Literal["json-exact", "exact", "contains", "tool-calls", "reasoning-gym"] = Field(
         default="json-exact", description="reference, agreement: by which two answers are the same"
@@ -78,6 +89,7 @@ class Filter(Section):
     words: Annotated[int, Field(ge=3)] = Field(
         default=COPIED_WORDS, description="decontaminate: so many words in a row that a suite has, too, are copied"
     )
+    file: Path | None = Field(default=None, description="review: the verdicts, as edgedistill review writes them")
 
     @model_validator(mode="after")
     def _fits(self) -> Filter:
@@ -97,6 +109,8 @@ class Filter(Section):
             getattr(self, name) == type(self).model_fields[name].default for name in self.OWN["format"]
         ):
             raise key_error("kind", "a format of what? set min_chars, max_chars, pattern or json_schema")
+        if self.kind == "review" and self.file is None:
+            raise key_error("kind", 'set file = "NAME.review.jsonl", which edgedistill review writes')
         if self.kind == "agreement" and self.metric in ("contains", "reasoning-gym"):
             raise key_error(
                 "metric", f"{self.metric} does not tell whether two answers say the same: exact or json-exact do"

@@ -1,18 +1,19 @@
 """filter: keep the answers worth learning from, and say what happened to the rest.
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
-the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay, and ``"hedge"`` teaches to say that one does not know. Wrong answers may be shown with the right one, as
-lessons in correcting them. In a round few of the answers to a prompt are kept, and rows that were taught before may stand
-beside them."""
+the reason, ``yields.json``, and where people's verdicts are a filter ``shown.jsonl``: all that they could have judged.
+Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay, and ``"hedge"``
+teaches to say that one does not know. Wrong answers may be shown with the right one, as lessons in correcting them. In a
+round few of the answers to a prompt are kept, and rows that were taught before may stand beside them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
@@ -30,6 +31,7 @@ from edgedistill.data.filters import (
 )
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
+from edgedistill.data.verdicts import Verdict, remaining, shown_key
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
@@ -51,6 +53,18 @@ UNWANTED = ("duplicates", "decontaminate", "pii")
 """Filters whose rejected rows are not taught by their reference or a hedge either: there is nothing wrong with the teacher."""
 Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
 """(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
+
+
+class Sifted(NamedTuple):
+    """What the filters left. ``alive``: answers that passed, by row. ``out``: prompts that are not to be taught, by whatever text.
+    ``shown``: the keys of answers that a first filter of verdicts met, each with its row's tag.
+    """
+
+    alive: dict[str, list[dict[str, Any]]]
+    rejected: list[dict[str, Any]]
+    yields: list[dict[str, Any]]
+    out: set[str]
+    shown: dict[str, str]
 
 
 def _first(good: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
@@ -75,35 +89,17 @@ class Filter(Stage):
     filters: tuple[Mapping[str, Any], ...]
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
+    reviews: Mapping[str, Mapping[str, Verdict]] = unkeyed(default_factory=dict)  # by the digests that filters have
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
-        rows = {row.id: row for row in self.rows}
-        lines = [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
-        answers: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
-        for line in lines:
-            answers[line["id"]].append(line)
-        yields: list[dict[str, Any]] = []
-        rejected: list[dict[str, Any]] = []
-        gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
+        answers = self.read(ctx.path(self.answers, "rows.jsonl"))
+        gold = {row.id for row in self.rows if answers[row.id] and any(f["otherwise"] == "gold" for f in self.filters)}
         hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
-        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
-        for found in answers.values():
-            rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
-        kept = sum(map(len, alive.values()))
-        yields.append({"filter": "ended", "in": len(lines), "out": kept})
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
-        out: set[str] = set()  # prompts that are not to be taught, by whatever text
-        for spec in self.filters:
-            before, judge = sum(map(len, alive.values())), self.judge(spec)
-            for row_id, found in alive.items():
-                judged = judge(rows[row_id], found)
-                rejected += [{**a, "why": why} for a, why in judged if why]
-                alive[row_id] = [a for a, why in judged if not why]
-                if found and not alive[row_id] and spec["kind"] in UNWANTED:
-                    out.add(row_id)
-            yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        written = from_gold = hedged = corrected = 0
+        sifted = self.sift(answers)
+        alive, rejected, yields, out, _ = sifted
+        written = from_gold = hedged = edited = corrected = 0
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
         wrong = wrong_answers(rejected, most, self.shown)
         carried = self.carried(ctx)
@@ -111,14 +107,15 @@ class Filter(Stage):
             for one in carried:
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
-                texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
+                texts = [(a["text"], a.get("source", self.writer()), a["row"]) for a in self.chosen(alive[row.id])]
                 if not texts and row.id in gold and row.reference and row.id not in out:
                     texts = [(row.reference, "gold", "")]
                 if not texts and hedge is not None and answers[row.id] and row.id not in out:
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
-                    written += source not in ("gold", "hedge")
+                    edited += source == "review"
+                    written += source not in ("gold", "hedge", "review")
                     line = {
                         "id": row.id if number == 0 else f"{row.id}#{number}",
                         "messages": list(row.messages),
@@ -138,13 +135,77 @@ class Filter(Stage):
                     for one in lessons:
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
-        (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
-        if not written and not from_gold and not carried:
-            raise StepFailed(*self.nothing(len(lines)))
-        kept_rows = {"kept": written + from_gold + hedged, self.writer(): written, "gold": from_gold}
+        # How many answers were judged is not in the bytes: one more that is accepted changes nothing of what is taught.
+        fixed = [{name: value for name, value in one.items() if name != "reviewed"} for one in yields]
+        (ctx.out / "yields.json").write_text(json.dumps(fixed, indent=1))
+        if not written and not from_gold and not edited and not carried:
+            raise StepFailed(*self.nothing(sum(map(len, answers.values()))))
+        kept_rows = {"kept": written + from_gold + hedged + edited, self.writer(): written, "gold": from_gold}
         kept_rows |= {"hedged": hedged} if hedge is not None else {}
+        kept_rows |= {"edited": edited} if edited else {}
         kept_rows |= {"corrections": corrected} if corrected else {}
-        return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
+        judged = self.judged(ctx, sifted)
+        return {"yields": yields, **kept_rows, **watched, **judged, **self.counted(answers, alive, carried)}
+
+    def read(self, path: Path) -> dict[str, list[dict[str, Any]]]:
+        """Return the answers of a file by the row that they answer."""
+        answers: dict[str, list[dict[str, Any]]] = {row.id: [] for row in self.rows}
+        for line in map(json.loads, path.read_text().splitlines()):
+            answers[line["id"]].append(line)
+        return answers
+
+    def sift(self, answers: Mapping[str, list[dict[str, Any]]]) -> Sifted:
+        """Apply the filters in their order."""
+        rows = {row.id: row for row in self.rows}
+        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
+        rejected = [
+            {**a, "why": flaw} for found in answers.values() for a in found if (flaw := self.flaw(a)) is not None
+        ]
+        kept = sum(map(len, alive.values()))
+        yields: list[dict[str, Any]] = [{"filter": "ended", "in": sum(map(len, answers.values())), "out": kept}]
+        out: set[str] = set()
+        shown: dict[str, str] = {}
+        for spec in self.filters:
+            before, judge = sum(map(len, alive.values())), self.judge(spec)
+            if spec["kind"] == "review":
+                seen = self.reviewable(alive)
+                shown = shown or seen
+            for row_id, found in alive.items():
+                judged = judge(rows[row_id], found)
+                rejected += [{**a, "why": why} for a, why in judged if why]
+                alive[row_id] = [a for a, why in judged if not why]
+                if found and not alive[row_id] and spec["kind"] in UNWANTED:
+                    out.add(row_id)
+            line: dict[str, Any] = {"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))}
+            if spec["kind"] == "review":
+                line["reviewed"] = len(seen.keys() & self.reviews[spec["file"]].keys())
+                line["rejected"] = before - line["out"]
+                line["edited"] = sum(a.get("source") == "review" for found in alive.values() for a in found)
+            yields.append(line)
+        return Sifted(alive, rejected, yields, out, shown)
+
+    def reviewable(self, alive: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
+        """Return the keys of answers, as people are shown them, each with the first tag of its row, or ""."""
+        return {
+            shown_key(row.id, row.messages, row.tools, a["text"]): (row.tags or ("",))[0]
+            for row in self.rows
+            for a in alive[row.id]
+        }
+
+    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
+        """Say what the verdicts tell of the answers that nobody has judged, and write down which could have been."""
+        if not self.reviews:
+            return {}
+        taught = self.reviewable(sifted.alive).keys()
+        shown = [(key, tag, key in taught) for key, tag in sifted.shown.items()]
+        verdicts = {key: one for found in self.reviews.values() for key, one in found.items()}
+        lines = (json.dumps({"key": key, "tag": tag, "taught": left}) for key, tag, left in shown)
+        (ctx.out / "shown.jsonl").write_text("".join(line + "\n" for line in lines))
+        if gone := len(verdicts.keys() - sifted.shown.keys()):
+            ctx.note(
+                f"{gone} verdicts are on answers that are no longer there, or not as they were: they count for nothing"
+            )
+        return {"review": remaining(shown, verdicts)}
 
     def writer(self) -> str:
         """Return who wrote the answers."""
@@ -178,6 +239,9 @@ class Filter(Stage):
         if kind == "best":
             chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
             return lambda row, found: _first(best(found, **chosen), found)
+        if kind == "review":
+            verdicts = self.reviews[spec["file"]]
+            return lambda row, found: [self.by_verdict(row, a, verdicts) for a in found]
         if kind == "agreement":
             same, share = self.same(spec), spec.get("share", SHARE)
             return lambda row, found: [
@@ -192,6 +256,17 @@ class Filter(Stage):
             return lambda row, found: [(a, _as_in(kind, suites.found_in(self.taught(row, a)))) for a in found]
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
+
+    def by_verdict(
+        self, row: Row, answer: dict[str, Any], verdicts: Mapping[str, Verdict]
+    ) -> tuple[dict[str, Any], str]:
+        """Return an answer as a person left it, and why it is not taught."""
+        one = verdicts.get(shown_key(row.id, row.messages, row.tools, answer["text"]))
+        if one is None or one.verdict == "accept":
+            return answer, ""
+        if one.verdict == "reject":
+            return answer, _because("review", one.reason) or "review"
+        return {**answer, "text": one.text, "source": "review", "row": ""}, ""
 
     def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
         """Return what users say in a row, and the answer that they see."""
@@ -338,6 +413,10 @@ class RoundFilter(Filter):
     def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the first ``keep`` of those whose texts differ."""
         return best(passed, self.keep, "drawn")
+
+    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
+        """Say nothing: other answers were shown. Where one is word for word the same, its verdict counts."""
+        return {}
 
     def carried(self, ctx: Context) -> list[dict[str, Any]]:
         """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""
