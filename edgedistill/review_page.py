@@ -105,6 +105,10 @@ function make(tag, cls, ...children) {
 const isCode = (text) => /^\\s*[\\[{]/.test(text);
 const said = (text) => make("div", "said" + (isCode(text) ? " code" : ""), text);
 const pretty = (value) => JSON.stringify(value, null, 1);
+function call(one) {
+  const { name, arguments: given } = one.function || one;
+  return `${name}(${typeof given === "string" ? given : JSON.stringify(given ?? {})})`;
+}
 function folded(title, text, open) {
   const node = make("details", "", make("summary", "", title), said(text));
   node.open = open;
@@ -114,7 +118,7 @@ function turn(message) {
   const content = typeof message.content === "string" ? message.content : message.content ? pretty(message.content) : "";
   const node = make("div", "turn " + message.role, make("div", "who", message.role + (message.name ? " " + message.name : "")));
   if (content) node.append(said(content));
-  if (message.tool_calls) node.append(said(pretty(message.tool_calls)));
+  if (message.tool_calls) node.append(make("div", "said code", message.tool_calls.map(call).join("\\n")));
   return node;
 }
 function box(title, text, cls, thinking) {
