@@ -18,7 +18,12 @@ def review(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
     sample: Annotated[int, typer.Option(min=1, help="so many answers; more go on where fewer ended")] = 50,
     by_tag: Annotated[bool, typer.Option("--by-tag", help="as many of each tag")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="of the page, on 127.0.0.1; 0: a free one")] = 0,
+    port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="of the page, on 127.0.0.1; 0: a free one (from afar: ssh -L PORT:127.0.0.1:PORT)"
+        ),
+    ] = 0,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="open the page in the browser")] = True,
     by: Annotated[str | None, typer.Option(help="who judges; your login when left out")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key: seed=1 (repeatable)")] = None,

@@ -109,7 +109,7 @@ class Review:
             return "Nothing but the block is left of the answer."
         if self.style in BLOCKS and split(item["text"]).thinking is not None and split(text).thinking is None:
             return f"The block {' … '.join(BLOCKS[self.style])} is gone."
-        if self.as_json and not parse_json(answer)[0] and (item["reference"] is None or parse_json(item["answer"])[0]):
+        if self.as_json and not parse_json(answer)[0]:
             return "This is not JSON."
         return ""
 

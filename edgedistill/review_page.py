@@ -14,6 +14,7 @@ from edgedistill.report_html import STYLE
 
 OWN = """
 main { max-width: 1080px; padding-bottom: 120px; }
+body:has(#change:not([hidden])) main { padding-bottom: 340px; }
 header { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 14px; }
 header h1 { margin: 0; }
 #count { font-variant-numeric: tabular-nums; color: var(--soft); }

@@ -241,7 +241,7 @@ class Filter(Stage):
             return lambda row, found: _first(best(found, **chosen), found)
         if kind == "review":
             verdicts = self.reviews[spec["file"]]
-            return lambda row, found: [self.by_verdict(row, a, verdicts) for a in found]
+            return lambda row, found: [pair for a in found for pair in self.by_verdict(row, a, verdicts)]
         if kind == "agreement":
             same, share = self.same(spec), spec.get("share", SHARE)
             return lambda row, found: [
@@ -259,14 +259,15 @@ class Filter(Stage):
 
     def by_verdict(
         self, row: Row, answer: dict[str, Any], verdicts: Mapping[str, Verdict]
-    ) -> tuple[dict[str, Any], str]:
-        """Return an answer as a person left it, and why it is not taught."""
+    ) -> list[tuple[dict[str, Any], str]]:
+        """Return an answer as a person left it; one that was edited is rejected, and the edited one stands beside it."""
         one = verdicts.get(shown_key(row.id, row.messages, row.tools, answer["text"]))
         if one is None or one.verdict == "accept":
-            return answer, ""
+            return [(answer, "")]
         if one.verdict == "reject":
-            return answer, _because("review", one.reason) or "review"
-        return {**answer, "text": one.text, "source": "review", "row": ""}, ""
+            return [(answer, _because("review", one.reason) or "review")]
+        edited = {**answer, "text": one.text, "source": "review", "row": ""}
+        return [(answer, "review: edited"), (edited, "")]
 
     def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
         """Return what users say in a row, and the answer that they see."""

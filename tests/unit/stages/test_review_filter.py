@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from edgedistill.data.pairs import preference_pairs
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.data.verdicts import Verdict, changes, shown_key
@@ -82,7 +83,10 @@ def test_rejected_goes_edited_is_taught_as_edited_and_the_rest_stays(tmp_path: P
         ("c", "see", "review", ""),
         ("d", "D", "teacher", "d-0"),  # the verdict was on another text
     ]
-    assert [(one["id"], one["why"]) for one in read("rejected.jsonl")] == [("b", "review: rude")]
+    rejected = [(one["id"], one["text"], one["why"]) for one in read("rejected.jsonl")]
+    assert rejected == [("b", "B", "review: rude"), ("c", "C", "review: edited")]
+    (pair,) = preference_pairs(tmp_path / "out")  # what a person changed is a preference
+    assert (pair["chosen"][0]["content"], pair["rejected"][0]["content"]) == ("see", "C")
     assert (facts["kept"], facts["teacher"], facts["edited"], facts["gold"]) == (3, 2, 1, 0)
     review = facts["yields"][-1]
     assert review == {"filter": "review", "in": 4, "out": 3, "reviewed": 3, "rejected": 1, "edited": 1}
@@ -123,7 +127,7 @@ def test_other_answers_to_the_same_prompt_stay_and_filters_after_it_see_the_edit
     short = {"kind": "format", "max_chars": 5, "metric": "json-exact", "otherwise": "drop"}
     facts, read, _ = run(tmp_path, make(found, said, short), {"a": ["A", "AA"], "b": ["B"]})
     assert [(one["id"], one["text"]) for one in read("kept.jsonl")] == [("a", "AA")]
-    assert [one["why"] for one in read("rejected.jsonl")] == ["review", "format: over 5 characters"]
+    assert [one["why"] for one in read("rejected.jsonl")] == ["review", "review: edited", "format: over 5 characters"]
     assert facts["review"]["rest"] == 1
 
 
