@@ -59,7 +59,7 @@ def make(
     kind: Any = Filter,
 ) -> Any:
     spec = {"kind": "review", "file": changes(said), "metric": "json-exact", "otherwise": otherwise}
-    more = {"style": "think"} if kind is ThinkingFilter else {}
+    more: dict[str, Any] = {"style": "think"} if kind is ThinkingFilter else {}
     if kind is RoundFilter:
         more = {"by": "student", "keep": 1, "before": None, "replay": 0.0}
     return kind(
