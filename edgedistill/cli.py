@@ -12,6 +12,7 @@ import typer
 from edgedistill import __version__
 from edgedistill.cli_data import app as data_app
 from edgedistill.cli_exchange import app as exchange_app
+from edgedistill.cli_review import app as review_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ app.add_typer(targets_app, name="targets")
 app.add_typer(store_app, name="store")
 app.add_typer(data_app, name="data")
 app.add_typer(exchange_app)
+app.add_typer(review_app)
 
 _verbose = False
 

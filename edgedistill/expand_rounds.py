@@ -129,6 +129,7 @@ class RoundSteps(GradeSteps):
             "filters": self._graded_filters(self._grades(answers, self.tokens, tag)),
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
+            "reviews": self._reviews(),
             "by": "teacher" if online else "student",
             "keep": one.keep,
             "before": before if online and one.replay else None,

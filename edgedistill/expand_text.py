@@ -42,6 +42,7 @@ class TextSteps(GradeSteps):
             "rows": rows,
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
+            "reviews": self._reviews(),
         }
         grades = [self._grades(answers, self.tokens)]
         filtered["others"] = tuple(

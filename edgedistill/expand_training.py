@@ -10,9 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
+from edgedistill.data.verdicts import Verdict, changes
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.fingerprint import Key, canonical_json, digest
-from edgedistill.inputs import Inputs, chosen_layers, cut_rows, keyed_metric, read_schema, student_facts, taught_rows
+from edgedistill.inputs import (
+    Inputs,
+    chosen_layers,
+    cut_rows,
+    keyed_metric,
+    read_reviews,
+    read_schema,
+    student_facts,
+    taught_rows,
+)
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
@@ -103,10 +113,16 @@ class TrainingSteps:
                 fields["json_schema"] = canonical_json(
                     read_schema(self.inputs, one.json_schema, f"filter.{at}.json_schema")
                 )
+            if one.file is not None:  # its digest, as with suites
+                fields["file"] = changes(read_reviews(self.inputs)[one.file])
             if one.kind == "decontaminate":
                 fields["suites"] = {name: rows_digest(rows) for name, rows in self.inputs.suites.items()}
             found.append(fields)
         return tuple(found)
+
+    def _reviews(self) -> dict[str, dict[str, Verdict]]:
+        """Return the verdicts that the filters go by, under the digests that stand in their keys."""
+        return {changes(verdicts): verdicts for verdicts in read_reviews(self.inputs).values()}
 
     def _base_teacher(self) -> Key:
         """Add the teacher as it comes; a GGUF file that llama.cpp runs needs no other container."""

@@ -17,6 +17,7 @@ from edgedistill.data.prompts import Row, picked, placed_rows
 from edgedistill.data.sources import is_source
 from edgedistill.data.thinking import asking_why, two_tasks, with_block
 from edgedistill.data.traces import Render, turns
+from edgedistill.data.verdicts import Verdict, read_verdicts
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.models import ModelFacts, Resolved
@@ -252,6 +253,22 @@ def keyed_metric(inputs: Inputs, name: str, key: str) -> str:
         return own_metric.keyed_name(name, inputs.path.parent)
     except UsageError as error:
         raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
+
+
+def read_reviews(inputs: Inputs) -> dict[Path, dict[str, Verdict]]:
+    """Read the files of verdicts that the recipe's filters name, as it names them. Raises RecipeError where one cannot be read."""
+    found = {}
+    for at, one in enumerate(inputs.recipe.filter):
+        if one.file is None:
+            continue
+        path = inputs.path.parent / one.file
+        try:
+            if not path.is_file():
+                raise UsageError(f"{path}: no such file", f"edgedistill review {inputs.path}")
+            found[one.file] = read_verdicts(path)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, key=f"filter.{at}.file", file=inputs.path) from None
+    return found
 
 
 def along_chain(

@@ -24,9 +24,10 @@ class Filter(Section):
     ``refusals`` and ``pii`` drop what refuses and what tells of a person. By a model, in a step of its own whose grades another
     threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or what a ``judge`` says of it by a rubric.
     Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ. Among all:
-    ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. Where no answer passed, ``otherwise``
-    trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher fails learns
-    to say so (R-Tuning, arXiv:2311.09677).
+    ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. ``review`` goes by what people said of
+    them (``edgedistill review``): what they rejected is dropped, what they edited is taught as edited. Where no answer passed,
+    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher
+    fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -44,6 +45,7 @@ class Filter(Section):
         "perplexity": ("model", "min", "max"),
         "reward": ("model", "min", "keep", "label"),
         "judge": ("rubric", "min", "against", "max_new_tokens"),
+        "review": ("file",),
     }
     """What each kind of filter may be told, beside ``otherwise``."""
     LATER = ("hedge", *(name for names in OWN.values() for name in names))
@@ -52,7 +54,7 @@ class Filter(Section):
 
     kind: Literal[
         "reference", "thinking", "best", "format", "execution", "refusals", "pii", "agreement", "duplicates", "decontaminate",
-        "language", "perplexity", "reward", "judge",
+        "language", "perplexity", "reward", "judge", "review",
     ]  # fmt: skip
     metric: AnswerMetric = Field(
         default="json-exact",
@@ -129,6 +131,7 @@ class Filter(Section):
         description="judge: compare with the row's reference, once in each order, and keep what loses neither time",
     )
     max_new_tokens: Count = Field(default=VERDICT_TOKENS, description="judge: the longest verdict")
+    file: Path | None = Field(default=None, description="review: the verdicts, as edgedistill review writes them")
 
     @model_validator(mode="after")
     def _fits(self) -> Filter:
@@ -148,6 +151,8 @@ class Filter(Section):
             getattr(self, name) == type(self).model_fields[name].default for name in self.OWN["format"]
         ):
             raise key_error("kind", "a format of what? set min_chars, max_chars, pattern or json_schema")
+        if self.kind == "review" and self.file is None:
+            raise key_error("kind", 'set file = "NAME.review.jsonl", which edgedistill review writes')
         if self.kind == "agreement" and self.metric in METRICS and not METRICS[self.metric].compares:
             raise key_error(
                 "metric", f"{self.metric} does not tell whether two answers say the same: exact or json-exact do"

@@ -13,7 +13,7 @@ from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import reasoning
 from edgedistill.families import of_any_width
-from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, student_facts
+from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, read_reviews, student_facts
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
@@ -121,7 +121,16 @@ def refuse(inputs: Inputs) -> list[str]:
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
-    return warnings + _refuse_tuning(inputs) + _thinking(inputs)
+    return warnings + _refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs)
+
+
+def _reviews(inputs: Inputs) -> list[str]:
+    """Warn of verdicts on rows that are gone; refuse files of verdicts that cannot be read."""
+    known, found = {row.id for row in inputs.prompts}, []
+    for file, verdicts in read_reviews(inputs).items():
+        if gone := sum(one.id not in known for one in verdicts.values()):
+            found.append(f"{file}: {gone} of {len(verdicts)} verdicts are on rows that the prompts no longer have")
+    return found
 
 
 def _refuse_backend(inputs: Inputs) -> None:

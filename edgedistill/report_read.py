@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.compare import flat, step_of
+from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.fingerprint import Key
-from edgedistill.inputs import student_facts
+from edgedistill.inputs import read_reviews, student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
 from edgedistill.report_entries import curve, fallbacks, hops, sources
 from edgedistill.store import Damaged, Entry
@@ -152,6 +153,11 @@ def _yields(reader: _Reader) -> dict[str, Any]:
     found, analysed = dict(reader.facts("filter")), reader.facts("analyse")
     if analysed:
         found["yields"] = [*found.get("yields", ()), *analysed["yields"]]
+    if "review" in found and (
+        entry := reader.entry("filter")
+    ):  # by the verdicts of now: what is accepted builds nothing anew
+        verdicts = [one for read in read_reviews(reader.session.inputs).values() for one in read.items()]
+        found["review"] = remaining(shown_in(entry.path), dict(verdicts))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgedistill.data.verdicts import told
 from edgedistill.report import ReportData
 from edgedistill.report_cells import count, filled, machine_notes, text
 from edgedistill.tables import Sheet, duration
@@ -140,11 +141,14 @@ def training_sheet(data: ReportData) -> Sheet:
             f"filters: {lines}; kept {data.yields.get('kept')} rows, {data.yields.get('teacher')} by the teacher, "
             f"{data.yields.get('gold')} references"
             + (f", {hedged} hedges" if (hedged := data.yields.get("hedged")) else "")
+            + (f", {edited} edited by people" if (edited := data.yields.get("edited")) else "")
         )
         notes += [
             f"{name} answered {found['asked']} prompts that were failed before, {found['good']} of them right"
             for name, found in data.yields.get("recovery", {}).items()
         ]
+        if data.yields.get("review"):
+            notes.append(f"review: {told(data.yields['review'])}")
     return filled(
         Sheet(title="training", columns=columns, rows=rows, right=frozenset(range(3, 12)), notes=notes if rows else [])
     )

@@ -5,7 +5,8 @@ rows agree, a bootstrap of the difference is the point 0 and a gate would believ
 bootstrap over rows with a fixed seed. tests/unit/evals/test_statistics.py simulates the coverage of each.
 
 Sources: Wilson 1927 (one proportion); Tango 1998, Statistics in Medicine 17:891 (difference of paired proportions);
-Nam and Blackwelder 2002, Statistics in Medicine 21:689 (ratio of paired proportions); Efron and Tibshirani 1993
+Nam and Blackwelder 2002, Statistics in Medicine 21:689 (ratio of paired proportions); Clopper and Pearson 1934,
+Biometrika 26:404 (tails, for what a sample without replacement says of the rest); Efron and Tibshirani 1993
 (bootstrap).
 """
 
@@ -95,6 +96,52 @@ def proportion(successes: int, n: int, level: float = LEVEL) -> Estimate:
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == n else min(1.0, centre + half)
     return Estimate(value=p, low=low, high=high, n=n, method="wilson", level=level)
+
+
+def wrong_of_rest(wrong: float, n: int | float, rest: int, level: float = LEVEL) -> Estimate:
+    """Estimate the share that is wrong among ``rest`` items nobody looked at, when ``wrong`` of ``n`` drawn from all of them were.
+
+    Exact for draws without replacement: the ends are the smallest and the largest number of wrong items in all that would give
+    at least, and at most, so many wrong draws with more than half of what the level leaves (Clopper and Pearson 1934, with the
+    hypergeometric distribution in place of the binomial; they meet where ``rest`` is large). ``n`` and ``wrong`` may be
+    effective numbers: the ends are rounded outwards. ``value`` is the share of the draws. Raises ValueError unless
+    0 <= wrong <= n, n >= 1 and rest > 0.
+    """
+    if not (0 <= wrong <= n + 1e-9 and n >= 1 and rest > 0):
+        raise ValueError(f"wrong_of_rest: {wrong} of {n}, {rest} others")
+    size, few, many = math.floor(n + 1e-9), math.floor(wrong + 1e-9), math.ceil(wrong - 1e-9)
+    few, many, tail, total = min(few, size), min(many, size), (1 - level) / 2, size + rest
+    # The tails move one way with the number of wrong items: the first that fails is found by halving.
+    low = _first_whole(lambda bad: 1 - _at_most(few - 1, total, few + bad, size) > tail, 0, rest)
+    over = _first_whole(lambda bad: _at_most(many, total, many + bad, size) <= tail, 0, rest + 1)
+    high = max(low, over - 1)
+    return Estimate(
+        value=wrong / n, low=low / rest, high=high / rest, n=round(n), method="hypergeometric tails", level=level
+    )
+
+
+def _at_most(k: int, total: int, bad: int, n: int) -> float:
+    """Return the chance of at most k bad ones among n draws without replacement from ``total``, of which ``bad`` are bad."""
+    if bad > total:
+        return 0.0
+
+    def choose(a: int, b: int) -> float:
+        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
+
+    whole = choose(total, n)
+    chances = (
+        math.exp(choose(bad, at) + choose(total - bad, n - at) - whole)
+        for at in range(max(0, n - (total - bad)), min(k, bad, n) + 1)
+    )
+    return min(1.0, math.fsum(chances))
+
+
+def _first_whole(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the first number from ``low`` on for which a condition holds that then goes on holding; ``high`` if none before it."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
 
 
 def mean(values: Numbers, level: float = LEVEL) -> Estimate:

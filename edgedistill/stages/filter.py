@@ -1,10 +1,10 @@
 """filter: keep the answers worth learning from, and say what happened to the rest.
 
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
-the reason, ``yields.json``. Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that
-hard prompts stay, and ``"hedge"`` teaches to say that one does not know. Wrong answers may be shown with the right one, as
-lessons in correcting them. In a round few of the answers to a prompt are kept, and rows that were taught before may stand
-beside them."""
+the reason, ``yields.json``, and where people's verdicts are a filter ``shown.jsonl``: all that they could have judged.
+Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay, and ``"hedge"``
+teaches to say that one does not know. Wrong answers may be shown with the right one, as lessons in correcting them. In a
+round few of the answers to a prompt are kept, and rows that were taught before may stand beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
@@ -35,11 +35,12 @@ from edgedistill.data.language import other_language
 from edgedistill.data.prompts import Row
 from edgedistill.data.recovery import UNWANTED
 from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
+from edgedistill.data.verdicts import Verdict, remaining, shown_key
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, later, unkeyed
+from edgedistill.step import Context, Progress, Stage, later, unkeyed
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -57,6 +58,22 @@ Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
 """(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
 
 
+Place = Callable[[Key, str], Path]
+"""(step, file) -> where that file of its entry is."""
+
+
+class Sifted(NamedTuple):
+    """What the filters left. ``alive``: answers that passed, by row. ``out``: prompts that are not to be taught, by whatever text.
+    ``shown``: the keys of answers that a first filter of verdicts met, each with its row's tag.
+    """
+
+    alive: dict[str, list[dict[str, Any]]]
+    rejected: list[dict[str, Any]]
+    yields: list[dict[str, Any]]
+    out: set[str]
+    shown: dict[str, str]
+
+
 def _first(good: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     return [(answer, "") for answer in good] + [(answer, "best") for answer in found if answer not in good]
 
@@ -69,14 +86,14 @@ def _because(kind: str, why: str) -> str:
     return f"{kind}: {why}" if why else ""
 
 
-def _with_grades(ctx: Context, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_grades(place: Place, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a filter with the grades themselves in the place of the step that made them."""
     if "grades" not in spec:
         return spec
     steps = [spec["grades"]] if isinstance(spec["grades"], Key) else spec["grades"]
     return {
         **spec,
-        "grades": {row: grade for key in steps for row, grade in read_grades(ctx.path(key, "grades.jsonl")).items()},
+        "grades": {row: grade for key in steps for row, grade in read_grades(place(key, "grades.jsonl")).items()},
     }
 
 
@@ -97,35 +114,18 @@ class Filter(Stage):
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
     folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
+    reviews: Mapping[str, Mapping[str, Verdict]] = unkeyed(default_factory=dict)  # by the digests that filters have
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
-        rows = {row.id: row for row in self.rows}
-        lines, rejected = self.read(ctx)
-        answers: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
-        for line in lines:
-            answers[line["id"]].append(line)
-        yields: list[dict[str, Any]] = []
-        gold = {row_id for row_id in rows if answers[row_id] and any(f["otherwise"] == "gold" for f in self.filters)}
+        answers, failed = self.read(ctx.path)
+        gold = {row.id for row in self.rows if answers[row.id] and any(f["otherwise"] == "gold" for f in self.filters)}
         hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
-        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
-        for found in answers.values():
-            rejected += [{**a, "why": flaw} for a in found if (flaw := self.flaw(a)) is not None]
-        kept = sum(map(len, alive.values()))
-        yields.append({"filter": "ended", "in": len(lines), "out": kept})
         watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
-        out: set[str] = set()  # prompts that are not to be taught, by whatever text
-        for spec in self.filters:
-            before, spec = sum(map(len, alive.values())), _with_grades(ctx, spec)
-            judge = self.executed(spec, rows, alive, ctx) if spec["kind"] == "execution" else self.judge(spec)
-            for row_id, found in alive.items():
-                judged = judge(rows[row_id], found)
-                rejected += [{**a, "why": why} for a, why in judged if why]
-                alive[row_id] = [a for a, why in judged if not why]
-                if found and not alive[row_id] and spec["kind"] in UNWANTED:
-                    out.add(row_id)
-            yields.append({"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))})
-        from_gold = hedged = corrected = 0
+        sifted = self.sift(answers, ctx.path, ctx.progress)
+        alive, rejected, yields, out, _ = sifted
+        rejected = [*failed, *rejected]
+        from_gold = hedged = edited = corrected = 0
         written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
         wrong = wrong_answers(rejected, most, self.shown)
@@ -134,17 +134,19 @@ class Filter(Stage):
             for one in carried:
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
-                texts = [(a["text"], a.get("by", self.writer()), a["row"]) for a in self.chosen(alive[row.id])]
-                first = dict((text, by) for text, by, _ in reversed(texts))
                 texts = [
-                    one for one in texts if first[one[0]] == one[1]
-                ]  # what several teachers wrote is the first one's
+                    (a["text"], a.get("source") or a.get("by") or self.writer(), a["row"])
+                    for a in self.chosen(alive[row.id])
+                ]
+                first = dict((text, by) for text, by, _ in reversed(texts))  # what several wrote is the first one's
+                texts = [one for one in texts if first[one[0]] == one[1]]
                 if not texts and row.id in gold and row.reference and row.id not in out:
                     texts = [(row.reference, "gold", "")]
                 if not texts and hedge is not None and answers[row.id] and row.id not in out:
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
+                    edited += source == "review"
                     if source in written:
                         written[source] += 1
                     line = {
@@ -166,12 +168,15 @@ class Filter(Stage):
                     for one in lessons:
                         file.write(json.dumps(one, ensure_ascii=False) + "\n")
         (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
-        (ctx.out / "yields.json").write_text(json.dumps(yields, indent=1))
+        # How many answers were judged is not in the bytes: one more that is accepted changes nothing of what is taught.
+        fixed = [{name: value for name, value in one.items() if name != "reviewed"} for one in yields]
+        (ctx.out / "yields.json").write_text(json.dumps(fixed, indent=1))
         taught = sum(written.values())
-        if not taught and not from_gold and not carried:
-            raise StepFailed(*self.nothing(len(lines)))
-        kept_rows: dict[str, Any] = {"kept": taught + from_gold + hedged, **written, "gold": from_gold}
+        if not taught and not from_gold and not edited and not carried:
+            raise StepFailed(*self.nothing(sum(map(len, answers.values()))))
+        kept_rows: dict[str, Any] = {"kept": taught + from_gold + hedged + edited, **written, "gold": from_gold}
         kept_rows |= {"hedged": hedged} if hedge is not None else {}
+        kept_rows |= {"edited": edited} if edited else {}
         kept_rows |= {"corrections": corrected} if corrected else {}
         if self.recovered:
             kept_rows["recovery"] = {
@@ -181,15 +186,75 @@ class Filter(Stage):
                 }
                 for name, _ in self.recovered
             }
-        return {"yields": yields, **kept_rows, **watched, **self.counted(answers, alive, carried)}
+        told = self.judged(ctx, sifted)
+        return {"yields": yields, **kept_rows, **watched, **told, **self.counted(answers, alive, carried)}
 
-    def read(self, ctx: Context) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the answers to judge, those of other teachers with their name as ``by``, and those that are rejected already: of
-        prompts that a teacher answered anew.
+    def sift(
+        self,
+        answers: Mapping[str, list[dict[str, Any]]],
+        place: Place,
+        progress: Progress = lambda done, total, what: None,
+    ) -> Sifted:
+        """Apply the filters in their order; grades are read where ``place`` has them."""
+        rows = {row.id: row for row in self.rows}
+        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
+        rejected = [
+            {**a, "why": flaw} for found in answers.values() for a in found if (flaw := self.flaw(a)) is not None
+        ]
+        kept = sum(map(len, alive.values()))
+        yields: list[dict[str, Any]] = [{"filter": "ended", "in": sum(map(len, answers.values())), "out": kept}]
+        out: set[str] = set()
+        shown: dict[str, str] = {}
+        for spec in self.filters:
+            before, spec = sum(map(len, alive.values())), _with_grades(place, spec)
+            judge = self.executed(spec, rows, alive, progress) if spec["kind"] == "execution" else self.judge(spec)
+            if spec["kind"] == "review":
+                seen = self.reviewable(alive)
+                shown = shown or seen
+            for row_id, found in alive.items():
+                judged = judge(rows[row_id], found)
+                rejected += [{**a, "why": why} for a, why in judged if why]
+                alive[row_id] = [a for a, why in judged if not why]
+                if found and not alive[row_id] and spec["kind"] in UNWANTED:
+                    out.add(row_id)
+            line: dict[str, Any] = {"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))}
+            if spec["kind"] == "review":
+                line["reviewed"] = len(seen.keys() & self.reviews[spec["file"]].keys())
+                line["rejected"] = before - line["out"]
+                line["edited"] = sum(a.get("source") == "review" for found in alive.values() for a in found)
+            yields.append(line)
+        return Sifted(alive, rejected, yields, out, shown)
+
+    def reviewable(self, alive: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
+        """Return the keys of answers, as people are shown them, each with the first tag of its row, or ""."""
+        return {
+            shown_key(row.id, row.messages, row.tools, a["text"]): (row.tags or ("",))[0]
+            for row in self.rows
+            for a in alive[row.id]
+        }
+
+    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
+        """Say what the verdicts tell of the answers that nobody has judged, and write down which could have been."""
+        if not self.reviews:
+            return {}
+        taught = self.reviewable(sifted.alive).keys()
+        shown = [(key, tag, key in taught) for key, tag in sifted.shown.items()]
+        verdicts = {key: one for found in self.reviews.values() for key, one in found.items()}
+        lines = (json.dumps({"key": key, "tag": tag, "taught": left}) for key, tag, left in shown)
+        (ctx.out / "shown.jsonl").write_text("".join(line + "\n" for line in lines))
+        if gone := len(verdicts.keys() - sifted.shown.keys()):
+            ctx.note(
+                f"{gone} verdicts are on answers that are no longer there, or not as they were: they count for nothing"
+            )
+        return {"review": remaining(shown, verdicts)}
+
+    def read(self, place: Place) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+        """Return the answers to judge by the rows that they answer, those of other teachers with their name as ``by``; and those
+        that are rejected already: of prompts that a teacher answered anew.
         """
 
         def lines(key: Key, name: str, by: str = "") -> list[dict[str, Any]]:
-            found = (json.loads(line) for line in ctx.path(key, name).read_text().splitlines())
+            found = (json.loads(line) for line in place(key, name).read_text().splitlines())
             return [{**line, "by": by} if by else line for line in found]
 
         answers = lines(self.answers, "rows.jsonl")
@@ -201,11 +266,14 @@ class Filter(Stage):
             asked = {line["id"] for line in own}
             answers = [line for line in answers if line["id"] not in asked]
             anew = [line for line in anew if line["id"] not in asked] + own
+        found: dict[str, list[dict[str, Any]]] = {row.id: [] for row in self.rows}
+        for line in answers + anew:
+            found[line["id"]].append(line)
         if self.failed is None:
-            return answers + anew, []
+            return found, []
         again, judged = {line["id"] for line in anew}, {line["row"] for line in anew}
         known = lines(self.failed, "rejected.jsonl")
-        return answers + anew, [line for line in known if line["id"] in again and line["row"] not in judged]
+        return found, [line for line in known if line["id"] in again and line["row"] not in judged]
 
     def writer(self) -> str:
         """Return who wrote the answers."""
@@ -239,6 +307,9 @@ class Filter(Stage):
         if kind == "best":
             chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
             return lambda row, found: _first(best(found, **chosen), found)
+        if kind == "review":
+            verdicts = self.reviews[spec["file"]]
+            return lambda row, found: [pair for a in found for pair in self.by_verdict(row, a, verdicts)]
         if kind == "agreement":
             same, share = self.same(spec), spec.get("share", SHARE)
 
@@ -260,7 +331,11 @@ class Filter(Stage):
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
     def executed(
-        self, spec: Mapping[str, Any], rows: Mapping[str, Row], alive: Mapping[str, list[dict[str, Any]]], ctx: Context
+        self,
+        spec: Mapping[str, Any],
+        rows: Mapping[str, Row],
+        alive: Mapping[str, list[dict[str, Any]]],
+        progress: Progress,
     ) -> Judge:
         """Run the code of all answers with their rows' tests, each text once and several at a time."""
         timeout, memory = spec.get("timeout", TIMEOUT_S), spec.get("memory", MEMORY_MIB)
@@ -269,8 +344,20 @@ class Filter(Stage):
         ran = at_once(lambda case: verdict(case[1], rows[case[0]].tests or "", timeout, memory), cases)
         for number, (case, why) in enumerate(zip(cases, ran, strict=True), 1):
             found[case] = why
-            ctx.progress(number, len(cases), "programs run")
+            progress(number, len(cases), "programs run")
         return lambda row, answers: [(a, _because("execution", found[row.id, self.shown(a["text"])])) for a in answers]
+
+    def by_verdict(
+        self, row: Row, answer: dict[str, Any], verdicts: Mapping[str, Verdict]
+    ) -> list[tuple[dict[str, Any], str]]:
+        """Return an answer as a person left it; one that was edited is rejected, and the edited one stands beside it."""
+        one = verdicts.get(shown_key(row.id, row.messages, row.tools, answer["text"]))
+        if one is None or one.verdict == "accept":
+            return [(answer, "")]
+        if one.verdict == "reject":
+            return [(answer, _because("review", one.reason) or "review")]
+        edited = {**answer, "text": one.text, "source": "review", "row": ""}
+        return [(answer, "review: edited"), (edited, "")]
 
     def taught(self, row: Row, answer: Mapping[str, Any]) -> list[str]:
         """Return what users say in a row, and the answer that they see."""
@@ -432,6 +519,10 @@ class RoundFilter(Filter):
     def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the first ``keep`` of those whose texts differ."""
         return best(passed, self.keep, "drawn")
+
+    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
+        """Say nothing: other answers were shown. Where one is word for word the same, its verdict counts."""
+        return {}
 
     def carried(self, ctx: Context) -> list[dict[str, Any]]:
         """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""

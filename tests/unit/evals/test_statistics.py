@@ -30,6 +30,39 @@ def test_known_intervals() -> None:
         assert s.t_quantile(0.025, df) == pytest.approx(-t, abs=2e-4)
 
 
+def test_what_a_sample_says_of_the_rest() -> None:
+    # Many others: Clopper and Pearson's interval, of which 0 of n has the closed form 1 - 0.025 ** (1 / n).
+    many = s.wrong_of_rest(0, 50, 10**6)
+    assert (many.value, many.low, round(many.high, 3)) == (0, 0, 0.071)
+    assert many.high == pytest.approx(1 - 0.025 ** (1 / 50), abs=1e-5)
+    assert s.wrong_of_rest(50, 50, 10**6).low == pytest.approx(0.025 ** (1 / 50), abs=1e-5)
+    # 5 of 50: 3.33 % and 21.81 %, as every table has it.
+    five = s.wrong_of_rest(5, 50, 10**6)
+    assert (round(five.low, 4), round(five.high, 4)) == (0.0333, 0.2181)
+    for wrong, n, rest in ((-1, 5, 5), (6, 5, 5), (0, 0, 5), (0, 5, 0)):
+        with pytest.raises(ValueError):
+            s.wrong_of_rest(wrong, n, rest)
+
+
+@pytest.mark.parametrize(("n", "rest"), [(1, 1), (5, 3), (12, 30), (30, 10)])
+def test_the_rest_is_covered_whatever_is_wrong(n: int, rest: int) -> None:
+    """Sum the chances of all samples, counted with whole numbers, whose interval holds what is left."""
+    found = [s.wrong_of_rest(wrong, n, rest) for wrong in range(n + 1)]
+    for bad in range(n + rest + 1):
+        covered = 0
+        for wrong in range(max(0, bad - rest), min(n, bad) + 1):
+            share = (bad - wrong) / rest
+            if found[wrong].low - 1e-12 <= share <= found[wrong].high + 1e-12:
+                covered += math.comb(bad, wrong) * math.comb(n + rest - bad, n - wrong)
+        assert covered / math.comb(n + rest, n) >= 0.95, bad
+
+
+def test_an_effective_sample_is_rounded_outwards() -> None:
+    found, inner = s.wrong_of_rest(2.4, 30.5, 400), s.wrong_of_rest(2, 30, 400)
+    assert found.low <= inner.low and found.high >= s.wrong_of_rest(3, 30, 400).high - 1e-12
+    assert found.value == pytest.approx(2.4 / 30.5)
+
+
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_a_proportion_lies_in_its_interval(case: tuple[int, int]) -> None:
     hits, n = case
