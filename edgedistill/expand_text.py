@@ -6,7 +6,7 @@ from typing import Any
 
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
-from edgedistill.expand_training import TrainingSteps
+from edgedistill.expand_prompts import PromptSteps
 from edgedistill.fingerprint import Key
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.stages.analyse import Analyse
@@ -16,16 +16,18 @@ from edgedistill.stages.generate import Generate, GenerateAnalyses
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
 
-class TextSteps(TrainingSteps):
+class TextSteps(PromptSteps):
     """Adds what comes of asking the teacher."""
 
     def _text(self, teacher: Key, scores: Key) -> Key:
         """Add the teacher's answers and the filters; return what is kept. ``scores`` is the teacher's evaluation."""
         recipe, rows = self.recipe, self.inputs.prompts
+        prompts = self._augmented(teacher, scores)
         question: dict[str, Any] = {
             "teacher": teacher,
             "rows_digest": rows_digest(rows),
             "rows": rows,
+            "prompts": prompts,
             "seed": recipe.seed,
             "server": self.server,
             "manner": self.manner,
@@ -40,6 +42,7 @@ class TextSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
+            "prompts": prompts,
             "filters": self._filters(analysed=True),
             "suites": self.inputs.suites,
         }
@@ -60,6 +63,7 @@ class TextSteps(TrainingSteps):
             rows_digest=rows_digest(rows),
             corrections=analysed.corrections,
             metric=analysed.metric,
+            prompts=prompts,
             rows=rows,
         )
         return self.graph.add("analyse", stage, Work(kind="bytes", amount=len(rows) * 1000.0), disk=len(rows) * 800)

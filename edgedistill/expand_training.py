@@ -17,6 +17,7 @@ from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.refusals import refuse
+from edgedistill.refusals_prompts import guides
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base, Gguf, Served
@@ -135,6 +136,7 @@ class TrainingSteps:
             n=score.n,
             temperature=score.temperature or self.recipe.distill.loss.temperature,
             seed=self.recipe.seed,
+            guided=teacher == self.asked and guides(self.inputs),
         )
         work = Work(kind="forward", amount=2 * self.t_params * self.tokens)
         asked = self.server if score.kind == "top-k" and teacher == self.asked else None  # not of a link of a chain

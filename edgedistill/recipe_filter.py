@@ -24,7 +24,7 @@ class Filter(Section):
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
-        "reference": ("corrections", "analysis"),
+        "reference": ("corrections", "analysis", "missing"),
         "thinking": ("min_words", "max_words"),
         "best": ("keep", "by"),
         "format": ("min_chars", "max_chars", "pattern", "json_schema"),
@@ -60,6 +60,10 @@ class Filter(Section):
         default=False,
         description="corrections: the teacher itself is told that it was wrong; what it says of it is learnt where its new "
         "answer is right",
+    )
+    missing: Literal["reject", "pass"] = Field(
+        default="reject",
+        description="reference: what happens to an answer whose row has no reference, as augmented prompts have none",
     )
     keep: Count = Field(default=1, description="best: so many answers to each prompt")
     by: Literal["likelihood", "shortest", "drawn"] = Field(

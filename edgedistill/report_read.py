@@ -152,6 +152,9 @@ def _yields(reader: _Reader) -> dict[str, Any]:
     found, analysed = dict(reader.facts("filter")), reader.facts("analyse")
     if analysed:
         found["yields"] = [*found.get("yields", ()), *analysed["yields"]]
+    augmented = [reader.facts(step.id) for step in reader.session.plan.steps if step.stage.name == "augment"]
+    if found and augmented:
+        found["yields"] = [line for one in augmented for line in one.get("yields", ())] + found["yields"]
     return found
 
 

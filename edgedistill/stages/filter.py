@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
+from edgedistill.data.augmenters import REFUSING
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
     COPIED_WORDS,
@@ -33,7 +34,7 @@ from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why,
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -73,12 +74,14 @@ class Filter(Stage):
     answers: Key
     rows_digest: str
     filters: tuple[Mapping[str, Any], ...]
+    prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
-        rows = {row.id: row for row in self.rows}
+        given = rows_given(ctx, self.prompts, self.rows)
+        rows = {row.id: row for row in given}
         lines = [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
         answers: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
         for line in lines:
@@ -110,7 +113,7 @@ class Filter(Stage):
         with (ctx.out / "kept.jsonl").open("w") as file:
             for one in carried:
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
-            for row in self.rows:
+            for row in given:
                 texts = [(a["text"], self.writer(), a["row"]) for a in self.chosen(alive[row.id])]
                 if not texts and row.id in gold and row.reference and row.id not in out:
                     texts = [(row.reference, "gold", "")]
@@ -130,6 +133,7 @@ class Filter(Stage):
                     }
                     line |= {"tools": list(row.tools)} if row.tools else {}
                     line |= {"trace": row.trace} if row.trace else {}
+                    line |= {"guidance": row.guidance} if row.guidance else {}
                     lessons = self.lessons(line)
                     if number == 0:
                         corrections = self.corrections(lessons[0], wrong.get(row.id, []))
@@ -206,11 +210,18 @@ class Filter(Stage):
                 form["validator"] = schema_validator(json.loads(spec["json_schema"]))
             return lambda row, text: _because(kind, malformed(self.shown(text), **form))
         if kind == "refusals":
-            return lambda row, text: kind if refuses(self.shown(text)) else ""
+            return lambda row, text: kind if REFUSING not in row.tags and refuses(self.shown(text)) else ""
         if kind == "pii":
             return lambda row, text: _because(kind, personal(text))
         why = f"reference ({spec['metric']})" if kind == "reference" else kind
-        return lambda row, text: "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+        none = "" if spec.get("missing") == "pass" else "no reference"
+
+        def told(row: Row, text: str) -> str:
+            if kind == "reference" and row.reference is None:
+                return none
+            return "" if self.passes(spec, text, row.reference or "", row.reasoning_gym) else why
+
+        return told
 
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""

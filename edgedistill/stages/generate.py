@@ -10,17 +10,17 @@ teacher is put those that it failed itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgedistill.data.prompts import Row
+from edgedistill.data.prompts import Row, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
-from edgedistill.step import Context, Stage, later, unkeyed
+from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
@@ -33,7 +33,7 @@ def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
     ("tools", JSON) where there are any.
     """
     found: list[tuple[Any, ...]] = [("tools", canonical_json(row.tools))] if row.tools else []
-    for message in row.messages:
+    for message in guided(row.messages, row.guidance):
         more = {key: value for key, value in message.items() if key not in ("role", "content")}
         found.append((message["role"], message.get("content"), *([canonical_json(more)] if more else [])))
     return tuple(found)
@@ -67,6 +67,7 @@ class Generate(Stage):
     seed: int
     json_schema: str = later("")  # nothing but JSON that it allows can be written
     manner: str = later("")  # the server's, where it runs these very weights
+    prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
@@ -76,34 +77,9 @@ class Generate(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prove the teacher, ask what is not stored yet, write the view."""
         self._prove(ctx)
-        sampling = (
-            ("max_new_tokens", self.max_new_tokens),
-            ("style", self.style),
-            ("temperature", self.temperature),
-            ("top_p", self.top_p),
-            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
-        )
-        teacher, rows = ctx.entries[self.teacher].digest, self.to_ask(ctx)
-        questions = [
-            Question(
-                teacher=teacher,
-                messages=asked(row),
-                sampling=sampling,
-                seed=self.seed,
-                sample=sample,
-            )
-            for row in rows
-            for sample in range(self.samples)
-        ]
-        stored = ctx.rows.get(question.key for question in questions)
-        missing = {question.key: question for question in questions if question.key not in stored}
-        found = len(questions) - len(missing)
-        if missing:
-            if self.server is None and not self._file(ctx).is_file():
-                self._ask(ctx, list(missing.values()), found, len(questions))
-            else:
-                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
-            stored = ctx.rows.get(question.key for question in questions)
+        rows = self.to_ask(ctx)
+        questions = self._questions(ctx, [(asked(row), sample) for row in rows for sample in range(self.samples)])
+        stored, missing = self._answers(ctx, questions)
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
             for index, question in enumerate(questions):
@@ -118,11 +94,39 @@ class Generate(Stage):
                     "logprob": round(answer.logprob, 4),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return {"rows": len(questions), "asked": len(missing), "from_store": found, "tokens": tokens}
+        return {"rows": len(questions), "asked": missing, "from_store": len(questions) - missing, "tokens": tokens}
+
+    def _questions(self, ctx: Context, asks: Iterable[tuple[tuple[tuple[Any, ...], ...], int]]) -> list[Question]:
+        """Return what is asked, (messages, number of the sample), as the row store keys it."""
+        sampling = (
+            ("max_new_tokens", self.max_new_tokens),
+            ("style", self.style),
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
+        )
+        teacher = ctx.entries[self.teacher].digest
+        return [
+            Question(teacher=teacher, messages=messages, sampling=sampling, seed=self.seed, sample=sample)
+            for messages, sample in asks
+        ]
+
+    def _answers(self, ctx: Context, questions: list[Question]) -> tuple[dict[str, Answered], int]:
+        """Return the answers by the questions' keys, and how many questions had to be put."""
+        stored = ctx.rows.get(question.key for question in questions)
+        missing = {question.key: question for question in questions if question.key not in stored}
+        found = len(questions) - len(missing)
+        if missing:
+            if self.server is None and not self._file(ctx).is_file():
+                self._ask(ctx, list(missing.values()), found, len(questions))
+            else:
+                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
+            stored = ctx.rows.get(question.key for question in questions)
+        return stored, len(missing)
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
-        return self.rows
+        return rows_given(ctx, self.prompts, self.rows)
 
     def _prove(self, ctx: Context) -> None:
         if self.scores is None:
@@ -243,7 +247,7 @@ class GenerateAnalyses(Generate):
         from edgedistill.data.corrections import to_analyse
 
         rejected = ctx.path(self.filtered, "rejected.jsonl").read_text().splitlines()
-        return tuple(to_analyse(self.rows, map(json.loads, rejected), self.corrections))
+        return tuple(to_analyse(super().to_ask(ctx), map(json.loads, rejected), self.corrections))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,4 +265,4 @@ class GenerateFailed(Generate):
 
         answers = load_answers(ctx.path(self.student, "answers") / f"{self.suite}.jsonl")
         failed = {answer.id for answer in answers if answer.score < 1 or answer.finish != "stop"}
-        return tuple(row for row in self.rows if row.id in failed)
+        return tuple(row for row in super().to_ask(ctx) if row.id in failed)
