@@ -43,6 +43,11 @@ def refuse_prompts(inputs: Inputs) -> list[str]:
         found.append(
             "no [[filter]] judges the answers to augmented prompts, which have no references: add agreement, format or refusals"
         )
+    if recipe.student.vocabulary is not None:
+        found.append(
+            "student.vocabulary keeps the tokens of prompts.files: words of augmented prompts may be spelt in pieces, and rows "
+            "whose text is cut otherwise than the teacher cuts it have no distributions"
+        )
     if recipe.round:
         found.append("rounds put the rows of prompts.files alone: augmented prompts have no references to be right by")
     return found
