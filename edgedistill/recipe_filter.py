@@ -16,7 +16,7 @@ from edgedistill.toml_source import key_error
 
 class Filter(Section):
     """Keep answers that pass. One by one: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer,
-    ``format`` looks at its form, ``refusals`` and ``pii`` drop what refuses (but not what a ``red-team`` prompt is refused) and what
+    ``format`` looks at its form, ``refusals`` and ``pii`` drop what refuses (but not where ``red-team`` asks for it) and what
     tells of a person. Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ. Among
     all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. Where no answer passed,
     ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher

@@ -7,6 +7,7 @@ Nothing is dropped in silence: an empty text, a prompt that is there already, on
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,28 +42,30 @@ def rouge_l(one: str, other: str) -> float:
 
 
 class Nearest:
-    """Find how near a text is to those before it, by ROUGE-L; those that share too few words are not compared in full."""
+    """Find texts that are near one by ROUGE-L. Those that share none of its rarer words cannot be, and are not compared."""
 
     def __init__(self) -> None:
         self._texts: list[list[str]] = []
-        self._with: dict[str, list[tuple[int, int]]] = {}  # word -> (text, how often)
+        self._with: dict[str, list[int]] = {}  # word -> texts
 
     def add(self, text: str) -> None:
         """Take in a text."""
         words = words_of(text)
-        for word, count in Counter(words).items():
-            self._with.setdefault(word, []).append((len(self._texts), count))
+        for word in dict.fromkeys(words):
+            self._with.setdefault(word, []).append(len(self._texts))
         self._texts.append(words)
 
     def reaches(self, text: str, similarity: float) -> bool:
         """Tell whether a text taken in is at least so similar."""
-        words, shared = words_of(text), Counter[int]()
-        for word, count in Counter(words).items():
-            for at, other in self._with.get(word, ()):
-                shared[at] += min(count, other)
-        for at, most in shared.items():
-            least = similarity * (len(words) + len(self._texts[at]))
-            if 2 * most >= least and 2 * common_words(words, self._texts[at]) >= least:
+        words = words_of(text)
+        # 2 common >= similarity (words + other) and other >= common: so many words are common at least. Two texts that have so many
+        # in common share one of any words that are not fewer than all but so many and one.
+        common = max(1, math.ceil(similarity / (2 - similarity) * len(words) - 1e-9))
+        rare = sorted(words, key=lambda word: len(self._with.get(word, ())))[: len(words) - common + 1]
+        for at in {at for word in dict.fromkeys(rare) for at in self._with.get(word, ())}:
+            other = self._texts[at]
+            least = similarity * (len(words) + len(other))
+            if 2 * min(len(words), len(other)) >= least and 2 * common_words(words, other) >= least:
                 return True
         return False
 

@@ -95,5 +95,5 @@ def test_what_deserves_a_word(folder: Path) -> None:
     assert "distill/1" in {
         step.id for step in make(folder, filter=PASS, distill__curriculum="evolution", **tables).steps
     }
-    with pytest.raises(RecipeError, match='no row of prompts.files has an "evolution"'):
+    with pytest.raises(RecipeError, match=r'no row of prompts\.files has an "evolution"'):
         make(folder, filter=PASS, distill__curriculum="evolution", prompts__augment=[{"kind": "paraphrase"}])
