@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -43,12 +43,12 @@ def show(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
     rejected: Annotated[bool, typer.Option(help="what the filters rejected, with the reason")] = False,
     why: Annotated[str | None, typer.Option(help="rejected: for this reason, or one that starts so: reference")] = None,
-    step: Annotated[str, typer.Option(help="which step of filter: filter, filter/round-1")] = "filter",
+    step: Annotated[str, typer.Option(help="which step: filter, filter/round-1, augment/1-evol-instruct")] = "filter",
     rows: Annotated[int, typer.Option("-n", "--rows", min=0, help="so many rows; 0: all")] = 10,
     set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key (repeatable)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSONL, whole texts")] = False,
 ) -> None:
-    """Print answers that the filters kept, or rejected and why."""
+    """Print answers that the filters kept, or rejected and why; of an augmenter the prompts, or what it dropped and why."""
     from edgedistill.errors import UsageError
     from edgedistill.session import prepare
     from edgedistill.tables import Sheet, print_table
@@ -56,18 +56,22 @@ def show(
 
     overrides = dict(parse_override(text) for text in set_ or [])
     session = prepare(recipe, overrides=overrides, note=lambda text: typer.echo(text, err=True))
-    entry = session.store.load(session.plan.match(step)[0].key)
-    rejected = rejected or why is not None
-    name = "rejected.jsonl" if rejected else "kept.jsonl"
-    if entry is None or not (entry.path / name).is_file():
-        raise UsageError(f"{step}: nothing is filtered yet", f"edgedistill build {recipe} --until {step}")
-    lines = [json.loads(line) for line in (entry.path / name).read_text(encoding="utf-8").splitlines()]
+    found_step = session.plan.match(step)[0]
+    entry = session.store.load(found_step.key)
+    rejected, prompts = rejected or why is not None, found_step.stage.name == "augment"
+    name = ("dropped" if prompts else "rejected") if rejected else ("prompts" if prompts else "kept")
+    if entry is None or not (entry.path / f"{name}.jsonl").is_file():
+        raise UsageError(f"{step}: nothing is there yet", f"edgedistill build {recipe} --until {step}")
+    lines = [json.loads(line) for line in (entry.path / f"{name}.jsonl").open(encoding="utf-8")]
     found = [line for line in lines if why is None or line["why"].startswith(why)]
     shown = found[: rows or None]
     if as_json:
         typer.echo("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in shown), nl=False)
     else:
         column = "why" if rejected else "source"
+        if name == "prompts":
+            column, found = "made by", [_prompt(line) for line in found]
+            shown = found[: rows or None]
         cells = [[line["id"], line[column], " ".join(line["text"].split())[:200]] for line in shown]
         counts: dict[str, int] = {}
         for line in found:
@@ -142,3 +146,9 @@ def export(
     else:
         write_records(output, found)
     typer.echo(f"{len(found)} rows", err=True)
+
+
+def _prompt(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of an augmenter as it is shown: its last message, and its tags by which one sees who made it."""
+    made = " ".join(line.get("tags", ())) if line.get("seed_id") else "files"
+    return {"id": line["id"], "made by": made, "text": str(line["messages"][-1]["content"])}

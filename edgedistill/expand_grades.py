@@ -29,7 +29,7 @@ def joined(grades: Sequence[Mapping[int, Key]]) -> dict[int, Key | tuple[Key, ..
 class GradeSteps(TrainingSteps):
     """Adds a step for each filter by a model, and the models that it needs."""
 
-    def _grades(self, answers: Key, tokens: float, tag: str = "") -> dict[int, Key]:
+    def _grades(self, answers: Key, tokens: float, tag: str = "", prompts: Key | None = None) -> dict[int, Key]:
         """Add the grading of some answers, of so many tokens with their prompts; return the steps' keys by the filter's number."""
         found: dict[int, Key] = {}
         for at, one in enumerate(self.recipe.filter):
@@ -37,10 +37,10 @@ class GradeSteps(TrainingSteps):
                 continue
             number = sum(other.kind == one.kind for other in self.recipe.filter[: at + 1])
             name = f"grade/{one.kind}{f'-{number}' if number > 1 else ''}{f'/{tag}' if tag else ''}"
-            found[at] = (self._judged if one.kind == "judge" else self._graded)(name, one, answers, tokens)
+            found[at] = (self._judged if one.kind == "judge" else self._graded)(name, one, answers, tokens, prompts)
         return found
 
-    def _graded(self, name: str, one: Filter, answers: Key, tokens: float) -> Key:
+    def _graded(self, name: str, one: Filter, answers: Key, tokens: float, prompts: Key | None) -> Key:
         model, params = self._grader(one)
         rows = self.inputs.prompts
         stage = Grade(
@@ -48,6 +48,7 @@ class GradeSteps(TrainingSteps):
             model=model,
             answers=answers,
             rows_digest=rows_digest(rows),
+            prompts=prompts,
             rows=rows,
             label=one.label,
             shown=one.kind == "reward" and self.recipe.generate.style in BLOCKS,
@@ -72,13 +73,14 @@ class GradeSteps(TrainingSteps):
         model = self.inputs.graders[source]
         return self._base(f"base/{one.kind}", model), model.facts.params()
 
-    def _judged(self, name: str, one: Filter, answers: Key, tokens: float) -> Key:
+    def _judged(self, name: str, one: Filter, answers: Key, tokens: float, prompts: Key | None) -> Key:
         """Add the questions to the judge: the recipe's, or the teacher."""
         rows, fields = self.inputs.prompts, self._judge()
         server, params = fields["server"], fields.pop("params")
         stage = Judge(
             **fields,
             rows_digest=rows_digest(rows),
+            prompts=prompts,
             rows=rows,
             style="answer",
             samples=1,

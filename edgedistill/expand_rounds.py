@@ -5,6 +5,7 @@ Each round is steps of the stages that the first distillation is made of; what d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
@@ -98,6 +99,8 @@ class RoundSteps(GradeSteps):
         if one.kind == "self":
             table.pop("json_schema", None)  # the student writes freely
         rows = self.inputs.prompts
+        if one.kind == "self" and any(row.guidance for row in rows):  # the student answers without
+            rows = tuple(replace(row, guidance=None) for row in rows)
         return {
             **table,
             "teacher": asked,

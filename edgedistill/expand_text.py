@@ -7,6 +7,7 @@ from typing import Any
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.expand_grades import GradeSteps, joined
+from edgedistill.expand_prompts import PromptSteps
 from edgedistill.expand_training import Other
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import keyed_metric
@@ -18,16 +19,18 @@ from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateReco
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
 
-class TextSteps(GradeSteps):
+class TextSteps(PromptSteps, GradeSteps):
     """Adds what comes of asking the teacher."""
 
     def _text(self, teacher: Key, scores: Key) -> Key:
         """Add the teacher's answers and the filters; return what is kept. ``scores`` is the teacher's evaluation."""
         recipe, rows = self.recipe, self.inputs.prompts
+        prompts = self._augmented(teacher, scores)
         question: dict[str, Any] = {
             "teacher": teacher,
             "rows_digest": rows_digest(rows),
             "rows": rows,
+            "prompts": prompts,
             "seed": recipe.seed,
             "server": self.server,
             "manner": self.manner,
@@ -40,22 +43,23 @@ class TextSteps(GradeSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
+            "prompts": prompts,
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
             "reviews": self._reviews(),
         }
-        grades = [self._grades(answers, self.tokens)]
+        grades = [self._grades(answers, self.tokens, prompts=prompts)]
         filtered["others"] = tuple(
             (one.spec.name, self._asked_another(one, question)) for one in self.others if one.spec.role != "recovery"
         )
-        grades += [self._grades(key, self.tokens, name) for name, key in filtered["others"]]
+        grades += [self._grades(key, self.tokens, name, prompts) for name, key in filtered["others"]]
         filtered["filters"] = self._graded_filters(joined(grades), analysed=True)
         recovering = [one for one in self.others if one.spec.role == "recovery"]
         kept = self._filter("filter/1" if recovering else "filter", filtered)
         for number, one in enumerate(recovering, 2):
             fields = {"filtered": kept, **question}
             recovered = (*filtered.get("recovered", ()), (one.spec.name, self._asked_another(one, fields)))
-            grades.append(self._grades(recovered[-1][1], WRONG * self.tokens, one.spec.name))
+            grades.append(self._grades(recovered[-1][1], WRONG * self.tokens, one.spec.name, prompts))
             told = self._graded_filters(joined(grades), analysed=True)
             filtered |= {"recovered": recovered, "failed": kept, "filters": told}
             kept = self._filter("filter" if number == len(recovering) + 1 else f"filter/{number}", filtered)
@@ -70,6 +74,7 @@ class TextSteps(GradeSteps):
             rows_digest=rows_digest(rows),
             corrections=analysed.corrections,
             metric=keyed_metric(self.inputs, analysed.metric, "filter"),
+            prompts=prompts,
             rows=rows,
             folder=self.inputs.path.parent,
         )

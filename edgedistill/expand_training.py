@@ -28,6 +28,7 @@ from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.recipe_teacher import Another
 from edgedistill.refusals import refuse
+from edgedistill.refusals_prompts import guides
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.stages.adapt import Adapt
 from edgedistill.stages.base import Base, Gguf, Served
@@ -169,6 +170,7 @@ class TrainingSteps:
             n=score.n,
             temperature=score.temperature or self.recipe.distill.loss.temperature,
             seed=self.recipe.seed,
+            guided=teacher == self.asked and guides(self.inputs),
         )
         work, memory = Work(kind="forward", amount=2 * self.t_params * self.tokens), 2 * self.t_params
         if (

@@ -148,7 +148,8 @@ def read_inputs(
     """Read the data files of a recipe."""
     style = recipe.generate.style
     source = _Files(path, traces=style == TRACES)
-    need = any(f.kind == "reference" or f.against for f in recipe.filter) or recipe.baselines.gold_sft
+    judged = any((f.kind == "reference" and f.missing == "reject") or f.against for f in recipe.filter)
+    need = judged or recipe.baselines.gold_sft or bool(recipe.round)
 
     def read(
         section: Prompts | Adapt | Heal | Temperature | Tune | Draft | None,

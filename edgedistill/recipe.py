@@ -1,7 +1,8 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
 Every default lives in these classes, once (``recipe_base.py``: what the tables share; ``recipe_teacher.py``,
-``recipe_filter.py`` and ``recipe_distill.py``: who teaches, what is kept, how the student is taught). A key that is not built does
+``recipe_prompts.py``, ``recipe_filter.py`` and ``recipe_distill.py``: who teaches, what is asked, what is kept, how the student is
+taught). A key that is not built does
 not exist, and is refused with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints
 this as JSON Schema for editors.
 """
@@ -19,6 +20,7 @@ from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Sectio
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
+from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_backend, refuse_several
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -66,15 +68,6 @@ class Heal(Tabled, Ordered):
     epochs: Positive = 3.0
     lr: Positive = 6e-4
     freeze_embeddings: bool = True
-
-
-class Prompts(Tabled):
-    """The prompts that the teacher answers: JSONL, JSON, CSV, TSV or Parquet with id, messages | prompt, reference, tags, split; or
-    with columns of one's own, and a ``template``.
-    """
-
-    files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Rows = None
 
 
 class Generate(Section):
@@ -429,7 +422,16 @@ class Recipe(Section):
                 raise key_error(
                     f"{place}.template", "a template writes one prompt, and rows are whole traces: leave it out"
                 )
+        for at, one in enumerate(self.filter if self.prompts.augment else ()):
+            if one.kind == "reference" and one.missing == "reject":
+                raise key_error(
+                    f"filter.{at}.kind",
+                    'augmented prompts have no references, and no answer to them would be kept: set missing = "pass", and let '
+                    "other filters judge those",
+                )
         if self.generate.style == "tool-trace":
+            if self.prompts.augment:
+                raise key_error("prompts.augment", "a trace holds calls and their results, and no prompt to write anew")
             if any(one.corrections for one in self.filter):
                 raise ValueError(
                     "filter.corrections: a wrong call would need its result, and nothing executes tools: set it to 0"

@@ -21,17 +21,18 @@ from edgedistill.toml_source import key_error
 class Filter(Section):
     """Keep answers that pass. One by one: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer,
     ``format`` looks at its form, ``language`` at the language it is in, ``execution`` runs its code with the row's tests,
-    ``refusals`` and ``pii`` drop what refuses and what tells of a person. By a model, in a step of its own whose grades another
-    threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or what a ``judge`` says of it by a rubric.
-    Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few that differ. Among all:
-    ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. ``review`` goes by what people said of
-    them (``edgedistill review``): what they rejected is dropped, what they edited is taught as edited. Where no answer passed,
+    ``refusals`` and ``pii`` drop what refuses (but not where ``red-team`` asks for it) and what tells of a person. By a model, in a
+    step of its own whose grades another threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or what a
+    ``judge`` says of it by a rubric. Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few
+    that differ. Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. ``review`` goes by
+    what people said of them (``edgedistill review``): what they rejected is dropped, what they edited is taught as edited. Where no
+    answer passed,
     ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher
     fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
-        "reference": ("corrections", "analysis"),
+        "reference": ("corrections", "analysis", "missing"),
         "thinking": ("min_words", "max_words", "supports"),
         "best": ("keep", "by"),
         "format": ("min_chars", "max_chars", "pattern", "json_schema"),
@@ -81,6 +82,10 @@ class Filter(Section):
         default=False,
         description="corrections: the teacher itself is told that it was wrong; what it says of it is learnt where its new "
         "answer is right",
+    )
+    missing: Literal["reject", "pass"] = Field(
+        default="reject",
+        description="reference: what happens to an answer whose row has no reference, as augmented prompts have none",
     )
     keep: Count = Field(
         default=1,

@@ -17,6 +17,7 @@ from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_i
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
+from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.target import Target, format_size
 from edgedistill.training.objectives import WHOLE
 
@@ -109,7 +110,7 @@ def refuse(inputs: Inputs) -> list[str]:
             key="suites",
             file=inputs.path,
         )
-    warnings += _refuse_tools(inputs)
+    warnings += _refuse_tools(inputs) + refuse_prompts(inputs)
     _refuse_problems(inputs)
     _refuse_execution(inputs)
     refuse_metrics(inputs)
@@ -346,10 +347,11 @@ def _refuse_order(inputs: Inputs) -> None:
     tables += [("heal", heal.curriculum, "heal.files" if inputs.healing else "prompts.files")] if heal else []
     for table, order, files in tables:
         rows = inputs.healing if files == "heal.files" else inputs.prompts
-        if order == "evolution" and not any(row.evolution for row in rows):
+        evolves = rows is inputs.prompts and any(one.kind == "evol-instruct" for one in inputs.recipe.prompts.augment)
+        if order == "evolution" and not evolves and not any(row.evolution for row in rows):
             raise RecipeError(
                 f'no row of {files} has an "evolution" above 0: all would be equally hard',
-                'give evolved rows their round ("evolution": 1), or order them by "length" or "loss"',
+                'give evolved rows their round ("evolution": 1), augment by "evol-instruct", or order them by "length" or "loss"',
                 key=f"{table}.curriculum",
                 file=inputs.path,
             )

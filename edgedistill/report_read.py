@@ -158,6 +158,9 @@ def _yields(reader: _Reader) -> dict[str, Any]:
     ):  # by the verdicts of now: what is accepted builds nothing anew
         verdicts = [one for read in read_reviews(reader.session.inputs).values() for one in read.items()]
         found["review"] = remaining(shown_in(entry.path), dict(verdicts))
+    augmented = [reader.facts(step.id) for step in reader.session.plan.steps if step.stage.name == "augment"]
+    if found and augmented:
+        found["yields"] = [line for one in augmented for line in one.get("yields", ())] + found["yields"]
     return found
 
 

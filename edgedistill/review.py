@@ -12,12 +12,13 @@ import json
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from edgedistill.data.prompts import load_rows
 from edgedistill.data.thinking import BLOCKS, split
 from edgedistill.data.verdicts import (
     VERDICTS,
@@ -167,6 +168,8 @@ def open_review(
         assert entry is not None
         return entry.path / name
 
+    if stage.prompts is not None:
+        stage = replace(stage, prompts=None, rows=tuple(load_rows(place(stage.prompts, "prompts.jsonl"))))
     alive = stage.sift(stage.read(place)[0], place).alive
     every = stage.reviewable(alive)
     drawn = set(order := sample(every, count, recipe.seed, by_tag=by_tag))

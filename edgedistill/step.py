@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from edgedistill.data.prompts import Row, load_rows
 from edgedistill.fingerprint import Key, digest
 from edgedistill.rows import RowStore
 from edgedistill.store import Entry
@@ -97,3 +98,8 @@ class Context:
     def facts(self, key: Key) -> Mapping[str, Any]:
         """Return the facts of an upstream entry."""
         return self.entries[key].facts
+
+
+def rows_given(ctx: Context, prompts: Key | None, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Return the rows of a step: those in the entry of an augmenter where there is one, else those that the recipe names."""
+    return rows if prompts is None else tuple(load_rows(ctx.path(prompts, "prompts.jsonl")))

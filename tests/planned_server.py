@@ -18,9 +18,12 @@ USAGE = {"prompt_tokens": 20, "completion_tokens": 10}
 
 
 class Planned:
-    """Answer the request of row n, {"row": n} or a chat that ends with the number, or fail as the plan says."""
+    """Answer the request of row n, {"row": n} or a chat that ends with the number, or fail as the plan says. With ``say`` a chat
+    gets what that makes of its messages, and ``chats`` counts their last ones.
+    """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, say: Callable[[list[dict[str, Any]]], str] | None = None) -> None:
+        self.chats = Counter[str]()
         self.asked, self.times, self.lock = Counter[int](), dict[int, list[float]](), threading.Lock()
         self.now = self.most = self.billed = 0
         self.keys: set[str | None] = set()
@@ -37,6 +40,12 @@ class Planned:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if say is not None and "messages" in body:
+                    with outer.lock:
+                        outer.chats[body["messages"][-1]["content"]] += 1
+                        at = outer.chats.total() - 1
+                    self.act(plan(at, 0), answer(body, 0, say(body["messages"])))
+                    return
                 row = number_of(body)
                 if row is None:  # what `plan` asks
                     self.send(200, answer(body, 0))
@@ -104,9 +113,9 @@ def number_of(body: dict[str, Any]) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def answer(body: dict[str, Any], row: int) -> bytes:
+def answer(body: dict[str, Any], row: int, said: str = "") -> bytes:
     """Return what is answered to the request of a row."""
     if "row" in body:
         return json.dumps({"row": row, **({"usage": USAGE} if body.get("usage") else {})}).encode()
-    choice = {"message": {"role": "assistant", "content": f"answer {row}"}, "finish_reason": "stop"}
+    choice = {"message": {"role": "assistant", "content": said or f"answer {row}"}, "finish_reason": "stop"}
     return json.dumps({"choices": [choice], "usage": USAGE}).encode()

@@ -33,7 +33,7 @@ from edgedistill.errors import UsageError
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = (
     *("id", "messages", "prompt", "reference", "rationale", "tags", "tools", "split", "seed_id"),
-    *("evolution", "reasoning_gym", "tests"),
+    *("evolution", "reasoning_gym", "tests", "guidance"),
 )
 MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _IN_ROWS, _IN_MESSAGES = frozenset(FIELDS), frozenset(MESSAGE_FIELDS)
@@ -48,7 +48,8 @@ class Row:
     chat template. ``trace`` names the trace that this is one turn of (``data/traces.py``). ``evolution`` is the round of evolution
     that made the prompt, 0 for a seed: what ``distill.curriculum = "evolution"`` orders by. ``reasoning_gym`` is the problem that
     the row is made of, for its verifier (``evals/reasoning.py``). ``tests`` is Python that is run after the code of an answer: an
-    exception, a failed assertion among them, says that the code is wrong (``evals/execution.py``).
+    exception, a failed assertion among them, says that the code is wrong (``evals/execution.py``). ``guidance`` is a system message
+    that the teacher alone is given: the student learns to answer so without it (context distillation, arXiv:2112.00861).
     """
 
     id: str
@@ -63,6 +64,7 @@ class Row:
     evolution: int | None = None
     reasoning_gym: dict[str, Any] | None = None
     tests: str | None = None
+    guidance: str | None = None
 
     @property
     def problem(self) -> Mapping[str, Any] | None:
@@ -73,7 +75,18 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """Return the row as it stands in a file, without the fields that are empty."""
         out: dict[str, Any] = {"id": self.id, "messages": list(self.messages)}
-        for name in ("reference", "rationale", "split", "seed_id", "trace", "evolution", "reasoning_gym", "tests"):
+        names = (
+            "reference",
+            "rationale",
+            "split",
+            "seed_id",
+            "trace",
+            "evolution",
+            "reasoning_gym",
+            "tests",
+            "guidance",
+        )
+        for name in names:
             if (value := getattr(self, name)) is not None:
                 out[name] = value
         for name in ("tags", "tools"):
@@ -245,7 +258,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
     tags = record.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UsageError(f"{where}: tags must be a list of strings", 'Write "tags": ["alarm"].')
-    for name in ("rationale", "split", "seed_id", "tests"):
+    for name in ("rationale", "split", "seed_id", "tests", "guidance"):
         if record.get(name) is not None and not isinstance(record[name], str):
             raise UsageError(f"{where}: {name} must be a string, not {_kind(record[name])}", f'Write "{name}": "...".')
     evolution = record.get("evolution")
@@ -271,6 +284,7 @@ def parse_row(record: Any, where: str, *, traces: bool = False) -> Row:
         evolution=evolution,
         reasoning_gym=problem,
         tests=record.get("tests"),
+        guidance=record.get("guidance"),
     )
 
 
@@ -338,6 +352,15 @@ _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",",
 def _canonical(value: Any) -> bytes:
     # surrogatepass: JSON may hold a lone surrogate (\ud83d), which plain UTF-8 refuses to encode.
     return _ENCODER.encode(value).encode("utf-8", "surrogatepass")
+
+
+def guided(messages: Sequence[Message], guidance: str | None) -> list[Message]:
+    """Return a conversation as the teacher is asked it: with what it alone is told in the system message, after the row's own."""
+    if not guidance:
+        return list(messages)
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{guidance}"}, *messages[1:]]
+    return [{"role": "system", "content": guidance}, *messages]
 
 
 def rows_digest(rows: Iterable[Row]) -> str:

@@ -17,7 +17,7 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,16 @@ class Analyse(Stage):
     rows_digest: str
     corrections: int
     metric: str
+    prompts: Key | None = later(None)
     rows: tuple[Row, ...] = unkeyed()
     folder: Path = unkeyed(default=Path())  # the recipe's, where the file of a metric lies
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Judge, and write kept rows and lessons."""
         rejected = map(json.loads, ctx.path(self.kept, "rejected.jsonl").read_text().splitlines())
-        asked = {row.id: row for row in to_analyse(self.rows, rejected, self.corrections)}
+        asked = {
+            row.id: row for row in to_analyse(rows_given(ctx, self.prompts, self.rows), rejected, self.corrections)
+        }
         answers = [json.loads(line) for line in ctx.path(self.analyses, "rows.jsonl").read_text().splitlines()]
         metric, lessons, left = find_metric(AFTER_THINKING + self.metric, self.folder), [], []
         for answer in answers:
@@ -61,6 +64,7 @@ class Analyse(Stage):
                     "source": "teacher",
                     "row": answer["row"],
                     **({} if row.evolution is None else {"evolution": row.evolution}),
+                    **({"guidance": row.guidance} if row.guidance else {}),
                     "task": "correction",
                 }
             )

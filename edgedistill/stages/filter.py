@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, NamedTuple
 
+from edgedistill.data.augmenters import REFUSING
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
     COPIED_WORDS,
@@ -40,7 +41,7 @@ from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Progress, Stage, later, unkeyed
+from edgedistill.step import Context, Progress, Stage, later, rows_given, unkeyed
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -111,6 +112,7 @@ class Filter(Stage):
     others: tuple[tuple[str, Key], ...] = later(())
     recovered: tuple[tuple[str, Key], ...] = later(())
     failed: Key | None = later(None)
+    prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
     folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
@@ -118,6 +120,8 @@ class Filter(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Filter, fall back, count."""
+        if self.prompts is not None:
+            return replace(self, prompts=None, rows=rows_given(ctx, self.prompts, self.rows)).run(ctx)
         answers, failed = self.read(ctx.path)
         gold = {row.id for row in self.rows if answers[row.id] and any(f["otherwise"] == "gold" for f in self.filters)}
         hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
@@ -160,6 +164,7 @@ class Filter(Stage):
                     }
                     line |= {"tools": list(row.tools)} if row.tools else {}
                     line |= {"trace": row.trace} if row.trace else {}
+                    line |= {"guidance": row.guidance} if row.guidance else {}
                     lessons = self.lessons(line)
                     if number == 0:
                         corrections = self.corrections(lessons[0], wrong.get(row.id, []))
@@ -372,19 +377,22 @@ class Filter(Stage):
                 form["validator"] = schema_validator(json.loads(spec["json_schema"]))
             return lambda row, text: _because(kind, malformed(self.shown(text), **form))
         if kind == "refusals":
-            return lambda row, text: kind if refuses(self.shown(text)) else ""
+            return lambda row, text: kind if REFUSING not in row.tags and refuses(self.shown(text)) else ""
         if kind == "language":
             languages = spec["languages"]
             return lambda row, text: _because(kind, other_language(self.shown(text), languages))
         if kind == "pii":
             return lambda row, text: _because(kind, personal(text))
         why = f"reference ({shown_name(spec['metric'])})" if kind == "reference" else kind
+        none = "" if spec.get("missing") == "pass" else "no reference"
 
-        def judge(row: Row, text: str) -> str:
+        def told(row: Row, text: str) -> str:
+            if kind == "reference" and row.reference is None and not row.problem:
+                return none
             with judging(row.id):
                 return "" if self.passes(spec, text, row.reference or "", row.problem) else why
 
-        return judge
+        return told
 
     def same(self, spec: Mapping[str, Any]) -> Callable[[str, str], bool]:
         """Return what tells whether two answers say the same."""

@@ -10,17 +10,17 @@ teacher is put those that it failed itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from edgedistill.data.prompts import Row
+from edgedistill.data.prompts import Row, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
-from edgedistill.step import Context, Stage, later, unkeyed
+from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
@@ -33,7 +33,7 @@ def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
     ("tools", JSON) where there are any.
     """
     found: list[tuple[Any, ...]] = [("tools", canonical_json(row.tools))] if row.tools else []
-    for message in row.messages:
+    for message in guided(row.messages, row.guidance):
         more = {key: value for key, value in message.items() if key not in ("role", "content")}
         found.append((message["role"], message.get("content"), *([canonical_json(more)] if more else [])))
     return tuple(found)
@@ -69,6 +69,7 @@ class Generate(Stage):
     manner: str = later("")  # the server's, where it runs these very weights
     only: tuple[str, ...] = later(())  # tags: the prompts that have one of them are put
     leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
+    prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
@@ -78,34 +79,9 @@ class Generate(Stage):
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prove the teacher, ask what is not stored yet, write the view."""
         self._prove(ctx)
-        sampling = (
-            ("max_new_tokens", self.max_new_tokens),
-            ("style", self.style),
-            ("temperature", self.temperature),
-            ("top_p", self.top_p),
-            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
-        )
-        teacher, rows = ctx.entries[self.teacher].digest, self.to_ask(ctx)
-        questions = [
-            Question(
-                teacher=teacher,
-                messages=asked(row),
-                sampling=sampling,
-                seed=self.seed,
-                sample=sample,
-            )
-            for row in rows
-            for sample in range(self.samples)
-        ]
-        stored = ctx.rows.get(question.key for question in questions)
-        missing = {question.key: question for question in questions if question.key not in stored}
-        found = len(questions) - len(missing)
-        if missing:
-            if self.server is None and not self._file(ctx).is_file():
-                self._ask(ctx, list(missing.values()), found, len(questions))
-            else:
-                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
-            stored = ctx.rows.get(question.key for question in questions)
+        rows = self.to_ask(ctx)
+        questions = self._questions(ctx, [(asked(row), sample) for row in rows for sample in range(self.samples)])
+        stored, missing = self._answers(ctx, questions)
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
             for index, question in enumerate(questions):
@@ -120,12 +96,40 @@ class Generate(Stage):
                     "logprob": round(answer.logprob, 4),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return {"rows": len(questions), "asked": len(missing), "from_store": found, "tokens": tokens}
+        return {"rows": len(questions), "asked": missing, "from_store": len(questions) - missing, "tokens": tokens}
+
+    def _questions(self, ctx: Context, asks: Iterable[tuple[tuple[tuple[Any, ...], ...], int]]) -> list[Question]:
+        """Return what is asked, (messages, number of the sample), as the row store keys it."""
+        sampling = (
+            ("max_new_tokens", self.max_new_tokens),
+            ("style", self.style),
+            ("temperature", self.temperature),
+            ("top_p", self.top_p),
+            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
+        )
+        teacher = ctx.entries[self.teacher].digest
+        return [
+            Question(teacher=teacher, messages=messages, sampling=sampling, seed=self.seed, sample=sample)
+            for messages, sample in asks
+        ]
+
+    def _answers(self, ctx: Context, questions: list[Question]) -> tuple[dict[str, Answered], int]:
+        """Return the answers by the questions' keys, and how many questions had to be put."""
+        stored = ctx.rows.get(question.key for question in questions)
+        missing = {question.key: question for question in questions if question.key not in stored}
+        found = len(questions) - len(missing)
+        if missing:
+            if self.server is None and not self._file(ctx).is_file():
+                self._ask(ctx, list(missing.values()), found, len(questions))
+            else:
+                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
+            stored = ctx.rows.get(question.key for question in questions)
+        return stored, len(missing)
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
-        own, others = set(self.only), set(self.leave)
-        return tuple(row for row in self.rows if not others & set(row.tags) and (not own or own & set(row.tags)))
+        own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
+        return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
 
     def _prove(self, ctx: Context) -> None:
         if self.scores is None:
@@ -246,7 +250,7 @@ class GenerateAnalyses(Generate):
         from edgedistill.data.corrections import to_analyse
 
         rejected = ctx.path(self.filtered, "rejected.jsonl").read_text().splitlines()
-        return tuple(to_analyse(self.rows, map(json.loads, rejected), self.corrections))
+        return tuple(to_analyse(super().to_ask(ctx), map(json.loads, rejected), self.corrections))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +269,9 @@ class GenerateRecovery(Generate):
             map(json.loads, ctx.path(self.filtered, name).read_text().splitlines())
             for name in ("kept.jsonl", "rejected.jsonl")
         )
-        failed = failed_prompts((row.id for row in self.rows), kept, rejected)
-        return tuple(row for row in self.rows if row.id in failed)
+        rows = super().to_ask(ctx)
+        failed = failed_prompts((row.id for row in rows), kept, rejected)
+        return tuple(row for row in rows if row.id in failed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +300,7 @@ class Judge(Generate):
         """Return what the judge is asked."""
         from edgedistill.data.judging import to_judge
 
-        return tuple(to_judge(self.rows, self._answers(ctx), self.rubric, against=bool(self.against)))
+        return tuple(to_judge(super().to_ask(ctx), self._answers(ctx), self.rubric, against=bool(self.against)))
 
     def _answers(self, ctx: Context) -> list[dict[str, Any]]:
         return [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
@@ -316,4 +321,4 @@ class GenerateFailed(Generate):
 
         answers = load_answers(ctx.path(self.student, "answers") / f"{self.suite}.jsonl")
         failed = {answer.id for answer in answers if answer.score < 1 or answer.finish != "stop"}
-        return tuple(row for row in self.rows if row.id in failed)
+        return tuple(row for row in super().to_ask(ctx) if row.id in failed)

@@ -15,7 +15,7 @@ from edgedistill.data.grades import line, read_grades, told, write_grades
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, later, unkeyed
+from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,14 @@ class Grade(Stage):
     rows_digest: str
     label: str | None = later(None)
     shown: bool = later(False)
+    prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Grade what is not graded yet; equal answers to a prompt once."""
         from edgedistill.evals.grading import Asked, Perplexity, Reward, batches
 
-        rows = {row.id: row for row in self.rows}
+        rows = {row.id: row for row in rows_given(ctx, self.prompts, self.rows)}
         same: dict[tuple[str, str], list[str]] = {}
         for text in ctx.path(self.answers, "rows.jsonl").read_text().splitlines():
             answer = json.loads(text)

@@ -40,6 +40,7 @@ class Score(Stage):
     n: int
     temperature: float
     seed: int
+    guided: bool = later(False)  # the teacher reads what it alone is told
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Run the teacher forward over the kept rows, shard by shard."""
@@ -93,6 +94,10 @@ class Score(Stage):
             seed=self.seed,
         )
         examples.sort(key=lambda example: (example.length, example.id))
+        read = {example.id: example for example in examples}  # by the teacher
+        if self.guided:
+            given, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model, guide=True)
+            read = {example.id: example for example in given}
         tokens = 0
         for start in range(0, len(examples), SHARD_ROWS):
             part = examples[start : start + SHARD_ROWS]
@@ -102,7 +107,7 @@ class Score(Stage):
                 continue
             with TargetsWriter(path, header) as writer:
                 scored = teacher.score(
-                    part,
+                    [read[example.id] for example in part],
                     kind=header.kind,
                     n=self.n,
                     temperature=self.temperature,

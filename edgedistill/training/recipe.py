@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgedistill.data.prompts import Row
+from edgedistill.data.prompts import Row, guided
 from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example, encode_example
@@ -75,13 +75,21 @@ def _features(table: Mapping[str, Any]) -> FeatureTerms:
 
 
 def load_kept(
-    kept: Path, model: Path, *, text: str = "text", limit: int | None = None, think_weight: float = 1.0
+    kept: Path,
+    model: Path,
+    *,
+    text: str = "text",
+    limit: int | None = None,
+    think_weight: float = 1.0,
+    guide: bool = False,
 ) -> tuple[list[Example], Any]:
     """Encode the rows that the filters kept with the model's tokenizer: (examples, tokenizer).
 
     ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). A token of thinking, or of
     a rationale that is a task of its own, counts ``think_weight`` in the loss. The turns of one trace become one example where
-    their tokens allow it (``training/traces.py``). Raises UsageError for a row that is longer than the model's context."""
+    their tokens allow it (``training/traces.py``). With ``guide`` prompts hold what the teacher alone is told. Raises
+    UsageError for a row that is longer than the model's context.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -94,7 +102,7 @@ def load_kept(
         if row[text]:
             one = encode_example(
                 tokenizer,
-                row["messages"],
+                guided(row["messages"], row.get("guidance") if guide else None),
                 row[text],
                 tools=row.get("tools", ()),
                 id=row["id"],

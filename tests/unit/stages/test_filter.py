@@ -87,7 +87,7 @@ def run(
         )
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    ctx: Any = SimpleNamespace(out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
+    ctx: Any = SimpleNamespace(progress=lambda *_: None, out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
     facts = dict(stage.run(ctx))
     return facts, lambda name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
 

@@ -46,7 +46,9 @@ def run(tmp_path: Path, stage: Filter, answers: dict[str, list[str]]) -> tuple[d
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     notes: list[str] = []
-    ctx: Any = SimpleNamespace(out=out, path=lambda _key, name: tmp_path / name, note=notes.append)
+    ctx: Any = SimpleNamespace(
+        progress=lambda *_: None, out=out, path=lambda _key, name: tmp_path / name, note=notes.append
+    )
     facts = dict(stage.run(ctx))
     return facts, lambda name: [json.loads(line) for line in (out / name).read_text().splitlines()], notes
 

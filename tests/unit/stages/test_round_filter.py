@@ -50,7 +50,9 @@ def run(
         (folder / "answers" / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         (folder / "before" / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before or []))
         places = {ANSWERS: "answers", BEFORE: "before"}
-        ctx: Any = SimpleNamespace(out=folder / "out", path=lambda key, file: folder / places[key] / file)
+        ctx: Any = SimpleNamespace(
+            progress=lambda *_: None, out=folder / "out", path=lambda key, file: folder / places[key] / file
+        )
         facts = dict(stage.run(ctx))
         kept = (folder / "out" / "kept.jsonl").read_text().splitlines()
         return facts, [json.loads(line) for line in kept]
