@@ -123,7 +123,7 @@ class RoundSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(),
+            "filters": self._filters(one.samples),
             "suites": self.inputs.suites,
             "by": "teacher" if online else "student",
             "keep": one.keep,

@@ -40,7 +40,7 @@ class TextSteps(TrainingSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._filters(analysed=True),
+            "filters": self._filters(recipe.generate.samples, analysed=True),
             "suites": self.inputs.suites,
         }
         kept = self.graph.add(

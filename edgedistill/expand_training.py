@@ -76,9 +76,9 @@ class TrainingSteps:
             fields["json_schema"] = json.dumps(read_schema(self.inputs, file, "generate.json_schema"))
         return fields
 
-    def _filters(self, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
-        """Return the filters as a step's key holds them, with what the files that they name say. ``analysed``: corrections that the
-        teacher writes are another step's.
+    def _filters(self, samples: int, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
+        """Return the filters as a step's key holds them, with what the files that they name say; each prompt was asked ``samples``
+        times. ``analysed``: corrections that the teacher writes are another step's.
         """
         found = []
         for at, one in enumerate(self.recipe.filter):
@@ -87,6 +87,8 @@ class TrainingSteps:
                 fields["json_schema"] = canonical_json(
                     read_schema(self.inputs, one.json_schema, f"filter.{at}.json_schema")
                 )
+            if one.kind == "agreement":
+                fields["samples"] = samples
             if one.kind == "decontaminate":
                 fields["suites"] = {name: rows_digest(rows) for name, rows in self.inputs.suites.items()}
             found.append(fields)

@@ -70,7 +70,7 @@ class Filter(Section):
     pattern: str | None = Field(default=None, description="format: a regular expression that is found in every answer")
     json_schema: Path | None = Field(default=None, description="format: a JSON Schema that every answer is valid under")
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=SHARE, description="agreement: of the answers to a prompt, which have to say the same"
+        default=SHARE, description="agreement: of the answers asked of a prompt, which have to say the same"
     )
     similarity: Annotated[float, Field(ge=0.3, le=1)] = Field(
         default=SIMILARITY, description="duplicates: share of words, in threes, that two rows have in common"

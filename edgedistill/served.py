@@ -101,12 +101,15 @@ class Server:
 
     @property
     def manner(self) -> str:
-        """Return what else the answers of weights that are here depend on: what is always asked along, and vLLM's own arguments;
-        "" where that is nothing, or part of the identity.
+        """Return what else the answers of weights that are here depend on: what is always asked along, the type that vLLM computes
+        in where it is not the checkpoint's, and vLLM's own arguments; "" where that is nothing, or part of the identity.
         """
-        if self.launch is None or not (self.body or self.launch.args):
+        if self.launch is None:
             return ""
-        return canonical_json({"body": dict(self.body), "args": list(self.launch.args)})
+        dtype = {} if self.launch.dtype == "auto" else {"dtype": self.launch.dtype}
+        if not (self.body or self.launch.args or dtype):
+            return ""
+        return canonical_json({"body": dict(self.body), "args": list(self.launch.args), **dtype})
 
     def limit(self, tokens: int) -> dict[str, int]:
         """Return the bound of an answer's length, for a request; nothing where ``body`` has it by its newer name."""

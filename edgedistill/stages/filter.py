@@ -179,10 +179,13 @@ class Filter(Stage):
             chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
             return lambda row, found: _first(best(found, **chosen), found)
         if kind == "agreement":
-            same, share = self.same(spec), spec.get("share", SHARE)
+            same, share, asked = self.same(spec), spec.get("share", SHARE), spec["samples"]
+
+            def believed(found: list[dict[str, Any]]) -> list[bool]:
+                return agreeing([self.shown(a["text"]) for a in found], same, share, asked)
+
             return lambda row, found: [
-                (a, "" if good else kind)
-                for a, good in zip(found, agreeing([self.shown(a["text"]) for a in found], same, share), strict=True)
+                (a, "" if good else kind) for a, good in zip(found, believed(found), strict=True)
             ]
         if kind == "duplicates":
             seen = Seen(spec.get("similarity", SIMILARITY))

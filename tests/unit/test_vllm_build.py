@@ -36,7 +36,7 @@ targets = ["laptop-x86"]
 model       = "path:teacher"
 min_score   = { words = 0.2 }
 concurrency = 4
-vllm        = { dtype = "float32", context = 512 }
+vllm        = { context = 512 }
 
 [student]
 model = "path:model"
@@ -130,6 +130,7 @@ def test_what_is_always_asked_along_and_vllms_own_arguments_are_in_the_keys(fold
     for change in (
         {"teacher.body": {"chat_template_kwargs": {"x": 1}}},
         {"teacher.vllm.args": ["--quantization", "fp8"]},
+        {"teacher.vllm.dtype": "float16"},
     ):
         other = prepared(folder, tmp_path / "store", **change).plan
         for step in ("evaluate/teacher", "generate", "score"):
