@@ -33,6 +33,7 @@ class Price(Section):
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
+    batch: Share = Field(default=1.0, description="the share of it that requests in a batch cost: OpenAI's is 0.5")
 
 
 class Rate(Section):
@@ -40,6 +41,19 @@ class Rate(Section):
 
     requests: Count | None = None
     tokens: Count | None = Field(default=None, description="of prompts (4 bytes each) and the longest answers")
+
+
+class Batch(Section):
+    """Answers are asked for in files of many requests, which the server works off when it has time (OpenAI's Batch API): within a
+    day, and at a lower price. A build that is stopped leaves its batches running, and the next one waits for them. What proves
+    the teacher is asked at once, and so is what a batch failed at.
+    """
+
+    requests: Annotated[int, Field(ge=1, le=50_000)] = Field(
+        default=50_000, description="most requests of a batch; fewer where the server queues no more tokens at a time"
+    )
+    window: str = Field(default="24h", description="by when it has to be done; OpenAI takes no other")
+    poll: Positive = Field(default=30.0, description="seconds between two looks at how far it is")
 
 
 class Vllm(Section):
@@ -73,6 +87,7 @@ class Teacher(Section):
         "rate",
         "price",
         "budget",
+        "batch",
     )
 
     model: str
@@ -102,6 +117,7 @@ class Teacher(Section):
     rate: Rate = Rate()
     price: Price | None = None
     budget: Budget = Budget()
+    batch: Batch | None = None
 
     @property
     def servers(self) -> list[str]:
@@ -135,6 +151,8 @@ class Teacher(Section):
                 raise key_error(
                     "budget.money", "what do a million tokens cost? teacher.price = { input = …, output = … }"
                 )
+            if self.batch is not None and len(self.servers) > 1:
+                raise key_error("batch", "a batch goes to one server: name one in teacher.server")
             return self
         if self.model.startswith(SERVED):
             raise key_error("model", 'this names a served teacher: set backend = "openai"')

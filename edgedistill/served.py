@@ -47,6 +47,18 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How questions are put in batches: the most requests of one, by when it has to be done, seconds between two looks at it, and
+    the share of the price that it costs.
+    """
+
+    requests: int
+    window: str
+    poll: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """How vLLM is started on weights that are here: on how many GPUs each server, how many servers, tokens of context (None: the
     model's), how many best tokens are asked for; ``start_timeout`` in seconds.
@@ -83,6 +95,7 @@ class Server:
     account: str = ""
     budget: Budget = field(default_factory=Budget)
     launch: Launch | None = None
+    batch: Batching | None = None
     abilities: Abilities = Abilities()
 
     @property
@@ -93,6 +106,12 @@ class Server:
     def ledger(self, rows: Path) -> Ledger:
         """Return the account of what is asked, in the file of the row store."""
         return Ledger(rows, self.account, self.budget)
+
+    @property
+    def batch_budget(self) -> Budget:
+        """Return the budget at the price of batches."""
+        share = self.batch.share if self.batch else 1.0
+        return replace(self.budget, input=share * self.budget.input, output=share * self.budget.output)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -156,6 +175,7 @@ def server_of(recipe: Recipe) -> Server | None:
         concurrency=teacher.concurrency,
         timeout=teacher.timeout,
         retries=teacher.retries,
+        batch=teacher.batch and Batching(**teacher.batch.model_dump(), share=price.batch if price else 1.0),
         rate=Rate(requests=teacher.rate.requests, tokens=teacher.rate.tokens),
         account=f"{recipe.name}: {teacher.model}",
         budget=Budget(

@@ -188,6 +188,9 @@ class Generate(Stage):
             done += len(answers)
             ctx.progress(done, total, "answers")
 
+        def far(done: int, _: int, text: str) -> None:  # a batch is stored when it has ended
+            ctx.progress(found + done, total, text)
+
         shown = [conversation(question.messages) for question in questions]
         with ctx.rows.held(), self._open(ctx) as teacher:
             answers = teacher.generate(
@@ -197,6 +200,7 @@ class Generate(Stage):
                 tools=[tools for _, tools in shown],
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
+                progress=far if self.server is not None and self.server.batch is not None else None,
             )
             for _ in answers:  # stored already
                 pass
@@ -215,6 +219,7 @@ class Generate(Stage):
             style=self.style,
             json_schema=self.json_schema,
             weights=weights,
+            batched=True,
             note=ctx.note,
         )
 

@@ -252,6 +252,8 @@ def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -
         ({"teacher.server": "http://me:sk-1@127.0.0.1/v1"}, "teacher.server"),
         ({"teacher.server": []}, "teacher.server"),
         ({"teacher.server": ["http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1"]}, "teacher.server"),
+        ({"teacher.server": ["http://127.0.0.1:1/v1", "http://127.0.0.1:2/v1"], "teacher.batch": {}}, "teacher.batch"),
+        ({"teacher.batch": {"requests": 50_001}}, "teacher.batch.requests"),
         ({"teacher.budget": {"money": 5.0}}, "teacher.budget.money"),
         ({"teacher.budget": {"tokens": 0}}, "teacher.budget.tokens"),
         ({"teacher.rate": {"requests": 0}}, "teacher.rate.requests"),

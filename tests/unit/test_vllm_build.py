@@ -223,6 +223,7 @@ def test_arguments_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     [
         ({"teacher.backend": "llama_cpp", "teacher.model": "gguf:x.gguf"}, "teacher.vllm"),
         ({"teacher.server": "http://127.0.0.1:1/v1"}, "teacher.server"),
+        ({"teacher.batch": {}}, "teacher.batch"),
         ({"teacher.body": {"seed": 1}}, "teacher.body"),
         ({"gates.min_speedup": 3.0}, "gates.min_speedup"),
         ({"distill.loss.temperature": 2.0}, "distill.loss.temperature"),
