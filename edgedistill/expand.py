@@ -4,6 +4,7 @@ special cases.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -351,6 +352,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             isa="" if served else self.isa,
             rows=suites,
             server=self.server if served else None,
+            **(self._calls(itertools.chain.from_iterable(suites.values())) if served else {}),
         )
         return self.graph.add(
             name,

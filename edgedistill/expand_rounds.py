@@ -86,7 +86,8 @@ class RoundSteps(TrainingSteps):
             disk=len(rows) * 400,
         )
         asked = self._question(one, teacher, number)
-        stage = GenerateFailed(**asked, student=judged, suite=PROMPTS, server=self.server, manner=self.manner)
+        by = {"server": self.server, "manner": self.manner, **self._calls(rows)}
+        stage = GenerateFailed(**asked, **by, student=judged, suite=PROMPTS)
         return self._ask(tag, one, stage, "decode-failed", params)
 
     def _question(self, one: Round, asked: Key, number: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class TextSteps(TrainingSteps):
             "seed": recipe.seed,
             "server": self.server,
             "manner": self.manner,
+            **self._calls(rows),
             **self._generate(),
         }
         answers = self._asked(

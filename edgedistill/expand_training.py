@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from edgedistill.data.prompts import rows_digest
+from edgedistill.chat import read_chat
+from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.fingerprint import Key, canonical_json, digest
 from edgedistill.inputs import Inputs, chosen_layers, cut_rows, read_schema, student_facts, taught_rows
@@ -49,6 +52,8 @@ class TrainingSteps:
         self.checks = inputs.prompts[:64]
         self.server = inputs.server
         self.manner = self.server.manner if self.server else ""
+        rows = [*inputs.prompts, *itertools.chain.from_iterable(inputs.suites.values())]
+        self.chat = read_chat(inputs.teacher) if self.server and any(row.tools for row in rows) else None
         self.in_gguf = inputs.recipe.teacher.backend == "llama_cpp"
         self.asked: Key | None = (
             None  # the teacher, and the model with the tokens that one without a tokenizer is asked about
@@ -67,6 +72,12 @@ class TrainingSteps:
         return self.graph.add(
             name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
         )
+
+    def _calls(self, rows: Iterable[Row]) -> dict[str, Any]:
+        """Return how text is made of the calls of a server's, where rows have tools."""
+        if self.chat is None or not any(row.tools for row in rows):
+            return {}
+        return {"template": digest([self.chat.for_tools, self.chat.bos, self.chat.eos]), "chat": self.chat}
 
     def _generate(self) -> dict[str, Any]:
         """Return how the teacher answers, as a step's key holds it, with what the file that it names says."""

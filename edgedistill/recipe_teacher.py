@@ -68,6 +68,12 @@ class Vllm(Section):
     args: tuple[str, ...] = Field(default=(), description='further arguments: ["--gpu-memory-utilization", "0.8"]')
     start_timeout: Positive = Field(default=1800.0, description="seconds to wait until it answers")
 
+    @property
+    def calls(self) -> bool:
+        """Tell whether its arguments make it read calls of tools."""
+        given = {word.partition("=")[0] for word in self.args}
+        return {"--enable-auto-tool-choice", "--tool-call-parser"} <= given
+
 
 class Teacher(Section):
     """The model that is proved to do the task. Under ``min_score`` (suite -> score) nothing is generated. With ``backend`` "openai"
@@ -189,7 +195,9 @@ def refuse_backend(recipe: Recipe) -> None:
         "distill.features": bool(features and features.on) and "it shows no hidden states: leave the table out",
         "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
         and "it is not quantized once more: leave the key out",
-        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
+        "generate.style": not served
+        and recipe.generate.style == "tool-trace"
+        and "its calls are not read yet: take another",
         **(_only_served(recipe) if served else {}),
     }
     if not served:
@@ -236,7 +244,6 @@ def _refuse_vllm(recipe: Recipe) -> None:
     wrong = {
         "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
         and "it is not quantized: leave the key out",
-        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
         "distill.loss.temperature": recipe.score.kind == "top-k"
         and loss.kd > 0
         and loss.temperature != 1.0

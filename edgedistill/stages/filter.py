@@ -34,6 +34,7 @@ from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.teachers.calls import NO_CALL
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -170,7 +171,7 @@ class Filter(Stage):
 
     def flaw(self, answer: Mapping[str, Any]) -> str | None:
         """Say why something is no answer at all, before any filter; None where it is one."""
-        return None if answer["finish"] == "stop" else "did not end"
+        return {"stop": None, NO_CALL: NO_CALL}.get(answer["finish"], "did not end")
 
     def judge(self, spec: Mapping[str, Any]) -> Judge:
         """Return what judges the answers to one prompt by one filter."""

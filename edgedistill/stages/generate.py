@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
@@ -67,11 +68,13 @@ class Generate(Stage):
     seed: int
     json_schema: str = later("")  # nothing but JSON that it allows can be written
     manner: str = later("")  # the server's, where it runs these very weights
+    template: str = later("")  # digest of that which makes text of a server's calls; the row store has the calls
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
     min_score: Mapping[str, float] = unkeyed()
     server: Server | None = unkeyed(default=None)  # the teacher's, where its weights are not here
+    chat: Chat | None = unkeyed(default=None)  # what ``template`` is the digest of
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prove the teacher, ask what is not stored yet, write the view."""
@@ -109,16 +112,26 @@ class Generate(Stage):
             for index, question in enumerate(questions):
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count
+                text, finish = self.shown(question, answer)
                 line = {
                     "id": row.id,
                     "row": question.key,
                     "sample": question.sample,
-                    "text": answer.text,
-                    "finish": answer.finish,
+                    "text": text,
+                    "finish": finish,
                     "logprob": round(answer.logprob, 4),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return {"rows": len(questions), "asked": len(missing), "from_store": found, "tokens": tokens}
+
+    def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
+        """Return an answer's text, with its calls as the student is to write them, and why it ended."""
+        if not answer.calls or self.chat is None:
+            return answer.text, answer.finish
+        from edgedistill.teachers.calls import NO_CALL, write_calls
+
+        text, good = write_calls(*conversation(question.messages), answer.text, answer.calls, self.chat.render)
+        return text, answer.finish if good or answer.finish != "stop" else NO_CALL
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
@@ -233,6 +246,7 @@ def _stored(answer: Answer) -> Answered:
         finish=answer.finish_reason,
         logprob=float(answer.logprob),
         tokens=answer.tokens,
+        calls=answer.calls,
     )
 
 

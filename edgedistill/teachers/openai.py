@@ -22,6 +22,7 @@ from edgedistill.fingerprint import digest
 from edgedistill.served import SCORED, Server
 from edgedistill.teachers.batch_book import Book
 from edgedistill.teachers.batches import Batches
+from edgedistill.teachers.calls import as_sent, read_reply, tools_sent
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.teachers.requests import Requests
 from edgedistill.teachers.vllm import Servers
@@ -29,6 +30,7 @@ from edgedistill.training.data import Example
 from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
 
 BROKEN = "\ufffd"  # part of a character, by itself
+ENDED = ("stop", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thought; vLLM has had both names
 
 
@@ -107,10 +109,9 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``; and no ``tools`` may be
-        given (``plan`` refuses rows with tools). Raises StepFailed as `Requests.post`.
+        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
+        `Requests.post`.
         """
-        assert not any(tools or ()), "a server is given no tools"
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
         jobs = [(at, sample) for at in range(len(prompts)) for sample in range(samples)]
@@ -146,7 +147,9 @@ class OpenAITeacher:
                 on_batch(answers)
             return unread
 
-        bodies = [self._question(prompts[at], names[at], sample, sampling) for at, sample in jobs]
+        bodies = [
+            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling) for at, sample in jobs
+        ]
         path, singly = "/chat/completions", list(range(len(jobs)))
         if self.batches is not None:
             singly = self.batches.post(
@@ -165,14 +168,17 @@ class OpenAITeacher:
         )
         yield from (one for one in found if one is not None)
 
-    def _question(self, messages: Messages, name: str, sample: int, sampling: Sampling) -> dict[str, Any]:
+    def _question(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], name: str, sample: int, sampling: Sampling
+    ) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         if sampling.temperature > 0:
             number = int(digest([sampling.seed, name, sample])[:8], 16) % 2**31  # a draw of its own for every sample
             drawn = {"top_p": sampling.top_p, "seed": number}
         return {
             "model": self.server.model,
-            "messages": list(messages),
+            "messages": as_sent(messages),
+            **({"tools": tools_sent(tools)} if tools else {}),
             **self.server.limit(sampling.max_new_tokens),
             "temperature": sampling.temperature,
             **drawn,
@@ -185,7 +191,7 @@ class OpenAITeacher:
         try:
             choice = reply["choices"][0]
             message = choice["message"]
-            text = message.get("content") or ""
+            text, calls = message.get("content") or "", read_reply(message)
             thought = next((message[field] for field in THOUGHTS if message.get(field)), "")
             tokens = [float(one["logprob"]) for one in ((choice.get("logprobs") or {}).get("content") or ())]
             count = int((reply.get("usage") or {}).get("completion_tokens") or len(tokens))
@@ -203,9 +209,10 @@ class OpenAITeacher:
             sample=sample,
             text=text,
             token_ids=(),
-            finish_reason="stop" if choice.get("finish_reason") == "stop" else "length",
+            finish_reason="stop" if choice.get("finish_reason") in ENDED else "length",
             logprob=float(sum(tokens)),
             tokens=count,
+            calls=calls,
         )
 
     def score(

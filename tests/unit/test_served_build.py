@@ -246,7 +246,6 @@ def test_what_is_thought_becomes_a_block_where_the_style_has_one(folder: Path) -
         ({"baselines.quantized_teacher": "Q4_0"}, "baselines.quantized_teacher"),
         ({"gates.min_speedup": 3.0}, "gates.min_speedup"),
         ({"gates.min_shrink": 3.0}, "gates.min_shrink"),
-        ({"generate.style": "tool-trace", "distill.on_policy": 0.0}, "generate.style"),
         ({"teacher.server": "127.0.0.1:8000"}, "teacher.server"),
         ({"teacher.server": "http://127.0.0.1:eighty/v1"}, "teacher.server"),
         ({"teacher.server": "http://me:sk-1@127.0.0.1/v1"}, "teacher.server"),

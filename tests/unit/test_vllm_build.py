@@ -236,6 +236,20 @@ def test_what_does_not_go_with_it_is_refused(folder: Path, tmp_path: Path, overr
     assert f" {key}: " in str(caught.value)
 
 
+def test_rows_with_tools_need_a_parser_of_calls(folder: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "alarm", "parameters": {"type": "object"}}}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "tools.jsonl").write_text("".join(json.dumps({**row, "tools": [tool]}) + "\n" for row in rows))
+    given = {"prompts.files": ["tools.jsonl"]}
+    with pytest.raises(RecipeError, match="vLLM reads no calls unless it is told how") as caught:
+        prepared(folder, tmp_path / "store", **given)
+    assert caught.value.key == "teacher.vllm.args"
+    given["teacher.vllm.args"] = ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
+    with pytest.raises(RecipeError, match="the chat template does not write tool_calls") as caught:  # of this model
+        prepared(folder, tmp_path / "store", **given)
+    assert caught.value.key == "prompts.files"
+
+
 def test_without_vllm_the_plan_says_how_to_get_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
