@@ -4,6 +4,7 @@ special cases.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -380,6 +381,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             rows=suites,
             server=server if served else None,
             folder=self.inputs.path.parent,
+            **(self._calls(itertools.chain.from_iterable(suites.values())) if served else {}),
         )
         return self.graph.add(
             name,

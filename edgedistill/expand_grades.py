@@ -128,11 +128,13 @@ class GradeSteps(TrainingSteps):
         return {"teacher": key, "server": server, "manner": manner, "params": model.facts.params()}
 
     def _graded_filters(
-        self, grades: Mapping[int, Key | tuple[Key, ...]], *, analysed: bool = False
+        self, grades: Mapping[int, Key | tuple[Key, ...]], samples: int, *, analysed: bool = False
     ) -> tuple[dict[str, Any], ...]:
         """Return the filters as a step's key holds them: of those by a model, the step with its grades and what passes."""
         found = []
-        for at, (one, fields) in enumerate(zip(self.recipe.filter, self._filters(analysed=analysed), strict=True)):
+        for at, (one, fields) in enumerate(
+            zip(self.recipe.filter, self._filters(samples, analysed=analysed), strict=True)
+        ):
             if at not in grades:
                 found.append(fields)
                 continue

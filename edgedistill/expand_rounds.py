@@ -90,7 +90,8 @@ class RoundSteps(GradeSteps):
             disk=len(rows) * 400,
         )
         asked = self._question(one, teacher, number)
-        stage = GenerateFailed(**asked, student=judged, suite=PROMPTS, server=self.server, manner=self.manner)
+        by = {"server": self.server, "manner": self.manner, **self._calls(rows)}
+        stage = GenerateFailed(**asked, **by, student=judged, suite=PROMPTS)
         return self._ask(tag, one, stage, "decode-failed", params)
 
     def _question(self, one: Round, asked: Key, number: int) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class RoundSteps(GradeSteps):
             "answers": answers,
             "rows_digest": rows_digest(rows),
             "rows": rows,
-            "filters": self._graded_filters(self._grades(answers, self.tokens, tag)),
+            "filters": self._graded_filters(self._grades(answers, self.tokens, tag), one.samples),
             "suites": self.inputs.suites,
             "folder": self.inputs.path.parent,
             "reviews": self._reviews(),

@@ -34,6 +34,7 @@ class TextSteps(PromptSteps, GradeSteps):
             "seed": recipe.seed,
             "server": self.server,
             "manner": self.manner,
+            **self._calls(rows),
             **self._generate(),
         }
         asked = Generate(**question, scores=scores, min_score=recipe.teacher.min_score, leave=self._routed())
@@ -53,14 +54,14 @@ class TextSteps(PromptSteps, GradeSteps):
             (one.spec.name, self._asked_another(one, question)) for one in self.others if one.spec.role != "recovery"
         )
         grades += [self._grades(key, self.tokens, name, prompts) for name, key in filtered["others"]]
-        filtered["filters"] = self._graded_filters(joined(grades), analysed=True)
+        filtered["filters"] = self._graded_filters(joined(grades), recipe.generate.samples, analysed=True)
         recovering = [one for one in self.others if one.spec.role == "recovery"]
         kept = self._filter("filter/1" if recovering else "filter", filtered)
         for number, one in enumerate(recovering, 2):
             fields = {"filtered": kept, **question}
             recovered = (*filtered.get("recovered", ()), (one.spec.name, self._asked_another(one, fields)))
             grades.append(self._grades(recovered[-1][1], WRONG * self.tokens, one.spec.name, prompts))
-            told = self._graded_filters(joined(grades), analysed=True)
+            told = self._graded_filters(joined(grades), recipe.generate.samples, analysed=True)
             filtered |= {"recovered": recovered, "failed": kept, "filters": told}
             kept = self._filter("filter" if number == len(recovering) + 1 else f"filter/{number}", filtered)
         if analysed is None:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgedistill.data.prompts import rows_digest
+from edgedistill.chat import read_chat
+from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.verdicts import Verdict, changes
 from edgedistill.devices.host import fingerprint as host_fingerprint
 from edgedistill.fingerprint import Key, canonical_json, digest
@@ -74,6 +77,8 @@ class TrainingSteps:
         self.checks = inputs.prompts[:64]
         self.server = inputs.server
         self.manner = self.server.manner if self.server else ""
+        rows = [*inputs.prompts, *itertools.chain.from_iterable(inputs.suites.values())]
+        self.chat = read_chat(inputs.teacher) if self.server and any(row.tools for row in rows) else None
         self.in_gguf = inputs.recipe.teacher.backend == "llama_cpp"
         self.others: list[Other] = []
         self.asked: Key | None = (
@@ -94,6 +99,12 @@ class TrainingSteps:
             name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
         )
 
+    def _calls(self, rows: Iterable[Row]) -> dict[str, Any]:
+        """Return how text is made of the calls of a server's, where rows have tools."""
+        if self.chat is None or not any(row.tools for row in rows):
+            return {}
+        return {"template": digest([self.chat.for_tools, self.chat.bos, self.chat.eos]), "chat": self.chat}
+
     def _generate(self) -> dict[str, Any]:
         """Return how the teacher answers, as a step's key holds it, with what the file that it names says."""
         fields, file = self.recipe.generate.model_dump(exclude={"json_schema"}), self.recipe.generate.json_schema
@@ -102,9 +113,9 @@ class TrainingSteps:
             fields["json_schema"] = json.dumps(read_schema(self.inputs, file, "generate.json_schema"))
         return fields
 
-    def _filters(self, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
-        """Return the filters as a step's key holds them, with what the files that they name say. ``analysed``: corrections that the
-        teacher writes are another step's.
+    def _filters(self, samples: int, *, analysed: bool = False) -> tuple[dict[str, Any], ...]:
+        """Return the filters as a step's key holds them, with what the files that they name say; each prompt was asked ``samples``
+        times. ``analysed``: corrections that the teacher writes are another step's.
         """
         found = []
         for at, one in enumerate(self.recipe.filter):
@@ -116,6 +127,8 @@ class TrainingSteps:
                 )
             if one.file is not None:  # its digest, as with suites
                 fields["file"] = changes(read_reviews(self.inputs)[one.file])
+            if one.kind == "agreement":
+                fields["samples"] = samples
             if one.kind == "decontaminate":
                 fields["suites"] = {name: rows_digest(rows) for name, rows in self.inputs.suites.items()}
             found.append(fields)

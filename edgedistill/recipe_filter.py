@@ -22,13 +22,12 @@ class Filter(Section):
     """Keep answers that pass. One by one: ``reference`` compares with the row's, ``thinking`` counts the words beside the answer,
     ``format`` looks at its form, ``language`` at the language it is in, ``execution`` runs its code with the row's tests,
     ``refusals`` and ``pii`` drop what refuses (but not where ``red-team`` asks for it) and what tells of a person. By a model, in a
-    step of its own whose grades another threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or what a
-    ``judge`` says of it by a rubric. Among the answers to one prompt: ``agreement`` keeps what most of them say, ``best`` a few
-    that differ. Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a suite. ``review`` goes by
-    what people said of them (``edgedistill review``): what they rejected is dropped, what they edited is taught as edited. Where no
-    answer passed,
-    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on ``hedge``: a student that is shown where its teacher
-    fails learns to say so (R-Tuning, arXiv:2311.09677).
+    step of its own whose grades another threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or
+    what a ``judge`` says of it by a rubric. Among the answers to one prompt: ``agreement`` keeps what most of them say,
+    ``best`` a few that differ. Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a
+    suite. ``review`` goes by what people said of them (``edgedistill review``): what they rejected is dropped, what they edited
+    is taught as edited. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on
+    ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -103,7 +102,7 @@ class Filter(Section):
         default=MEMORY_MIB, description="execution: MiB, of all processes of a program"
     )
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=SHARE, description="agreement: of the answers to a prompt, which have to say the same"
+        default=SHARE, description="agreement: of the answers asked of a prompt, which have to say the same"
     )
     similarity: Annotated[float, Field(ge=0.3, le=1)] = Field(
         default=SIMILARITY, description="duplicates: share of words, in threes, that two rows have in common"

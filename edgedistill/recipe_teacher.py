@@ -35,6 +35,7 @@ class Price(Section):
 
     input: Annotated[float, Field(ge=0)]
     output: Annotated[float, Field(ge=0)]
+    batch: Share = Field(default=1.0, description="the share of it that requests in a batch cost: OpenAI's is 0.5")
 
 
 class Rate(Section):
@@ -42,6 +43,19 @@ class Rate(Section):
 
     requests: Count | None = None
     tokens: Count | None = Field(default=None, description="of prompts (4 bytes each) and the longest answers")
+
+
+class Batch(Section):
+    """Answers are asked for in files of many requests, which the server works off when it has time (OpenAI's Batch API): within a
+    day, and at a lower price. A build that is stopped leaves its batches running, and the next one waits for them. What proves
+    the teacher is asked at once, and so is what a batch failed at.
+    """
+
+    requests: Annotated[int, Field(ge=1, le=50_000)] = Field(
+        default=50_000, description="most requests of a batch; fewer where the server queues no more tokens at a time"
+    )
+    window: str = Field(default="24h", description="by when it has to be done; OpenAI takes no other")
+    poll: Positive = Field(default=30.0, description="seconds between two looks at how far it is")
 
 
 class Vllm(Section):
@@ -55,6 +69,12 @@ class Vllm(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     args: tuple[str, ...] = Field(default=(), description='further arguments: ["--gpu-memory-utilization", "0.8"]')
     start_timeout: Positive = Field(default=1800.0, description="seconds to wait until it answers")
+
+    @property
+    def calls(self) -> bool:
+        """Tell whether its arguments make it read calls of tools."""
+        given = {word.partition("=")[0] for word in self.args}
+        return {"--enable-auto-tool-choice", "--tool-call-parser"} <= given
 
 
 class Asked(Section):
@@ -74,6 +94,7 @@ class Asked(Section):
         "rate",
         "price",
         "budget",
+        "batch",
     )
 
     model: str
@@ -102,6 +123,7 @@ class Asked(Section):
     rate: Rate = Rate()
     price: Price | None = None
     budget: Budget = Budget()
+    batch: Batch | None = None
 
     @property
     def servers(self) -> list[str]:
@@ -135,6 +157,8 @@ class Asked(Section):
                 raise key_error(
                     "budget.money", "what do a million tokens cost? teacher.price = { input = …, output = … }"
                 )
+            if self.batch is not None and len(self.servers) > 1:
+                raise key_error("batch", "a batch goes to one server: name one in teacher.server")
             return self
         if self.model.startswith(SERVED):
             raise key_error("model", 'this names a served teacher: set backend = "openai"')
@@ -237,7 +261,9 @@ def refuse_backend(recipe: Recipe) -> None:
         "distill.features": bool(features and features.on) and "it shows no hidden states: leave the table out",
         "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
         and "it is not quantized once more: leave the key out",
-        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
+        "generate.style": not served
+        and recipe.generate.style == "tool-trace"
+        and "its calls are not read yet: take another",
         **(_only_served(recipe) if served else {}),
     }
     if not served:
@@ -284,7 +310,6 @@ def _refuse_vllm(recipe: Recipe) -> None:
     wrong = {
         "baselines.quantized_teacher": recipe.baselines.quantized_teacher is not None
         and "it is not quantized: leave the key out",
-        "generate.style": recipe.generate.style == "tool-trace" and "its calls are not read yet: take another",
         "distill.loss.temperature": recipe.score.kind == "top-k"
         and loss.kd > 0
         and loss.temperature != 1.0

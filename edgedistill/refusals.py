@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgedistill.chat import check_tools
+from edgedistill.chat import check_tools, read_chat
 from edgedistill.data.prompts import leaks
 from edgedistill.data.sandbox import find_engine
 from edgedistill.data.thinking import AFTER, BLOCKS, split
@@ -163,12 +163,15 @@ def _refuse_backend(inputs: Inputs) -> None:
             'choose by = "shortest" or "drawn"',
             f"filter.{by[0]}.by",
         )
-    elif any(row.tools for row in inputs.prompts):
+    elif recipe.teacher.vllm is not None and not recipe.teacher.vllm.calls and any(row.tools for row in inputs.prompts):
         told = (
-            "rows have tools, and calls of a server's are not read yet",
-            "describe the functions in the system message",
-            "prompts.files",
+            "rows have tools, and vLLM reads no calls unless it is told how the model writes them",
+            'set it: ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"], or describe the functions in the system '
+            "message",
+            "teacher.vllm.args",
         )
+    else:
+        told = _refuse_calls(inputs)
     if told is not None:
         raise RecipeError(told[0], told[1], key=told[2], file=inputs.path)
 
@@ -210,6 +213,21 @@ def _refuse_others(inputs: Inputs) -> None:
             key="score.combine",
             file=inputs.path,
         )
+
+
+def _refuse_calls(inputs: Inputs) -> tuple[str, str, str] | None:
+    """Tell (what, remedy, key) where a conversation is none that a server takes, or its calls would become no text."""
+    from edgedistill.teachers.calls import check_rows
+
+    files = {"prompts": inputs.prompts, **{f"suites.{name}": rows for name, rows in inputs.suites.items()}}
+    for name, rows in files.items():
+        some = [row for row in rows if row.tools or any(message["role"] == "tool" for message in row.messages)]
+        try:
+            if some:
+                check_rows(some, read_chat(inputs.teacher).render)
+        except UsageError as error:
+            return error.message, error.hint, f"{name}.files"
+    return None
 
 
 def _refuse_tools(inputs: Inputs) -> list[str]:

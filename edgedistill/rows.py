@@ -54,7 +54,7 @@ class Question:
 @dataclass(frozen=True, kw_only=True)
 class Answered:
     """A stored answer: the text, the token ids the teacher emitted, why it stopped, its log-probability in nats. A server gives
-    no ids: there ``tokens`` is their number.
+    no ids: there ``tokens`` is their number, and ``calls`` are those of tools, name and arguments as it wrote them.
     """
 
     key: str
@@ -63,6 +63,7 @@ class Answered:
     finish: str
     logprob: float
     tokens: int | None = None
+    calls: tuple[dict[str, str], ...] = ()
 
     @property
     def count(self) -> int:
@@ -151,6 +152,7 @@ class RowStore:
                                 "finish": answer.finish,
                                 "logprob": answer.logprob,
                                 **({} if answer.tokens is None else {"tokens": answer.tokens}),
+                                **({"calls": answer.calls} if answer.calls else {}),
                             }
                         ),
                         now,
@@ -188,4 +190,5 @@ def _answered(key: str, raw: str) -> Answered:
         finish=body["finish"],
         logprob=body["logprob"],
         tokens=body.get("tokens"),
+        calls=tuple(body.get("calls", ())),
     )

@@ -47,6 +47,18 @@ class Rate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How questions are put in batches: the most requests of one, by when it has to be done, seconds between two looks at it, and
+    the share of the price that it costs.
+    """
+
+    requests: int
+    window: str
+    poll: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """How vLLM is started on weights that are here: on how many GPUs each server, how many servers, tokens of context (None: the
     model's), how many best tokens are asked for; ``start_timeout`` in seconds.
@@ -83,6 +95,7 @@ class Server:
     account: str = ""
     budget: Budget = field(default_factory=Budget)
     launch: Launch | None = None
+    batch: Batching | None = None
     abilities: Abilities = Abilities()
 
     @property
@@ -95,18 +108,27 @@ class Server:
         return Ledger(rows, self.account, self.budget)
 
     @property
+    def batch_budget(self) -> Budget:
+        """Return the budget at the price of batches."""
+        share = self.batch.share if self.batch else 1.0
+        return replace(self.budget, input=share * self.budget.input, output=share * self.budget.output)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Return what its answers depend on: as far as anyone can tell from here, its name and what is always asked along."""
         return {"model": self.model, "body": dict(self.body), **({"revision": self.revision} if self.revision else {})}
 
     @property
     def manner(self) -> str:
-        """Return what else the answers of weights that are here depend on: what is always asked along, and vLLM's own arguments;
-        "" where that is nothing, or part of the identity.
+        """Return what else the answers of weights that are here depend on: what is always asked along, the type that vLLM computes
+        in where it is not the checkpoint's, and vLLM's own arguments; "" where that is nothing, or part of the identity.
         """
-        if self.launch is None or not (self.body or self.launch.args):
+        if self.launch is None:
             return ""
-        return canonical_json({"body": dict(self.body), "args": list(self.launch.args)})
+        dtype = {} if self.launch.dtype == "auto" else {"dtype": self.launch.dtype}
+        if not (self.body or self.launch.args or dtype):
+            return ""
+        return canonical_json({"body": dict(self.body), "args": list(self.launch.args), **dtype})
 
     def limit(self, tokens: int) -> dict[str, int]:
         """Return the bound of an answer's length, for a request; nothing where ``body`` has it by its newer name."""
@@ -153,6 +175,7 @@ def server_of(recipe: Recipe, teacher: Asked) -> Server | None:
         concurrency=teacher.concurrency,
         timeout=teacher.timeout,
         retries=teacher.retries,
+        batch=teacher.batch and Batching(**teacher.batch.model_dump(), share=price.batch if price else 1.0),
         rate=Rate(requests=teacher.rate.requests, tokens=teacher.rate.tokens),
         account=f"{recipe.name}: {teacher.model}",
         budget=Budget(

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from edgedistill.errors import UsageError
 
@@ -91,49 +91,79 @@ def used(reply: Mapping[str, Any]) -> Use | None:
 class Ledger:
     """One account in ``rows.sqlite``. Safe for several processes: a reservation is one transaction."""
 
+    schema: ClassVar[str] = SCHEMA
+
     def __init__(self, path: Path, account: str, budget: Budget) -> None:
         self.path, self.account, self.budget = path, account, budget
         self._db: sqlite3.Connection | None = None
 
     def reserve(self, use: Use) -> bool:
         """Take a request's most out of the budget; False, and nothing taken, where that much is not left."""
-        budget, price = self.budget, self.budget.cost(use)
         with self._writing() as db:
-            spent = _read(db, self.account)
-            # a billionth is forgiven: sums of prices are not exact
-            if (budget.tokens is not None and spent.tokens + use.tokens > budget.tokens) or (
-                budget.money is not None and spent.money + price > budget.money + 1e-9
-            ):
+            if not self._fits(self._spent(db), use):
                 return False
-            db.execute(
-                "INSERT INTO spending VALUES (?, 1, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET "
-                "requests = requests + 1, prompt = prompt + excluded.prompt, "
-                "completion = completion + excluded.completion, money = money + excluded.money",
-                (self.account, use.prompt, use.completion, price),
-            )
+            self._take(db, use)
         return True
 
     def settle(self, reserved: Use, actual: Use) -> None:
         """Set right what a request took out, now that it is known what it cost."""
-        more = Use(actual.prompt - reserved.prompt, actual.completion - reserved.completion)
         with self._writing() as db:
-            db.execute(
-                "UPDATE spending SET prompt = prompt + ?, completion = completion + ?, money = money + ? WHERE account = ?",
-                (more.prompt, more.completion, self.budget.cost(more), self.account),
+            self._set_right(db, reserved, actual)
+
+    def over(self, need: Use) -> str:
+        """Say of a request that may take so much, and that the budget has no room for, what is spent."""
+        budget, spent, parts = self.budget, self.spent(), list[str]()
+        if budget.tokens is not None:
+            parts.append(f"{spent.tokens:,} of {budget.tokens:,} tokens are spent, a request may take {need.tokens:,}")
+        if budget.money is not None:
+            parts.append(
+                f"{spent.money:.4g} of {budget.money:.4g} is spent, a request may cost {budget.cost(need):.2g}"
             )
+        return "teacher.budget: " + "; ".join(parts)
 
     def spent(self) -> Spent:
         """Return what the account has spent so far, in all builds."""
         if not self.path.exists():
             return Spent()
         with self._writing() as db:
-            return _read(db, self.account)
+            return self._spent(db)
 
     def close(self) -> None:
         """Close the file. May be called twice."""
         if self._db is not None:
             self._db.close()
             self._db = None
+
+    def _spent(self, db: sqlite3.Connection) -> Spent:
+        found = db.execute(
+            "SELECT requests, prompt, completion, money FROM spending WHERE account = ?", (self.account,)
+        ).fetchone()
+        return (
+            Spent() if found is None else Spent(requests=found[0], prompt=found[1], completion=found[2], money=found[3])
+        )
+
+    def _fits(self, spent: Spent, use: Use) -> bool:
+        """Tell whether the budget has so much left."""
+        budget, price = self.budget, self.budget.cost(use)
+        # a billionth is forgiven: sums of prices are not exact
+        return (budget.tokens is None or spent.tokens + use.tokens <= budget.tokens) and (
+            budget.money is None or spent.money + price <= budget.money + 1e-9
+        )
+
+    def _take(self, db: sqlite3.Connection, use: Use, requests: int = 1) -> None:
+        db.execute(
+            "INSERT INTO spending VALUES (?, ?, ?, ?, ?) ON CONFLICT (account) DO UPDATE SET "
+            "requests = requests + excluded.requests, prompt = prompt + excluded.prompt, "
+            "completion = completion + excluded.completion, money = money + excluded.money",
+            (self.account, requests, use.prompt, use.completion, self.budget.cost(use)),
+        )
+
+    def _set_right(self, db: sqlite3.Connection, reserved: Use, actual: Use) -> None:
+        more = Use(actual.prompt - reserved.prompt, actual.completion - reserved.completion)
+        db.execute(
+            "UPDATE spending SET prompt = prompt + ?, completion = completion + ?, money = money + ? WHERE account = ?",
+            (more.prompt, more.completion, self.budget.cost(more), self.account),
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -142,7 +172,7 @@ class Ledger:
                 self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=NORMAL")  # as the row store
-                self._db.executescript(SCHEMA)
+                self._db.executescript(self.schema)
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -154,10 +184,3 @@ class Ledger:
             raise UsageError(
                 f"{self.path}: {error}", "free some disk space, or look at the file: stored rows are kept"
             ) from error
-
-
-def _read(db: sqlite3.Connection, account: str) -> Spent:
-    found = db.execute(
-        "SELECT requests, prompt, completion, money FROM spending WHERE account = ?", (account,)
-    ).fetchone()
-    return Spent() if found is None else Spent(requests=found[0], prompt=found[1], completion=found[2], money=found[3])

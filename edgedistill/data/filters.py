@@ -212,9 +212,10 @@ def _iban(text: str) -> bool:
 # ── answers to one prompt ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def agreeing(texts: Sequence[str], same: Callable[[str, str], bool], share: float) -> list[bool]:
-    """Tell which answers to one prompt are those that most of them give, at least ``share`` of all (self-consistency,
-    arXiv:2203.11171). Where two camps are as large, none is believed.
+def agreeing(texts: Sequence[str], same: Callable[[str, str], bool], share: float, asked: int) -> list[bool]:
+    """Tell which answers to one prompt are those that most of them give, at least ``share`` of all that were ``asked`` for
+    (self-consistency, arXiv:2203.11171): one that did not end, or was dropped before, agrees with none. Where two camps are as
+    large, none is believed.
     """
     camps: list[list[int]] = []
     for at, text in enumerate(texts):
@@ -226,7 +227,7 @@ def agreeing(texts: Sequence[str], same: Callable[[str, str], bool], share: floa
             camps.append([at])
     camps.sort(key=len, reverse=True)
     tied = len(camps) > 1 and len(camps[0]) == len(camps[1])
-    most = camps[0] if camps and not tied and len(camps[0]) >= share * len(texts) else []
+    most = camps[0] if camps and not tied and len(camps[0]) >= share * asked else []
     return [at in most for at in range(len(texts))]
 
 

@@ -48,7 +48,7 @@ def turns(rows: Iterable[Row], render: Callable[[], Render]) -> tuple[Row, ...]:
                 continue
             if message.get("tool_calls"):
                 try:
-                    message = messages[at] = _written(messages[: at + 1], row.tools, render())
+                    message = messages[at] = written(messages[: at + 1], row.tools, render())
                 except UsageError as error:
                     raise UsageError(f"row {row.id!r}: {error.message}", error.hint) from None
             number += 1
@@ -69,8 +69,10 @@ def _turn(row: Row, number: int, messages: Sequence[Message], reference: str | N
     )
 
 
-def _written(messages: Sequence[Message], tools: Sequence[Message], render: Render) -> Message:
-    """Return the last message with its calls as text: what the template prints between the start and the end of the turn."""
+def written(messages: Sequence[Message], tools: Sequence[Message], render: Render) -> Message:
+    """Return the last message with its calls as text: what the template prints between the start and the end of the turn. Raises
+    UsageError for what is no call, and a template that writes it otherwise.
+    """
     *before, message = messages
     calls = [_call(call) for call in message["tool_calls"]]
     prompt = render(before, tools, True)

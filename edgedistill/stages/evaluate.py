@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
 from edgedistill.served import Server
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 if TYPE_CHECKING:
     from edgedistill.evals.runners.base import Runner
@@ -47,9 +48,11 @@ class Evaluate(Stage):
     references: Mapping[str, Key]  # "student" and "teacher": entries with a model.gguf
     build: str
     isa: str
+    template: str = later("")  # digest of that which makes text of a server's calls
     rows: Mapping[str, tuple[Row, ...]] = unkeyed()
     server: Server | None = unkeyed(default=None)  # that of a teacher whose weights are not here
     folder: Path = unkeyed(default=Path())  # the recipe's, where the files of metrics lie
+    chat: Chat | None = unkeyed(default=None)  # what ``template`` is the digest of
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Answer, score, compare distributions."""
@@ -92,7 +95,8 @@ class Evaluate(Stage):
         from edgedistill.evals.runners.served import ServedRunner
 
         if self.server is not None:
-            return ServedRunner(self.server, ctx.rows.path, weights=ctx.path(self.model, "model"), note=ctx.note)
+            weights = ctx.path(self.model, "model")
+            return ServedRunner(self.server, ctx.rows.path, weights=weights, chat=self.chat, note=ctx.note)
         return open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
 
     def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Progress, Stage, later, rows_given, unkeyed
+from edgedistill.teachers.calls import NO_CALL
 
 
 def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
@@ -304,7 +305,7 @@ class Filter(Stage):
 
     def flaw(self, answer: Mapping[str, Any]) -> str | None:
         """Say why something is no answer at all, before any filter; None where it is one."""
-        return None if answer["finish"] == "stop" else "did not end"
+        return {"stop": None, NO_CALL: NO_CALL}.get(answer["finish"], "did not end")
 
     def judge(self, spec: Mapping[str, Any]) -> Judge:
         """Return what judges the answers to one prompt by one filter."""
@@ -316,11 +317,11 @@ class Filter(Stage):
             verdicts = self.reviews[spec["file"]]
             return lambda row, found: [pair for a in found for pair in self.by_verdict(row, a, verdicts)]
         if kind == "agreement":
-            same, share = self.same(spec), spec.get("share", SHARE)
+            same, share, asked = self.same(spec), spec.get("share", SHARE), spec["samples"]
 
             def agree(row: Row, found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
                 with judging(row.id):
-                    good = agreeing([self.shown(a["text"]) for a in found], same, share)
+                    good = agreeing([self.shown(a["text"]) for a in found], same, share, max(asked, len(found)))
                 return [(a, "" if one else kind) for a, one in zip(found, good, strict=True)]
 
             return agree

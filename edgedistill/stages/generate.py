@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
@@ -70,11 +71,13 @@ class Generate(Stage):
     only: tuple[str, ...] = later(())  # tags: the prompts that have one of them are put
     leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
     prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
+    template: str = later("")  # digest of that which makes text of a server's calls; the row store has the calls
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
     min_score: Mapping[str, float] = unkeyed()
     server: Server | None = unkeyed(default=None)  # the teacher's, where its weights are not here
+    chat: Chat | None = unkeyed(default=None)  # what ``template`` is the digest of
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Prove the teacher, ask what is not stored yet, write the view."""
@@ -87,12 +90,13 @@ class Generate(Stage):
             for index, question in enumerate(questions):
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count
+                text, finish = self.shown(question, answer)
                 line = {
                     "id": row.id,
                     "row": question.key,
                     "sample": question.sample,
-                    "text": answer.text,
-                    "finish": answer.finish,
+                    "text": text,
+                    "finish": finish,
                     "logprob": round(answer.logprob, 4),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -125,6 +129,15 @@ class Generate(Stage):
                 self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
             stored = ctx.rows.get(question.key for question in questions)
         return stored, len(missing)
+
+    def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
+        """Return an answer's text, with its calls as the student is to write them, and why it ended."""
+        if not answer.calls or self.chat is None:
+            return answer.text, answer.finish
+        from edgedistill.teachers.calls import NO_CALL, write_calls
+
+        text, good = write_calls(*conversation(question.messages), answer.text, answer.calls, self.chat.render)
+        return text, answer.finish if good or answer.finish != "stop" else NO_CALL
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
@@ -195,6 +208,9 @@ class Generate(Stage):
             done += len(answers)
             ctx.progress(done, total, "answers")
 
+        def far(done: int, _: int, text: str) -> None:  # a batch is stored when it has ended
+            ctx.progress(found + done, total, text)
+
         shown = [conversation(question.messages) for question in questions]
         with ctx.rows.held(), self._open(ctx) as teacher:
             answers = teacher.generate(
@@ -204,6 +220,7 @@ class Generate(Stage):
                 tools=[tools for _, tools in shown],
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
+                progress=far if self.server is not None and self.server.batch is not None else None,
             )
             for _ in answers:  # stored already
                 pass
@@ -222,6 +239,7 @@ class Generate(Stage):
             style=self.style,
             json_schema=self.json_schema,
             weights=weights,
+            batched=True,
             note=ctx.note,
         )
 
@@ -235,6 +253,7 @@ def _stored(answer: Answer) -> Answered:
         finish=answer.finish_reason,
         logprob=float(answer.logprob),
         tokens=answer.tokens,
+        calls=answer.calls,
     )
 
 
@@ -292,7 +311,7 @@ class Judge(Generate):
 
         asked = super().run(ctx)
         lines = map(json.loads, (ctx.out / "rows.jsonl").read_text().splitlines())
-        found = grades(self._answers(ctx), {one["id"]: one["text"] for one in lines}, against=bool(self.against))
+        found = grades(self._judged(ctx), {one["id"]: one["text"] for one in lines}, against=bool(self.against))
         write_grades(ctx.out / "grades.jsonl", found)
         return {**asked, "grades": {"kind": "judge", "n": len(found), "histogram": histogram(found)}}
 
@@ -300,9 +319,9 @@ class Judge(Generate):
         """Return what the judge is asked."""
         from edgedistill.data.judging import to_judge
 
-        return tuple(to_judge(super().to_ask(ctx), self._answers(ctx), self.rubric, against=bool(self.against)))
+        return tuple(to_judge(super().to_ask(ctx), self._judged(ctx), self.rubric, against=bool(self.against)))
 
-    def _answers(self, ctx: Context) -> list[dict[str, Any]]:
+    def _judged(self, ctx: Context) -> list[dict[str, Any]]:
         return [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
 
 

@@ -20,6 +20,9 @@ from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import digest
 from edgedistill.served import SCORED, Server
+from edgedistill.teachers.batch_book import Book
+from edgedistill.teachers.batches import Batches
+from edgedistill.teachers.calls import as_sent, read_reply, tools_sent
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.teachers.requests import Requests
 from edgedistill.teachers.vllm import Servers
@@ -27,6 +30,7 @@ from edgedistill.training.data import Example
 from edgedistill.training.targets import Kind, SparseTargets, tokenizer_hash
 
 BROKEN = "\ufffd"  # part of a character, by itself
+ENDED = ("stop", "tool_calls")
 THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thought; vLLM has had both names
 
 
@@ -34,7 +38,7 @@ class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
     the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. With a
     ``json_schema`` the server lets the model write nothing else. Where the server is still to be started, ``weights`` is the
-    checkpoint's folder; what it says goes beside the rows.
+    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class OpenAITeacher:
         style: str = "answer",
         json_schema: str = "",
         weights: Path | None = None,
+        batched: bool = False,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.launched: Servers | None = None
@@ -64,11 +69,17 @@ class OpenAITeacher:
             if self.launched is not None:
                 self.launched.close()
             raise
+        self.batches: Batches | None = None
+        if batched and server.batch is not None:
+            assert rows is not None
+            self.batches = Batches(server, Book(rows, server.account, server.batch_budget), note=note)
         self.vocab_size = 0 if tokenizer is None else len(tokenizer)
 
     def close(self) -> None:
         """Close the connections, and stop what was started."""
         self.requests.close()
+        if self.batches is not None:
+            self.batches.close()
         if self.launched is not None:
             self.launched.close()
 
@@ -98,40 +109,76 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``; and no ``tools`` may be
-        given (``plan`` refuses rows with tools). Raises StepFailed as `Requests.post`.
+        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
+        `Requests.post`.
         """
-        assert not any(tools or ()), "a server is given no tools"
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
         jobs = [(at, sample) for at in range(len(prompts)) for sample in range(samples)]
         found: list[Answer | None] = [None] * len(jobs)
         started, arrived = time.monotonic(), 0
 
-        def take(job: int, reply: dict[str, Any]) -> None:
+        def asking(job: int) -> None:
+            if on_ask is not None:
+                on_ask(jobs[job][0])
+
+        def read(job: int, reply: dict[str, Any]) -> Answer:
             nonlocal arrived
             at, sample = jobs[job]
             answer = self._answer(reply, at, names[at], sample)
             found[job], arrived = answer, arrived + 1
+            return answer
+
+        def take(job: int, reply: dict[str, Any]) -> None:
+            answer = read(job, reply)
             if on_batch is not None:
                 on_batch([answer])
             if progress is not None:
                 progress(arrived, len(jobs), f"{arrived / (time.monotonic() - started):.1f} rows/s")
 
-        bodies = [self._question(prompts[at], names[at], sample, sampling) for at, sample in jobs]
+        def take_many(replies: list[tuple[int, dict[str, Any]]]) -> list[int]:
+            answers, unread = list[Answer](), list[int]()
+            for job, reply in replies:
+                try:
+                    answers.append(read(job, reply))
+                except StepFailed:
+                    unread.append(job)
+            if on_batch is not None and answers:
+                on_batch(answers)
+            return unread
+
+        bodies = [
+            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling) for at, sample in jobs
+        ]
+        path, singly = "/chat/completions", list(range(len(jobs)))
+        if self.batches is not None:
+            singly = self.batches.post(
+                path,
+                [names[at] if samples == 1 else f"{names[at]}/{sample}" for at, sample in jobs],
+                bodies,
+                take_many,
+                on_ask=asking,
+                on_count=lambda done, text: progress(done, len(jobs), text) if progress is not None else None,
+            )
         self.requests.post(
-            "/chat/completions", bodies, take, on_ask=lambda job: on_ask(jobs[job][0]) if on_ask is not None else None
+            path,
+            [bodies[job] for job in singly],
+            lambda one, reply: take(singly[one], reply),
+            on_ask=lambda one: asking(singly[one]),
         )
         yield from (one for one in found if one is not None)
 
-    def _question(self, messages: Messages, name: str, sample: int, sampling: Sampling) -> dict[str, Any]:
+    def _question(
+        self, messages: Messages, tools: Sequence[dict[str, Any]], name: str, sample: int, sampling: Sampling
+    ) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         if sampling.temperature > 0:
             number = int(digest([sampling.seed, name, sample])[:8], 16) % 2**31  # a draw of its own for every sample
             drawn = {"top_p": sampling.top_p, "seed": number}
         return {
             "model": self.server.model,
-            "messages": list(messages),
+            "messages": as_sent(messages),
+            **({"tools": tools_sent(tools)} if tools else {}),
             **self.server.limit(sampling.max_new_tokens),
             "temperature": sampling.temperature,
             **drawn,
@@ -144,7 +191,7 @@ class OpenAITeacher:
         try:
             choice = reply["choices"][0]
             message = choice["message"]
-            text = message.get("content") or ""
+            text, calls = message.get("content") or "", read_reply(message)
             thought = next((message[field] for field in THOUGHTS if message.get(field)), "")
             tokens = [float(one["logprob"]) for one in ((choice.get("logprobs") or {}).get("content") or ())]
             count = int((reply.get("usage") or {}).get("completion_tokens") or len(tokens))
@@ -162,9 +209,10 @@ class OpenAITeacher:
             sample=sample,
             text=text,
             token_ids=(),
-            finish_reason="stop" if choice.get("finish_reason") == "stop" else "length",
+            finish_reason="stop" if choice.get("finish_reason") in ENDED else "length",
             logprob=float(sum(tokens)),
             tokens=count,
+            calls=calls,
         )
 
     def score(

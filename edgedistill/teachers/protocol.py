@@ -18,7 +18,8 @@ class Answer:
     """One answer. ``index`` is the place of its prompt in the request; ``token_ids`` are without the end-of-turn token.
 
     ``logprob`` is the sum of the log-probabilities, at temperature 1, of the tokens written, the end-of-turn token
-    included. A server gives no ids: there ``tokens`` is their number.
+    included. A server gives no ids: there ``tokens`` is their number, and ``calls`` of tools, name and arguments as it wrote them,
+    stand beside the text (``calls.py``).
     """
 
     index: int
@@ -29,6 +30,7 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     logprob: float
     tokens: int | None = None
+    calls: tuple[dict[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -166,7 +166,7 @@ class Requests:
                     raise failed[0]
                 if not self._under_way:
                     raise StepFailed(
-                        self._over(need),
+                        self.ledger.over(need),
                         "what was answered is stored: raise teacher.budget and build again, or take fewer prompts",
                     )
                 await self._settled.wait()
@@ -180,18 +180,6 @@ class Requests:
             if cost is not None:
                 self.ledger.settle(need, cost)
             self._settled.notify_all()
-
-    def _over(self, need: Use) -> str:
-        assert self.ledger is not None
-        budget, spent = self.ledger.budget, self.ledger.spent()
-        parts = []
-        if budget.tokens is not None:
-            parts.append(f"{spent.tokens:,} of {budget.tokens:,} tokens are spent, a request may take {need.tokens:,}")
-        if budget.money is not None:
-            parts.append(
-                f"{spent.money:.4g} of {budget.money:.4g} is spent, a request may cost {budget.cost(need):.2g}"
-            )
-        return "teacher.budget: " + "; ".join(parts)
 
     async def _pace(self, body: dict[str, Any], need: Use) -> None:
         """Wait until the rate limits let another request through."""

@@ -36,7 +36,7 @@ targets = ["laptop-x86"]
 model       = "path:teacher"
 min_score   = { words = 0.2 }
 concurrency = 4
-vllm        = { dtype = "float32", context = 512 }
+vllm        = { context = 512 }
 
 [student]
 model = "path:model"
@@ -130,6 +130,7 @@ def test_what_is_always_asked_along_and_vllms_own_arguments_are_in_the_keys(fold
     for change in (
         {"teacher.body": {"chat_template_kwargs": {"x": 1}}},
         {"teacher.vllm.args": ["--quantization", "fp8"]},
+        {"teacher.vllm.dtype": "float16"},
     ):
         other = prepared(folder, tmp_path / "store", **change).plan
         for step in ("evaluate/teacher", "generate", "score"):
@@ -222,6 +223,7 @@ def test_arguments_and_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     [
         ({"teacher.backend": "llama_cpp", "teacher.model": "gguf:x.gguf"}, "teacher.vllm"),
         ({"teacher.server": "http://127.0.0.1:1/v1"}, "teacher.server"),
+        ({"teacher.batch": {}}, "teacher.batch"),
         ({"teacher.body": {"seed": 1}}, "teacher.body"),
         ({"gates.min_speedup": 3.0}, "gates.min_speedup"),
         ({"distill.loss.temperature": 2.0}, "distill.loss.temperature"),
@@ -232,6 +234,20 @@ def test_what_does_not_go_with_it_is_refused(folder: Path, tmp_path: Path, overr
     with pytest.raises(RecipeError) as caught:
         prepared(folder, tmp_path / "store", **overrides)
     assert f" {key}: " in str(caught.value)
+
+
+def test_rows_with_tools_need_a_parser_of_calls(folder: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "alarm", "parameters": {"type": "object"}}}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    (folder / "tools.jsonl").write_text("".join(json.dumps({**row, "tools": [tool]}) + "\n" for row in rows))
+    given = {"prompts.files": ["tools.jsonl"]}
+    with pytest.raises(RecipeError, match="vLLM reads no calls unless it is told how") as caught:
+        prepared(folder, tmp_path / "store", **given)
+    assert caught.value.key == "teacher.vllm.args"
+    given["teacher.vllm.args"] = ["--enable-auto-tool-choice", "--tool-call-parser=hermes"]
+    with pytest.raises(RecipeError, match="the chat template does not write tool_calls") as caught:  # of this model
+        prepared(folder, tmp_path / "store", **given)
+    assert caught.value.key == "prompts.files"
 
 
 def test_without_vllm_the_plan_says_how_to_get_it(

@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Answer, Progress
 from edgedistill.served import Server
 
+if TYPE_CHECKING:
+    from edgedistill.teachers.protocol import Answer as Written
+
 
 class ServedRunner:
     """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared.
-    ``rows`` is the row store's file, which has the account of what is asked; ``weights`` are those that a server is started on.
+    ``rows`` is the row store's file, which has the account of what is asked; ``weights`` are those that a server is started on;
+    ``chat`` makes text of its calls.
     """
 
     def __init__(
@@ -26,10 +31,12 @@ class ServedRunner:
         rows: Path | None,
         *,
         weights: Path | None = None,
+        chat: Chat | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         from edgedistill.teachers.openai import OpenAITeacher
 
+        self.chat = chat
         self.server, self.teacher = server, OpenAITeacher(server, rows=rows, weights=weights, note=note)
 
     def describe(self) -> dict[str, Any]:
@@ -55,13 +62,23 @@ class ServedRunner:
                 [list(row.messages) for row in rows],
                 sampling=Sampling(max_new_tokens=max_new_tokens),
                 row_ids=[row.id for row in rows],
+                tools=[row.tools for row in rows],
                 progress=progress,
             )
         )
         share = (time.monotonic() - started) / max(1, len(found))
         return [
-            Answer(id=one.row_id, text=one.text, token_ids=(), seconds=share, finish=one.finish_reason) for one in found
+            Answer(id=one.row_id, text=self._text(row, one), token_ids=(), seconds=share, finish=one.finish_reason)
+            for row, one in zip(rows, found, strict=True)
         ]
+
+    def _text(self, row: Row, answer: Written) -> str:
+        """Return what was written, its calls as the student writes them."""
+        from edgedistill.teachers.calls import write_calls
+
+        if not answer.calls or self.chat is None:
+            return answer.text
+        return write_calls(row.messages, row.tools, answer.text, answer.calls, self.chat.render)[0]
 
     def encode(self, row: Row) -> list[int]:
         """Refuse: the server's tokens are its own."""

@@ -140,11 +140,12 @@ def test_most_answers_agree() -> None:
     def same(one: str, other: str) -> bool:
         return one.lower() == other.lower()
 
-    assert agreeing(["Oslo", "oslo", "Bergen"], same, 0.5) == [True, True, False]
-    assert agreeing(["Oslo", "oslo", "Bergen"], same, 0.7) == [False] * 3
-    assert agreeing(["a", "b"], same, 0.5) == [False, False]  # nobody knows
-    assert agreeing(["a"], same, 0.5) == [True]
-    assert agreeing([], same, 0.5) == []
+    assert agreeing(["Oslo", "oslo", "Bergen"], same, 0.5, 3) == [True, True, False]
+    assert agreeing(["Oslo", "oslo", "Bergen"], same, 0.7, 3) == [False] * 3
+    assert agreeing(["a", "b"], same, 0.5, 2) == [False, False]  # nobody knows
+    assert agreeing(["a"], same, 0.5, 1) == [True]
+    assert agreeing(["a"], same, 0.5, 3) == [False]  # the others did not end
+    assert agreeing([], same, 0.5, 3) == []
 
 
 WORDS = [f"{a}{b}" for a in ("ba", "ke", "li", "mo", "nu", "ra", "si", "to") for b in ("n", "r", "s", "t", "x", "z")]

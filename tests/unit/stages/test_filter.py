@@ -329,16 +329,29 @@ def test_a_row_that_must_not_be_taught_is_taught_by_no_other_text(tmp_path: Path
 
 
 def test_answers_that_are_no_json_agree_or_not_without_a_crash(tmp_path: Path) -> None:
-    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5}
+    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5, "samples": 3}
     rows = (Row(id="a", messages=({"role": "user", "content": "a"},)),)
     stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows)
     facts, _ = run(tmp_path, stage, [("a", text, "stop") for text in ("Sure! {}", "{}", "{ }")])
     assert facts["kept"] == 2
 
 
+def test_the_only_answer_that_ended_does_not_agree_with_itself(tmp_path: Path) -> None:
+    spec = {"kind": "agreement", "metric": "exact", "otherwise": "drop", "samples": 3}
+    rows = tuple(Row(id=name, messages=({"role": "user", "content": name},)) for name in ("a", "b"))
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows)
+    answers = [("a", "Oslo", "stop"), ("a", "Oslo", "length"), ("a", "Bergen", "length")]
+    answers += [("b", "Oslo", "stop"), ("b", "Oslo", "stop"), ("b", "Oslo, I", "length")]
+    facts, read = run(tmp_path, stage, answers)
+    assert [line["id"] for line in read("kept.jsonl")] == ["b", "b#1"] and facts["kept"] == 2
+    assert [(line["id"], line["why"]) for line in read("rejected.jsonl") if line["finish"] == "stop"] == [
+        ("a", "agreement")
+    ]
+
+
 def test_answers_are_believed_that_most_samples_give(tmp_path: Path) -> None:
     rows = tuple(Row(id=name, messages=({"role": "user", "content": name},)) for name in ("a", "b"))
-    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5}
+    spec = {"kind": "agreement", "metric": "json-exact", "otherwise": "drop", "share": 0.5, "samples": 3}
     stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows)
     answers = [("a", '{"x": 1, "y": 2}', "stop"), ("a", '{"y":2,"x":1}', "stop"), ("a", '{"x": 2}', "stop")]
     answers += [("b", "1", "stop"), ("b", "2", "stop"), ("b", "3", "stop")]
