@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.errors import UsageError
+from edgedistill.jsonl import json_lines
 
 if TYPE_CHECKING:
     from edgedistill.recipe_distill import Distill
@@ -73,7 +74,7 @@ def export(session: Session, tool: str, out: Path) -> list[Path]:
     (step,) = session.plan.match(f"distill/{len(session.recipe.chain) + 1}")
     stage = cast("DistillStage", step.stage)
     model, kept = (_built(session, key) for key in (stage.student, stage.kept))
-    lines = [json.loads(line) for line in (kept / "kept.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in json_lines(kept / "kept.jsonl")]
     lines = [line for line in lines if line["text"]]
     if tool == "ms-swift" and any("tools" in line for line in lines):
         raise UsageError(

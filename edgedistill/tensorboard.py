@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgedistill.errors import UsageError
+from edgedistill.jsonl import json_lines
 
 if TYPE_CHECKING:
     from edgedistill.session import Session
@@ -36,7 +37,7 @@ def write_events(session: Session, folder: Path) -> list[Path]:
         log = entry.path / "log" / "train.jsonl" if entry else None
         if entry is None or log is None or not log.is_file():
             continue
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [json.loads(line) for line in json_lines(log)]
         ended = calendar.timegm(time.strptime(entry.created, "%Y-%m-%dT%H:%M:%SZ"))
         begun = ended - (lines[-1]["seconds"] if lines else 0.0)
         path = folder / step.id.replace("/", "-") / f"events.out.tfevents.{int(begun)}.edgedistill"

@@ -17,6 +17,7 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
+from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 
@@ -36,11 +37,11 @@ class Analyse(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Judge, and write kept rows and lessons."""
-        rejected = map(json.loads, ctx.path(self.kept, "rejected.jsonl").read_text().splitlines())
+        rejected = map(json.loads, json_lines(ctx.path(self.kept, "rejected.jsonl")))
         asked = {
             row.id: row for row in to_analyse(rows_given(ctx, self.prompts, self.rows), rejected, self.corrections)
         }
-        answers = [json.loads(line) for line in ctx.path(self.analyses, "rows.jsonl").read_text().splitlines()]
+        answers = [json.loads(line) for line in json_lines(ctx.path(self.analyses, "rows.jsonl"))]
         metric, lessons, left = find_metric(AFTER_THINKING + self.metric, self.folder), [], []
         for answer in answers:
             row, why = asked[answer["id"]], ""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
+from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Stage
 
 
@@ -33,7 +34,7 @@ class Calibrate(Stage):
         from edgedistill.formats.gguf.imatrix import collect
 
         gguf = ctx.path(self.model, "model.gguf")
-        lines = [json.loads(line) for line in ctx.path(self.kept, "kept.jsonl").read_text().splitlines()[: self.rows]]
+        lines = [json.loads(line) for line in json_lines(ctx.path(self.kept, "kept.jsonl"))[: self.rows]]
         with GgufRunner(gguf, threads=ctx.threads) as runner:
             token_rows = [
                 [

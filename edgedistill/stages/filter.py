@@ -41,6 +41,7 @@ from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
+from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Progress, Stage, later, rows_given, unkeyed
 from edgedistill.teachers.calls import NO_CALL
 
@@ -260,7 +261,7 @@ class Filter(Stage):
         """
 
         def lines(key: Key, name: str, by: str = "") -> list[dict[str, Any]]:
-            found = (json.loads(line) for line in place(key, name).read_text().splitlines())
+            found = (json.loads(line) for line in json_lines(place(key, name)))
             return [{**line, "by": by} if by else line for line in found]
 
         answers = lines(self.answers, "rows.jsonl")
@@ -537,7 +538,7 @@ class RoundFilter(Filter):
         """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""
         if self.before is None:
             return []
-        lines = [json.loads(line) for line in ctx.path(self.before, "kept.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in json_lines(ctx.path(self.before, "kept.jsonl"))]
         count = round(self.replay * len(lines))
         again = [lines[at * len(lines) // count] for at in range(count)]
         return [{**line, "id": f"{line['id']}+before"} for line in again]

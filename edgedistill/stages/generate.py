@@ -19,6 +19,7 @@ from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
+from edgedistill.jsonl import json_lines
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
@@ -268,7 +269,7 @@ class GenerateAnalyses(Generate):
         """Return the conversations with the objection; there may be none."""
         from edgedistill.data.corrections import to_analyse
 
-        rejected = ctx.path(self.filtered, "rejected.jsonl").read_text().splitlines()
+        rejected = json_lines(ctx.path(self.filtered, "rejected.jsonl"))
         return tuple(to_analyse(super().to_ask(ctx), map(json.loads, rejected), self.corrections))
 
 
@@ -285,8 +286,7 @@ class GenerateRecovery(Generate):
         from edgedistill.data.recovery import failed_prompts
 
         kept, rejected = (
-            map(json.loads, ctx.path(self.filtered, name).read_text().splitlines())
-            for name in ("kept.jsonl", "rejected.jsonl")
+            map(json.loads, json_lines(ctx.path(self.filtered, name))) for name in ("kept.jsonl", "rejected.jsonl")
         )
         rows = super().to_ask(ctx)
         failed = failed_prompts((row.id for row in rows), kept, rejected)
@@ -310,7 +310,7 @@ class Judge(Generate):
         from edgedistill.data.judging import grades
 
         asked = super().run(ctx)
-        lines = map(json.loads, (ctx.out / "rows.jsonl").read_text().splitlines())
+        lines = map(json.loads, json_lines(ctx.out / "rows.jsonl"))
         found = grades(self._judged(ctx), {one["id"]: one["text"] for one in lines}, against=bool(self.against))
         write_grades(ctx.out / "grades.jsonl", found)
         return {**asked, "grades": {"kind": "judge", "n": len(found), "histogram": histogram(found)}}
@@ -322,7 +322,7 @@ class Judge(Generate):
         return tuple(to_judge(super().to_ask(ctx), self._judged(ctx), self.rubric, against=bool(self.against)))
 
     def _judged(self, ctx: Context) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in ctx.path(self.answers, "rows.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in json_lines(ctx.path(self.answers, "rows.jsonl"))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from edgedistill.data.grades import line, read_grades, told, write_grades
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.fingerprint import Key
+from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 
@@ -43,7 +44,7 @@ class Grade(Stage):
 
         rows = {row.id: row for row in rows_given(ctx, self.prompts, self.rows)}
         same: dict[tuple[str, str], list[str]] = {}
-        for text in ctx.path(self.answers, "rows.jsonl").read_text().splitlines():
+        for text in json_lines(ctx.path(self.answers, "rows.jsonl")):
             answer = json.loads(text)
             if answer["finish"] == "stop":
                 said = split(answer["text"]).answer if self.shown else answer["text"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgedistill.fingerprint import Key
+from edgedistill.jsonl import json_lines
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, unkeyed
 
@@ -77,8 +78,7 @@ class Score(Stage):
         from edgedistill.training.targets import TargetsHeader, TargetsWriter, certain
 
         sources = {
-            line["id"]: line["source"]
-            for line in map(json.loads, ctx.path(self.kept, "kept.jsonl").read_text().splitlines())
+            line["id"]: line["source"] for line in map(json.loads, json_lines(ctx.path(self.kept, "kept.jsonl")))
         }
         examples, _ = load_kept(ctx.path(self.kept, "kept.jsonl"), model)
         examples = [one for one in examples if by(sources.get(one.id, ""))]
@@ -144,7 +144,7 @@ class ScoreSeveral(Score):
         from edgedistill.training.draws import stored_temperatures
 
         apart, temperatures = {name for name, _ in self.writers}, stored_temperatures(self.temperature)
-        kept = ctx.path(self.kept, "kept.jsonl").read_text().splitlines()
+        kept = json_lines(ctx.path(self.kept, "kept.jsonl"))
         counts = Counter(
             "" if source not in apart else source for source in (json.loads(line)["source"] for line in kept)
         )

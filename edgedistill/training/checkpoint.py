@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgedistill.errors import UsageError
+from edgedistill.jsonl import json_lines
 
 PREFIX = "step-"
 
@@ -103,7 +104,7 @@ class StepLog:
     def __init__(self, path: Path, finished_steps: int) -> None:
         lines = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in json_lines(path):
                 try:
                     step = json.loads(line)["step"]
                 except (ValueError, KeyError):

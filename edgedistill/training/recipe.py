@@ -14,6 +14,7 @@ from typing import Any
 from edgedistill.data.prompts import Row, guided
 from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
+from edgedistill.jsonl import json_lines
 from edgedistill.training.data import Example, encode_example
 from edgedistill.training.divergences import Divergence
 from edgedistill.training.lora import LoraSettings
@@ -95,7 +96,7 @@ def load_kept(
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
     examples: list[tuple[str | None, Example]] = []
-    for number, line in enumerate(kept.read_text().splitlines()):
+    for number, line in enumerate(json_lines(kept)):
         if limit is not None and number >= limit:
             break
         row = json.loads(line)
@@ -127,7 +128,7 @@ def _whole_traces(examples: Iterable[tuple[str | None, Example]]) -> list[Exampl
 
 def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
     """Return the completions of the rows that ``load_kept`` encodes, in their order."""
-    return [row[text] for row in map(json.loads, kept.read_text().splitlines()) if row[text]]
+    return [row[text] for row in map(json.loads, json_lines(kept)) if row[text]]
 
 
 def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgedistill.data.thinking import BLOCKS, COLLAPSED, LEAST_WORDS, share_of_empty, split
 from edgedistill.errors import StepFailed
+from edgedistill.jsonl import json_lines
 from edgedistill.training.quiet import quiet
 
 OPENINGS = tuple(opening for opening, _ in BLOCKS.values())
@@ -31,7 +32,7 @@ def watch_thinking(
     ``source`` is the student before training, ``result`` what ``train`` returned. Returns {} where the texts have no blocks, else
     how many answers began and how many of the blocks are empty. Raises StepFailed where most are, and the texts' are not.
     """
-    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    rows = [json.loads(line) for line in json_lines(kept)]
     rows = [row for row in rows if row[text]]
     taught = [row[text] for row in rows]
     if not taught or share_of_empty(taught) > COLLAPSED or any(split(one).after for one in taught):

@@ -86,7 +86,8 @@ def run(
             zip(answers, logprobs or [-1.0] * len(answers), strict=True)
         )
     ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "rows.jsonl").write_text(written, encoding="utf-8")
     ctx: Any = SimpleNamespace(progress=lambda *_: None, out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
     facts = dict(stage.run(ctx))
     return facts, lambda name: [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
@@ -386,3 +387,12 @@ def test_thinking_that_comes_to_something_else_is_dropped_where_that_is_asked(tm
         (tmp_path / name).mkdir()
         _, read = run(tmp_path / name, stage, answers)
         assert [one["why"] for one in read("rejected.jsonl")] == whys
+
+
+def test_an_answer_may_hold_a_separator_of_lines(tmp_path: Path) -> None:
+    text = "one\u2028two\u0085three"
+    rows = (Row(id="r", messages=({"role": "user", "content": "q"},)),)
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(), rows=rows)
+    run(tmp_path, stage, [("r", text, "stop")])
+    kept = (tmp_path / "out" / "kept.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(one)["text"] for one in kept if one] == [text]

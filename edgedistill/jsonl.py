@@ -1,0 +1,12 @@
+"""Files of one JSON value a line, as steps write them for each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def json_lines(path: Path) -> list[str]:
+    """Return the lines of a JSONL file. They end with a line feed alone: U+2028, U+2029 and U+0085 may stand in a text as they are,
+    and ``str.splitlines`` would cut the line there.
+    """
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
