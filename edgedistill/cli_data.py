@@ -152,3 +152,29 @@ def _prompt(line: dict[str, Any]) -> dict[str, Any]:
     """Return a row of an augmenter as it is shown: its last message, and its tags by which one sees who made it."""
     made = " ".join(line.get("tags", ())) if line.get("seed_id") else "files"
     return {"id": line["id"], "made by": made, "text": str(line["messages"][-1]["content"])}
+
+
+@app.command("stats")
+def stats(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
+    production: Annotated[
+        Path | None, typer.Option(help="a sample of real traffic, as rows: how far the prompts are from it")
+    ] = None,
+    step: Annotated[str, typer.Option(help="which step of filter: filter, filter/round-1")] = "filter",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key (repeatable)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="plain values")] = False,
+) -> None:
+    """Print what the rows cost and what they are: yields, tags, lengths, repeats, leakage, entropy."""
+    from edgedistill.data_stats import collect_stats, stats_sheets
+    from edgedistill.session import prepare
+    from edgedistill.tables import print_table
+    from edgedistill.toml_source import parse_override
+
+    overrides = dict(parse_override(text) for text in set_ or [])
+    session = prepare(recipe, overrides=overrides, note=lambda text: typer.echo(text, err=True))
+    found = collect_stats(session, step=step, production=production)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for sheet in stats_sheets(found):
+        print_table(sheet)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from edgedistill.cli import app
 from edgedistill.data.recovery import failed_prompts
 from edgedistill.errors import RecipeError
 from edgedistill.rows import RowStore
@@ -213,3 +215,21 @@ def test_prompts_that_nobody_should_teach_are_not_asked_again() -> None:
         {"id": "f", "why": "refusals"},
     ]
     assert failed_prompts("abcdefg", kept, rejected) == {"b", "e", "f"}
+
+
+def test_data_stats_tell_what_recovery_brought(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built(folder, "recovery")
+    monkeypatch.setenv("EDGEDISTILL_STORE", str(folder / "store"))
+    told = CliRunner().invoke(app, ["data", "stats", str(folder / "recovery.toml"), "--json"])
+    assert told.exit_code == 0, told.output
+    stats = json.loads(told.stdout)
+    assert stats["sources"] == {"teacher": KNOWN, "second": 4}
+    assert stats["answers"] == 12 + 4  # the second one was asked what the first failed
+    groups = {one["of"]: (one["prompts"], one["before"], one["after"]) for one in stats["difficulty"]}
+    assert groups["late"] == (4, 0, 4)
+    assert groups["early"] == (KNOWN, KNOWN, KNOWN)
+    assert stats["entropy"]["nats_per_token"] >= 0
+    table = CliRunner().invoke(
+        app, ["data", "stats", str(folder / "recovery.toml"), "--production", str(folder / "asked.jsonl")]
+    )
+    assert table.exit_code == 0 and "after recovery" in table.stdout and "production (n = 12)" in table.stdout
