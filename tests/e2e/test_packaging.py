@@ -23,6 +23,7 @@ PINS = dict(
 IMPORTED_AS: dict[str, str | None] = {
     "llama-cpp-python": "llama_cpp",
     "pip": None,  # run as a program by `pypi:` models
+    "antlr4-python3-runtime": None,  # math-verify reads LaTeX by it, in the one version that its grammar was made with
     "onnx": None,  # onnx, onnx-ir: imported by onnxruntime-genai's builder, which does not require them
     "onnx-ir": None,
     "onnxruntime": None,  # what onnxruntime-genai runs on; named for its version, which artifacts record

@@ -28,9 +28,9 @@ NO_ARMS: dict[str, Any] = {"compare": {}}
 def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the real model: a plan never opens it."""
 
-    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[Resolved, Resolved]:
+    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[list[Resolved], Resolved]:
         one = Resolved(source="pypi:x", kind="pypi", revision="1", digest="d", path=path, facts=ModelFacts(**FACTS))
-        return one, one
+        return [one], one
 
     monkeypatch.setattr(sessions, "_models", resolved)
 

@@ -31,10 +31,10 @@ from tests.unit.test_plan import FACTS
 def _no_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand in for the real model: a plan never opens it."""
 
-    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[Resolved, Resolved]:
+    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[list[Resolved], Resolved]:
         facts = ModelFacts(**FACTS)
         one = Resolved(source=recipe.teacher.model, kind="pypi", revision="1", digest="d", path=path, facts=facts)
-        return one, one
+        return [one], one
 
     monkeypatch.setattr(sessions, "_models", resolved)
 

@@ -92,7 +92,7 @@ def test_the_filter_hands_the_round_on_and_writes_nothing_where_there_is_none(tm
         "".join(json.dumps({"id": row.id, "text": "{}", "finish": "stop", "row": row.id}) + "\n" for row in rows)
     )
     stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(), rows=rows)
-    ctx: Any = SimpleNamespace(out=tmp_path, path=lambda key, name: tmp_path / name)
+    ctx: Any = SimpleNamespace(progress=lambda *_: None, out=tmp_path, path=lambda key, name: tmp_path / name)
     stage.run(ctx)
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
     assert [line.get("evolution") for line in lines] == [2, None] and "evolution" not in lines[1]

@@ -135,12 +135,12 @@ def test_a_student_that_is_cut_out_of_its_teacher_is_told(tmp_path_factory: pyte
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The quickstart with a student of its own; ``path:other`` has another tokenizer."""
 
-    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[Resolved, Resolved]:
+    def resolved(recipe: Any, path: Path, *rest: Any) -> tuple[list[Resolved], Resolved]:
         def one(source: str) -> Resolved:
             facts = ModelFacts(**{**FACTS, "tokenizer": "u" if source == "path:other" else "t"})
             return Resolved(source=source, kind="path", revision="1", digest=source, path=path, facts=facts)
 
-        return one(recipe.teacher.model), one(recipe.student.model)
+        return [one(recipe.teacher.model)], one(recipe.student.model)
 
     monkeypatch.setattr(sessions, "_models", resolved)
     path = copy_recipe("quickstart", tmp_path / "quickstart") / "recipe.toml"

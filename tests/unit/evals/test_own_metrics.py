@@ -184,7 +184,7 @@ def test_what_it_does_wrong_is_told_with_file_function_and_row(
     line = {"id": "r", "row": "k", "sample": 0, "text": "", "finish": "stop", "logprob": -1.0}
     (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "sample": 1}) + "\n")
     (tmp_path / "out").mkdir()
-    ctx: Any = SimpleNamespace(out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
+    ctx: Any = SimpleNamespace(progress=lambda *_: None, out=tmp_path / "out", path=lambda _key, name: tmp_path / name)
     spec = {"kind": "reference", "metric": metric, "otherwise": "drop"}
     stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=(row,), folder=checks)
     with pytest.raises(StepFailed, match=message):

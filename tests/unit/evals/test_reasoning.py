@@ -106,7 +106,7 @@ def test_a_problem_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(UsageError, match="holds no problem") as error:
         find_metric("reasoning-gym")("1", "1")
     assert "data make" in (error.value.hint or "")
-    with pytest.raises(UsageError, match="x:1: reasoning_gym must be an object, not a string"):
+    with pytest.raises(UsageError, match="x:1: reasoning_gym is a text that is no JSON"):
         parse_row({"prompt": "x", "reasoning_gym": "chain_sum"}, "x:1")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     reasoning._verifier.cache_clear()
