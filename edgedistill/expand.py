@@ -118,9 +118,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
     def _other(self, spec: Another, model: Resolved) -> Other:
         """Add a teacher beside the first one, and its proof where it has to reach a score before it is asked."""
         gguf, server, params = spec.backend == "llama_cpp", model.server, model.facts.params()
-        key, proof = self._as_it_comes(model, spec.name, gguf=gguf), None
+        key, proof = self._as_it_comes(model, f"teacher-{spec.name}", gguf=gguf), None
         if spec.min_score:
-            name = f"evaluate/{spec.name}"
+            name = f"evaluate/teacher-{spec.name}"
             only = {name for name, suite in self.recipe.suites.items() if suite.metric != "perplexity"}
             if gguf:
                 proof = self._evaluate(name, key, "model.gguf", params, only=only)

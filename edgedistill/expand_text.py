@@ -56,14 +56,15 @@ class TextSteps(PromptSteps, GradeSteps):
         grades += [self._grades(key, self.tokens, name, prompts) for name, key in filtered["others"]]
         filtered["filters"] = self._graded_filters(joined(grades), recipe.generate.samples, analysed=True)
         recovering = [one for one in self.others if one.spec.role == "recovery"]
-        kept = self._filter("filter/1" if recovering else "filter", filtered)
+        kept = self._filter(*("filter/1", {**filtered, "more": True}) if recovering else ("filter", filtered))
         for number, one in enumerate(recovering, 2):
             fields = {"filtered": kept, **question}
             recovered = (*filtered.get("recovered", ()), (one.spec.name, self._asked_another(one, fields)))
             grades.append(self._grades(recovered[-1][1], WRONG * self.tokens, one.spec.name, prompts))
             told = self._graded_filters(joined(grades), recipe.generate.samples, analysed=True)
             filtered |= {"recovered": recovered, "failed": kept, "filters": told}
-            kept = self._filter("filter" if number == len(recovering) + 1 else f"filter/{number}", filtered)
+            last = number == len(recovering) + 1
+            kept = self._filter(*("filter", filtered) if last else (f"filter/{number}", {**filtered, "more": True}))
         if analysed is None:
             return kept
         told = GenerateAnalyses(

@@ -114,6 +114,7 @@ class Filter(Stage):
     others: tuple[tuple[str, Key], ...] = later(())
     recovered: tuple[tuple[str, Key], ...] = later(())
     failed: Key | None = later(None)
+    more: bool = later(False)  # another teacher is asked next, so nothing may be left as well
     prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     rows: tuple[Row, ...] = unkeyed()
     suites: Mapping[str, tuple[Row, ...]] = unkeyed(default_factory=dict)  # filters have their digests
@@ -179,7 +180,7 @@ class Filter(Stage):
         fixed = [{name: value for name, value in one.items() if name != "reviewed"} for one in yields]
         (ctx.out / "yields.json").write_text(json.dumps(fixed, indent=1))
         taught = sum(written.values())
-        if not taught and not from_gold and not edited and not carried:
+        if not (taught or from_gold or edited or carried or self.more):
             raise StepFailed(*self.nothing(sum(map(len, answers.values()))))
         kept_rows: dict[str, Any] = {"kept": taught + from_gold + hedged + edited, **written, "gold": from_gold}
         kept_rows |= {"hedged": hedged} if hedge is not None else {}

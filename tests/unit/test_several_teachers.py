@@ -113,6 +113,12 @@ def test_a_second_teacher_rescues_what_the_first_failed(folder: Path) -> None:
     assert built(folder, "recovery")[1] == []
 
 
+def test_a_teacher_that_knows_nothing_is_rescued_too(folder: Path) -> None:
+    session, _ = built(folder, "recovery", until="filter", **{"teacher.model": "path:model"})
+    assert {line["source"] for line in lines(entry(session, "filter") / "kept.jsonl")} == {"second"}
+    assert not (entry(session, "filter/1") / "kept.jsonl").read_text()
+
+
 def test_every_text_is_scored_by_the_teacher_that_wrote_it(folder: Path) -> None:
     session, _ = built(folder, "recovery")
     examples, _ = load_kept(entry(session, "filter") / "kept.jsonl", folder / "model")
@@ -198,7 +204,7 @@ def test_what_teachers_cannot_do_is_refused(
 
 def test_names_of_teachers_are_their_own(folder: Path) -> None:
     text = RECIPE.replace("ROLE", "recovery")
-    for name, message in (("gold", "take another name"), ("Second", "name")):
+    for name, message in (("gold", "take another name"), ("round-1", "take another name"), ("Second", "name")):
         (folder / "named.toml").write_text(text.replace('"second"', f'"{name}"'))
         with pytest.raises(RecipeError, match=message):
             prepare(folder / "named.toml", store=Store(folder / "store"))
@@ -233,3 +239,17 @@ def test_data_stats_tell_what_recovery_brought(folder: Path, monkeypatch: pytest
         app, ["data", "stats", str(folder / "recovery.toml"), "--production", str(folder / "asked.jsonl")]
     )
     assert table.exit_code == 0 and "after recovery" in table.stdout and "production (n = 12)" in table.stdout
+
+
+def test_a_second_teacher_may_have_to_prove_itself(folder: Path) -> None:
+    session, _ = built(folder, "recovery", until="generate/second", more="min_score = { words = 0.5 }\n")
+    scored = json.loads((entry(session, "evaluate/teacher-second") / "scores.json").read_text())
+    assert scored
+    with pytest.raises(AssertionError):
+        built(
+            folder,
+            "recovery",
+            until="generate/second",
+            more="min_score = { words = 1.0 }\n",
+            **{"teachers.0.model": "path:model"},
+        )
