@@ -37,7 +37,9 @@ class TextSteps(PromptSteps, GradeSteps):
             **self._calls(rows),
             **self._generate(),
         }
-        asked = Generate(**question, scores=scores, min_score=recipe.teacher.min_score, leave=self._routed())
+        proved = {"scores": scores, "min_score": recipe.teacher.min_score, "leave": self._routed()}
+        pilot = self._pilot({**question, **proved})
+        asked = Generate(**question, **proved, pilot=pilot)
         answers = self._asked("generate", asked, self.tokens)
         analysed = next((one for one in recipe.filter if one.analysis), None)
         filtered: dict[str, Any] = {
@@ -81,6 +83,29 @@ class TextSteps(PromptSteps, GradeSteps):
             folder=self.inputs.path.parent,
         )
         return self.graph.add("analyse", stage, Work(kind="bytes", amount=len(rows) * 1000.0), disk=len(rows) * 800)
+
+    def _pilot(self, question: dict[str, Any]) -> tuple[Key, Key] | None:
+        """Add the answers to a share of the prompts, evenly spaced, and what the filters make of them, where the recipe asks for
+        it; return both steps.
+        """
+        share, every = self.recipe.generate.pilot, self.inputs.prompts
+        if share is None:
+            return None
+        count = max(1, round(share * len(every)))
+        rows = tuple(every[at * len(every) // count] for at in range(count))
+        tokens = self.tokens * count / len(every)
+        few = {"rows": rows, "rows_digest": rows_digest(rows)}
+        answers = self._asked("generate/pilot", Generate(**{**question, **few}), tokens)
+        grades = joined([self._grades(answers, tokens, "pilot")])
+        fields = {
+            "answers": answers,
+            **few,
+            "suites": self.inputs.suites,
+            "folder": self.inputs.path.parent,
+            "reviews": self._reviews(),
+            "filters": self._graded_filters(grades, self.recipe.generate.samples, analysed=True),
+        }
+        return answers, self._filter("filter/pilot", fields)
 
     def _routed(self) -> tuple[str, ...]:
         """Return the tags of prompts that are sent to teachers of their own."""

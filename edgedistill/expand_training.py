@@ -107,7 +107,10 @@ class TrainingSteps:
 
     def _generate(self) -> dict[str, Any]:
         """Return how the teacher answers, as a step's key holds it, with what the file that it names says."""
-        fields, file = self.recipe.generate.model_dump(exclude={"json_schema"}), self.recipe.generate.json_schema
+        fields, file = (
+            self.recipe.generate.model_dump(exclude={"json_schema", "pilot"}),
+            self.recipe.generate.json_schema,
+        )
         if file is not None:
             # in the file's order, which is that of the answer
             fields["json_schema"] = json.dumps(read_schema(self.inputs, file, "generate.json_schema"))

@@ -83,6 +83,10 @@ class Generate(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 64
     batch_size: Count = 64
+    pilot: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="answer and filter this share of the prompts first, and say what the whole will yield, take and cost",
+    )
     json_schema: Path | None = Field(
         default=None,
         description="a JSON Schema: the teacher can write nothing else (llama.cpp, vLLM and other servers)",
@@ -429,6 +433,8 @@ class Recipe(Section):
                     'augmented prompts have no references, and no answer to them would be kept: set missing = "pass", and let '
                     "other filters judge those",
                 )
+        if self.generate.pilot is not None and (self.prompts.augment or self.generate.style == "tool-trace"):
+            raise key_error("generate.pilot", "a share is taken of single prompts that are there: leave it out")
         if self.generate.style == "tool-trace":
             if self.prompts.augment:
                 raise key_error("prompts.augment", "a trace holds calls and their results, and no prompt to write anew")

@@ -21,6 +21,11 @@ def first_id(name: str) -> str:
     return name.partition("#")[0].partition("+")[0]
 
 
+def answered(kept: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return the prompts of which an answer of a teacher was kept."""
+    return {first_id(line["id"]) for line in kept if line["source"] not in NO_TEACHER}
+
+
 def spread(values: Iterable[int]) -> dict[str, int]:
     """Return n, median, 95th percentile and the greatest of some numbers; zeros where there are none."""
     found = sorted(values)

@@ -76,6 +76,7 @@ class Generate(Stage):
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
     scores: Key | None = unkeyed()
+    pilot: tuple[Key, Key] | None = unkeyed(default=None)  # answers to a share, and what the filters kept of them
     min_score: Mapping[str, float] = unkeyed()
     server: Server | None = unkeyed(default=None)  # the teacher's, where its weights are not here
     chat: Chat | None = unkeyed(default=None)  # what ``template`` is the digest of
@@ -84,6 +85,8 @@ class Generate(Stage):
         """Prove the teacher, ask what is not stored yet, write the view."""
         self._prove(ctx)
         rows = self.to_ask(ctx)
+        if self.pilot is not None:
+            self._tell(ctx, len(rows))
         questions = self._questions(ctx, [(asked(row), sample) for row in rows for sample in range(self.samples)])
         stored, missing = self._answers(ctx, questions)
         tokens = 0
@@ -144,6 +147,21 @@ class Generate(Stage):
         """Return the rows whose prompts are put."""
         own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
         return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
+
+    def _tell(self, ctx: Context, prompts: int) -> None:
+        """Say what the pilot tells of all prompts: rows that will be kept, tokens, and money where tokens have a price."""
+        from edgedistill.data.stats import answered
+
+        assert self.pilot is not None
+        answers, filtered = self.pilot
+        facts = ctx.facts(answers)
+        few = max(1, facts["rows"] // self.samples)
+        kept = len(answered(map(json.loads, json_lines(ctx.path(filtered, "kept.jsonl")))))
+        tokens = facts["tokens"] * prompts / few
+        told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
+        told += f", {round(tokens):,} tokens of answers"
+        price = self.server.budget.output if self.server else 0.0
+        ctx.note(told + (f", {tokens * price / 1e6:.3g} money for them at the price" if price else ""))
 
     def _prove(self, ctx: Context) -> None:
         if self.scores is None:

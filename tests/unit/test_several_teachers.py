@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from edgedistill.cli import app
 from edgedistill.data.recovery import failed_prompts
 from edgedistill.errors import RecipeError
 from edgedistill.rows import RowStore
-from edgedistill.runner import Runner
+from edgedistill.runner import Reporter, Runner
 from edgedistill.session import Session, prepare
 from edgedistill.store import Store
 from edgedistill.teachers.mixture import MixedTeacher
@@ -253,3 +253,28 @@ def test_a_second_teacher_may_have_to_prove_itself(folder: Path) -> None:
             more="min_score = { words = 1.0 }\n",
             **{"teachers.0.model": "path:model"},
         )
+
+
+def test_a_pilot_tells_of_the_whole_and_pays_nothing_twice(folder: Path) -> None:
+    class Told(Reporter):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    alone = RECIPE.replace(RECIPE[RECIPE.index("[[teachers]]") : RECIPE.index("[student]")], "")
+    (folder / "pilot.toml").write_text(alone.replace("[generate]\n", "[generate]\npilot = 0.5\n"))
+    session = prepare(folder / "pilot.toml", store=Store(folder / "pilot-store"))
+    outcome = Runner(session.plan.only(session.plan.match("filter")), session.store, Told()).build()
+    assert not outcome.failed
+    assert outcome.ran.index("filter/pilot") < outcome.ran.index("generate")
+    assert [line["id"] for line in lines(entry(session, "generate/pilot") / "rows.jsonl")] == list(WORDS[::2])
+    told = next(note for note in Told.notes if "pilot" in note)
+    assert (
+        "4 of 6 prompts have an answer that passes; of all 12 about 8" in told
+    )  # every other one of 12, of which 8 are known
+    assert RowStore(folder / "pilot-store").counts() == {"rows": 12, "asks": 12}
+    plain = prepare(folder / "pilot.toml", store=session.store, overrides={"generate.pilot": None})
+    assert plain.plan.match("generate")[0].key == session.plan.match("generate")[0].key
+    with pytest.raises(RecipeError, match="single prompts"):
+        prepare(folder / "pilot.toml", store=session.store, overrides={"generate.style": "tool-trace", "filter": []})
