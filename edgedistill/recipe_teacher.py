@@ -201,7 +201,7 @@ class Another(Teacher):
     def _in_its_role(self) -> Another:
         if (self.role == "routed") != bool(self.tags):
             raise key_error("tags", 'tags say which prompts are sent to a teacher with role = "routed": set both')
-        if self.name in WRITERS or self.name == "analyses" or self.name.startswith("round-"):
+        if self.name in WRITERS or self.name in ("analyses", "pilot") or self.name.startswith("round-"):
             raise key_error("name", f"{self.name!r} is what other rows or steps are called: take another name")
         return self
 

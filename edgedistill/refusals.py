@@ -190,7 +190,11 @@ def _refuse_others(inputs: Inputs) -> None:
         elif server is not None and server.launch is not None and find_python() is None:
             told = ("vLLM is not installed", "edgedistill doctor --install vllm", "vllm")
         elif server is not None and any(row.tools for row in inputs.prompts):
-            told = ("rows have tools, and calls of a server's are not read yet", "leave this teacher out", "server")
+            told = (
+                "rows have tools, and of servers only the first teacher's calls are read",
+                "leave this teacher out",
+                "server",
+            )
         elif one.role == "routed" and not set(one.tags) & every:
             known = ", ".join(sorted(every)[:8]) or "none"
             told = (f"no prompt has a tag of {', '.join(one.tags)}", f"tags of the prompts: {known}", "tags")

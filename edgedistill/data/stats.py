@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from edgedistill.data.filters import COPIED_WORDS, SIMILARITY, Contamination, Seen, asked_in, words_of
@@ -16,14 +16,19 @@ THIRDS = ("shortest prompts", "middle prompts", "longest prompts")
 FEW_TAGS = 30
 
 
-def first_id(name: str) -> str:
-    """Return the id of the prompt that a kept line answers: a second text of it has the id ``ID#1``, a lesson ``ID+why``."""
-    return name.partition("#")[0].partition("+")[0]
+def prompt_of(name: str, prompts: Collection[str]) -> str:
+    """Return the prompt that a kept line answers, "" where it is none of these: a second text of one has the id ``ID#1``, a lesson
+    ``ID+why``, and an id may hold such a sign itself.
+    """
+    while name and name not in prompts:
+        name = name[: max(name.rfind("#"), name.rfind("+"), 0)]
+    return name
 
 
-def answered(kept: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Return the prompts of which an answer of a teacher was kept."""
-    return {first_id(line["id"]) for line in kept if line["source"] not in NO_TEACHER}
+def answered(kept: Iterable[Mapping[str, Any]], prompts: Collection[str], without: Collection[str] = ()) -> set[str]:
+    """Return which of the prompts have a kept answer of a teacher, one of those ``without`` left out."""
+    written = (line["id"] for line in kept if line["source"] not in (*NO_TEACHER, *without))
+    return {prompt_of(name, prompts) for name in written} - {""}
 
 
 def spread(values: Iterable[int]) -> dict[str, int]:
@@ -53,13 +58,8 @@ def by_difficulty(
     """Return, of the prompts with each tag and of each third by length, how many have an answer that was kept: of the teachers
     before a recovery, and of any teacher. Where the two differ from group to group, a set without the hard prompts is biased.
     """
-    later = set(recovering)
-    first, any_ = set[str](), set[str]()
-    for line in kept:
-        if line["source"] not in NO_TEACHER:
-            any_.add(first_id(line["id"]))
-            if line["source"] not in later:
-                first.add(first_id(line["id"]))
+    names = {row.id for row in rows}
+    first, any_ = answered(kept, names, tuple(recovering)), answered(kept, names)
     groups: dict[str, list[str]] = {}
     for row in rows:
         for tag in row.tags:

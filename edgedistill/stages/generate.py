@@ -155,8 +155,9 @@ class Generate(Stage):
         assert self.pilot is not None
         answers, filtered = self.pilot
         facts = ctx.facts(answers)
-        few = max(1, facts["rows"] // self.samples)
-        kept = len(answered(map(json.loads, json_lines(ctx.path(filtered, "kept.jsonl")))))
+        asked = {json.loads(line)["id"] for line in json_lines(ctx.path(answers, "rows.jsonl"))}
+        kept = len(answered(map(json.loads, json_lines(ctx.path(filtered, "kept.jsonl"))), asked))
+        few = max(1, len(asked))
         tokens = facts["tokens"] * prompts / few
         told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
         told += f", {round(tokens):,} tokens of answers"

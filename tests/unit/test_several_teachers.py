@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from edgedistill.cli import app
 from edgedistill.data.recovery import failed_prompts
-from edgedistill.errors import RecipeError
+from edgedistill.errors import RecipeError, UsageError
 from edgedistill.rows import RowStore
 from edgedistill.runner import Reporter, Runner
 from edgedistill.session import Session, prepare
@@ -88,7 +88,7 @@ def built(
     (folder / f"{role}.toml").write_text(text)
     session = prepare(folder / f"{role}.toml", store=Store(folder / "store"), overrides=overrides)
     outcome = Runner(session.plan.only(session.plan.match(until)), session.store).build()
-    assert not outcome.failed
+    assert not outcome.failed, str(outcome.failed)
     return session, list(outcome.ran)
 
 
@@ -181,7 +181,7 @@ def test_teachers_of_other_tokens_are_not_mixed(folder: Path, tmp_path: Path) ->
     from tests.unit.formats.gguf.conftest import make_model
 
     make_model(tmp_path / "other", pre="gpt-2")
-    with pytest.raises(Exception, match="different tokenizers"):
+    with pytest.raises(UsageError, match="different tokenizers"):
         MixedTeacher([folder / "half", tmp_path / "other"], combine="average")
 
 
@@ -245,7 +245,7 @@ def test_a_second_teacher_may_have_to_prove_itself(folder: Path) -> None:
     session, _ = built(folder, "recovery", until="generate/second", more="min_score = { words = 0.5 }\n")
     scored = json.loads((entry(session, "evaluate/teacher-second") / "scores.json").read_text())
     assert scored
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="nothing is generated"):
         built(
             folder,
             "recovery",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgedistill.data.prompts import Row
-from edgedistill.data.stats import by_difficulty, distance, first_id, leaked, lengths, repeats, spread
+from edgedistill.data.stats import by_difficulty, distance, leaked, lengths, prompt_of, repeats, spread
 
 
 def row(name: str, text: str, *tags: str) -> Row:
@@ -29,7 +29,9 @@ def test_what_recovery_brings_is_told_by_tag_and_by_length() -> None:
     assert found["hard"] == (2, 0, 1)  # gold is no teacher's
     assert found["shortest prompts"] == (1, 1, 1)
     assert found["longest prompts"] == (2, 0, 1)
-    assert first_id("a#1+fix2") == "a"
+    assert prompt_of("a#1+fix2", {"a"}) == "a"
+    assert prompt_of("c++#1", {"c++", "c"}) == "c++"
+    assert prompt_of("x+before", {"a"}) == ""
 
 
 @given(st.lists(st.integers(0, 1000), max_size=50))
