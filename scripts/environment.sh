@@ -45,6 +45,7 @@ provide() {
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" torch==2.13.0
     without_amx
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "${root}[$extras]"
+    replace_amx
     "$venv/bin/python" -m compileall -q "$root/edgedistill"  # pip does not for an editable install
     fingerprint >"$venv/installed-$extras"
     echo "installed in $((SECONDS - started)) s" >&2
@@ -56,6 +57,17 @@ without_amx() {
     grep -qw amx_tile /proc/cpuinfo 2>/dev/null || return 0
     export CFLAGS="${CFLAGS:-} -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
     export CXXFLAGS="${CXXFLAGS:-} -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+}
+
+# pip may have had a wheel in its cache that was compiled before, with AMX: the flags are no part of what it looks for.
+replace_amx() {
+    "$venv/bin/python" -c '
+import sys, llama_cpp
+sys.exit(b"AMX_INT8 = 1" not in llama_cpp.llama_print_system_info())' 2>/dev/null || return 0
+    echo "compiling llama.cpp again: the wheel in pip's cache uses AMX, which GCC 12 sets up wrong" >&2
+    "$venv/bin/python" -m pip cache remove --disable-pip-version-check llama_cpp_python >/dev/null || true
+    "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/scripts/constraints.txt" \
+        --force-reinstall --no-deps llama-cpp-python
 }
 
 installed() {
