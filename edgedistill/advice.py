@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edgedistill.inputs import Inputs, student_facts
 from edgedistill.refusals import GAP
-from edgedistill.target import format_size
+from edgedistill.target import AUTO, format_size
 
 
 def advise(inputs: Inputs) -> list[str]:
@@ -40,7 +40,7 @@ def _quantizing_alone(inputs: Inputs) -> list[str]:
         return []
     for target in inputs.targets:
         limit, quantize = target.limits.file_size, target.quantize
-        if target.runtime.format != "gguf" or limit is None:
+        if target.runtime.format != "gguf" or limit is None or quantize.type == AUTO:
             continue
         options = {"embedding_type": quantize.embedding_type, "output_type": quantize.output_type}
         size = estimate_file_size(

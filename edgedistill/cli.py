@@ -313,9 +313,11 @@ def schema(what: Annotated[str, typer.Argument(help="recipe or target")] = "reci
 def quantize(
     model: Annotated[str, typer.Argument(help="HF folder, f16/bf16/f32 GGUF, or a source (hf:, path:, pypi:, gguf:)")],
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="profile (repeatable)")] = None,
-    types: Annotated[str | None, typer.Option(help="types instead of targets: Q4_K_M,Q8_0,…")] = None,
+    types: Annotated[str | None, typer.Option(help="types instead of targets: Q4_K_M,Q8_0,… or auto")] = None,
+    size: Annotated[str | None, typer.Option(help="auto: most bytes of the file, such as '90 MiB'")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the files")] = Path("quantized"),
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show what auto chooses, and make no file")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize a model for targets or to types, without a recipe; checked before it is handed over."""
@@ -325,8 +327,9 @@ def quantize(
 
     names = [name for name in (types or "").split(",") if name]
     results = quantize_model(
-        model, targets=target or [], types=names, out=output, calibration=calibration, reporter=TerminalReporter()
-    )
+        model, targets=target or [], types=names, out=output, calibration=calibration, size=size,
+        reporter=TerminalReporter(), dry_run=dry_run,
+    )  # fmt: skip
     _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))
 
 

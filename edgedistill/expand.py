@@ -7,7 +7,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 from edgedistill.compare import step_of
@@ -16,6 +15,7 @@ from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
 from edgedistill.evals.metrics import AFTER_THINKING
 from edgedistill.expand_draft import DraftSteps
+from edgedistill.expand_quantize import QuantizeSteps
 from edgedistill.expand_rounds import RoundSteps
 from edgedistill.expand_text import TextSteps
 from edgedistill.expand_training import Other
@@ -30,17 +30,14 @@ from edgedistill.inputs import (
 from edgedistill.models import Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
-from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, train_work
+from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe import Suite
 from edgedistill.recipe_teacher import Another
 from edgedistill.served import Server
-from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.convert import Convert
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.measure import Measure
 from edgedistill.stages.package import DraftedPackage, Package
-from edgedistill.stages.quantize import Quantize
-from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
 
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
@@ -51,7 +48,7 @@ def expand(inputs: Inputs) -> Plan:
     return _Expander(inputs).plan()
 
 
-class _Expander(TextSteps, RoundSteps, DraftSteps):
+class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
     """Adds the steps of one recipe, from the base models to the packages."""
 
     def plan(self) -> Plan:
@@ -175,7 +172,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         imatrix = self._calibrate("calibrate", student_gguf, kept, self.s_params)
         quantized: list[tuple[Target, Key, str]] = []
         for target in self.inputs.targets:
-            quantized.append((target, *self._typed(target.name, target, student, student_gguf, imatrix)))
+            quantized.append((target, *self._typed(target.name, target, student, student_gguf, imatrix, kept)))
         student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
         evaluations = [
             # onnxruntime-genai reads no GBNF: there the answers are free ones only
@@ -228,21 +225,6 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
                 drafts.get(target.name),
             )
 
-    def _typed(self, name: str, target: Target, student: Key, gguf: Key, imatrix: Key) -> tuple[Key, str]:
-        """Add the student in a target's type, its norms tuned where the recipe asks for it; return the key and the file in it."""
-        onnx = target.runtime.format == "onnx"
-        key = self._quantize(
-            f"quantize/{name}",
-            student if onnx else gguf,
-            imatrix if target.quantize.imatrix and not onnx else None,
-            target.runtime.format,
-            target.quantize,
-            self.s_params,
-        )
-        if self.recipe.tune and target.name in self.recipe.tune.targets:
-            key = self._tune(f"tune/{name}", key, student)
-        return key, "onnx" if onnx else "model.gguf"
-
     def _ship_link(self, number: int, link: Inputs, student: Key, teacher: Key, kept: Key, scores: Key) -> None:
         """Add what an intermediate student needs to ship for targets of its own: the steps that the last one has, named after the
         link (``quantize/laptop-x86@link-1``), held against the same teacher.
@@ -257,7 +239,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         self._measure(step_of("measure/student", of), gguf, "model.gguf", None, None)
         for target in link.targets:
             name = step_of(target.name, of)
-            key, file = self._typed(name, target, student, gguf, imatrix)
+            key, file = self._typed(name, target, student, gguf, imatrix, kept, of)
             references = {"student": gguf, "teacher": teacher_gguf}
             evaluation = self._evaluate(
                 f"evaluate/{name}", key, file, self.s_params, references=references, grammar=file != "onnx"
@@ -276,64 +258,6 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
         types = Types(type=self.recipe.draft.type)
         file = self._quantize(f"quantize/draft-{target.name}", gguf, None, "gguf", types, params)
         return file, self._speculate(target, shipped, file)
-
-    def _calibrate(self, name: str, gguf: Key, kept: Key, params: int) -> Key:
-        rows = min(self.recipe.calibrate.rows, len(self.inputs.prompts))
-        share = rows / max(1, len(self.inputs.prompts))
-        return self.graph.add(
-            name,
-            Calibrate(model=gguf, kept=kept, rows=self.recipe.calibrate.rows, tool=self.llama),
-            Work(kind="forward", amount=2 * params * self.tokens * share),
-            memory=3 * params + 300 * MIB,
-            disk=4 * MIB,
-        )
-
-    def _quantize(
-        self,
-        name: str,
-        model: Key,
-        calibration: Key | None,
-        format_: str,
-        types: Types,
-        params: int,
-    ) -> Key:
-        stage = Quantize(
-            model=model,
-            calibration=calibration,
-            format=format_,
-            type=types.type,
-            embedding_type=types.embedding_type,
-            output_type=types.output_type,
-            rounding=types.rounding,
-            tool=self.onnx if format_ == "onnx" else self.llama,
-            rows=self.checks,
-        )
-        kind, size = ("build-onnx", 4 * params) if format_ == "onnx" else ("quantize", 2 * params)
-        memory = 6 * params + 300 * MIB
-        if types.rounding == "gptq":  # second moments of a gibibyte at most, the inputs of a batch, and torch
-            kind, memory = "quantize-gptq", memory + (1500 + RUNTIME_MIB) * MIB
-        return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=memory, disk=size)
-
-    def _tune(self, name: str, quantized: Key, student: Key) -> Key:
-        tune, rows = self.recipe.tune, self.inputs.tuning
-        assert tune is not None
-        stage = Tune(
-            quantized=quantized,
-            student=student,
-            rows_digest=rows_digest(rows),
-            rows=rows,
-            training=tune.keyed("targets", "files", "rows", "skip"),
-            seed=self.recipe.seed,
-        )
-        tokens = sum(map(row_tokens, rows)) * tune.epochs
-        work = train_work(self.s_params, tokens, full=False)
-        return self.graph.add(
-            name,
-            stage,
-            replace(work, amount=work.amount + 2 * self.s_params * tokens),
-            memory=12 * self.s_params + (RUNTIME_MIB + 600) * MIB,
-            disk=5 * self.s_params,
-        )
 
     def _evaluate(
         self,
@@ -466,7 +390,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             "student": student,
             "reference": reference,
             "recipe": step_of(self.recipe.name, of) if of else self.recipe.name,
-            "target": {"name": target.name, **target.model_dump(mode="json")},
+            "target": {"name": target.name, **target.to_json()},
             "unproved": "" if same else why,
             "gates": gates,
             "sources": tuple(sources.values()),

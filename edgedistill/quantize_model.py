@@ -16,15 +16,17 @@ from edgedistill.errors import EdgeDistillError, UsageError
 from edgedistill.fingerprint import Key, digest
 from edgedistill.models import KINDS, Resolved, resolve
 from edgedistill.plan import Graph, Plan, package_version
-from edgedistill.rates import Work
+from edgedistill.rates import MIB, Work, sensitivity_work
 from edgedistill.runner import Reporter, Runner
+from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.base import Base
 from edgedistill.stages.calibrate import CalibrateText
 from edgedistill.stages.convert import Convert
 from edgedistill.stages.import_gguf import ImportGguf
 from edgedistill.stages.quantize import Quantize
+from edgedistill.stages.sensitivity import Sensitivity
 from edgedistill.store import Store
-from edgedistill.target import Types, find_target
+from edgedistill.target import AUTO, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
 
@@ -54,10 +56,15 @@ def quantize_model(
     types: Sequence[str],
     out: Path,
     calibration: Path | None = None,
+    size: int | str | None = None,
     store: Store | None = None,
     reporter: Reporter | None = None,
+    dry_run: bool = False,
 ) -> list[Quantized]:
     """Quantize ``model`` for every target and to every type; files go to ``out``, by hard link from the store.
+
+    The type "auto" chooses one for every matrix, so that the file has ``size`` (bytes, or words such as "90 MiB") at most. With
+    ``dry_run`` the choice is made and no file.
 
     ``model`` is an HF folder, a full-precision GGUF, or a source (hf:, path:, pypi:, gguf:). ONNX targets need an HF
     folder. Raises UsageError for what cannot work, before anything runs.
@@ -68,15 +75,27 @@ def quantize_model(
         raise UsageError(
             "nothing to make: no target and no type", "give -t TARGET (edgedistill targets list) or --types Q4_K_M"
         )
+    try:
+        most = None if size is None else parse_size(size)
+    except ValueError as error:
+        raise UsageError(f"--size: {error}", "--size '90 MiB'") from None
     store, reporter = store or Store(), reporter or Reporter()
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
     resolved = resolve(source, store.root, note=reporter.note)
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     for name in targets:
         target = find_target(name, Path())
-        wanted.append((name, target.runtime.format, target.quantize))
+        auto = target.auto_size if target.quantize.type == AUTO else None
+        wanted.append((name, target.runtime.format, target.quantize.model_copy(update={"size": auto})))
     for name in types:
-        wanted.append((name, "gguf", Types(type=name, imatrix=file_type(name).imatrix != "no")))
+        if name == AUTO and most is None:
+            raise UsageError('type "auto" needs a size to keep to', "--size '90 MiB'")
+        imatrix = name == AUTO or file_type(name).imatrix != "no"
+        wanted.append((name, "gguf", Types(type=name, imatrix=imatrix, size=most if name == AUTO else None)))
+    if most is not None and AUTO not in types:
+        raise UsageError("--size is for the type auto: every other type has the size that it has", "--types auto")
+    if dry_run and any(choice.type != AUTO for _, _, choice in wanted):
+        raise UsageError("--dry-run shows what auto chooses", "--types auto --size '90 MiB' --dry-run")
     is_gguf = resolved.path.is_file()
     if is_gguf and resolved.facts.quantized_from not in ("", *FULL_PRECISION) and resolved.kind != "pypi":
         raise UsageError(
@@ -87,11 +106,19 @@ def quantize_model(
     if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
     for name, format_, choice in wanted:
-        if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required" and calibration is None:
+        if format_ != "gguf" or calibration is not None:
+            continue
+        if choice.type == AUTO:
+            raise UsageError(
+                f"{name}: to choose types takes text of the task", "give --calibration FILE: JSONL rows or plain text"
+            )
+        if FILE_TYPES[choice.type].imatrix == "required":
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
             )
     plan, keys = _plan(resolved, wanted, calibration, store)
+    if dry_run:
+        plan = plan.only(plan.match("allocate"))
     if calibration is None and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted):
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
@@ -99,7 +126,9 @@ def quantize_model(
     outcome = Runner(plan, store, reporter).build()
     for error in outcome.failed.values():
         raise error
-    return [_publish(store, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+    if dry_run:
+        return [_chosen(store, plan, line) for line in wanted]
+    return [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
 
 
 def _plan(
@@ -123,16 +152,26 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
-    imatrix = None
-    if calibration is not None and container is not None:
-        text = _calibration_text(calibration)
+    imatrix = sensitivity = None
+    text = _calibration_text(calibration) if calibration is not None and container is not None else ()
+    if text and container is not None:
         stage = CalibrateText(model=container, text=text, tool=llama)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
+        if any(choice.type == AUTO for _, _, choice in wanted):
+            stage = Sensitivity(model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama)
+            work = sensitivity_work(params)
+            sensitivity = graph.add("sensitivity", stage, work, memory=10 * params + 2500 * MIB, disk=MIB)
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
         model = base if onnx else container
         assert model is not None  # the checks above leave no other case
+        types = None
+        if choice.type == AUTO:
+            assert sensitivity is not None and choice.size is not None
+            solver = f"scipy {package_version('scipy')}"
+            stage = Allocate(model=model, sensitivity=sensitivity, size=choice.size, tool=solver)
+            types = graph.add(f"allocate/{name}", stage, Work(kind="bytes", amount=3e8), disk=MIB)
         stage = Quantize(
             model=model,
             calibration=imatrix if choice.imatrix and not onnx else None,
@@ -142,6 +181,8 @@ def _plan(
             output_type=choice.output_type,
             rounding=choice.rounding,
             tool=f"onnxruntime-genai {package_version('onnxruntime-genai')}" if onnx else llama,
+            types=types,
+            sensitivity=sensitivity if types else None,
             rows=sample_rows(),
         )
         work = Work(kind="build-onnx" if onnx else "quantize", amount=2 * params)
@@ -176,7 +217,31 @@ def sample_rows() -> tuple[Row, ...]:
     )
 
 
-def _publish(store: Store, key: Key, line: tuple[str, str, Types], out: Path, model: str) -> Quantized:
+def _choice(store: Store, plan: Plan, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Return what ``allocate`` found for ``name``, and how it reads; nothing where types were given."""
+    steps = [step for step in plan.steps if f"allocate/{name}" in step.ids]
+    entry = store.load(steps[0].key) if steps else None
+    if entry is None:
+        return {}, []
+    found = entry.facts["allocate"]
+    chosen = ", ".join(f"{part} {count} x {type_name}" for part, type_name, count, _ in found["groups"])
+    front = ", ".join(f"{format_size(size)} {kld:.3g}" for size, kld in found["front"])
+    return found, [
+        f"predicted KLD {found['predicted_kld']:.3g} nats a token: {chosen}",
+        f"predicted KLD at other sizes: {front}",
+    ]
+
+
+def _chosen(store: Store, plan: Plan, line: tuple[str, str, Types]) -> Quantized:
+    """Describe the file that a dry run would make."""
+    name, format_, choice = line
+    found, notes = _choice(store, plan, name)
+    return Quantized(
+        name=name, format=format_, type=choice.type, path=Path(), size=found["size"], bpw=0.0, fallbacks=[], notes=notes
+    )
+
+
+def _publish(store: Store, plan: Plan, key: Key, line: tuple[str, str, Types], out: Path, model: str) -> Quantized:
     name, format_, choice = line
     entry = store.load(key)
     if entry is None:
@@ -203,7 +268,7 @@ def _publish(store: Store, key: Key, line: tuple[str, str, Types], out: Path, mo
         fallbacks=[
             f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]
         ],
-        notes=[report["warning"]] if report.get("warning") else [],
+        notes=([report["warning"]] if report.get("warning") else []) + _choice(store, plan, name)[1],
     )
 
 

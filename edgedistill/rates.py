@@ -30,6 +30,7 @@ DEFAULTS = {
     "bytes": 300e6,
     "convert": 25e6,
     "quantize": 60e6,
+    "sensitivity": 150e9,
     "quantize-gptq": 6e6,
     "build-onnx": 20e6,
     "measure": 1e9,
@@ -98,3 +99,8 @@ def ffn_work(params: int, layers: int, ffn: int, tokens: float) -> Work:
 def train_memory(params: int, *, full: bool) -> int:
     """Bytes of training: fp32 weights, gradients and two moments in full; bf16 weights for an adapter; activations."""
     return (18 if full else 3) * params + (RUNTIME_MIB + 1200) * MIB
+
+
+def sensitivity_work(params: int) -> Work:
+    """Return the work of a table of types: gradients over a fixed amount of text, and every matrix in every type."""
+    return Work(kind="sensitivity", amount=(4 * 8192 + 30_000) * float(params))

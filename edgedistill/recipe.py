@@ -22,6 +22,7 @@ from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_backend, refuse_several
+from edgedistill.target import Size
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
 
@@ -258,6 +259,7 @@ class QuantizeOverride(Section):
     """Override one profile's choice of types."""
 
     type: str | None = None
+    size: Size | None = None
     imatrix: bool | None = None
     embedding_type: str | None = None
     output_type: str | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgedistill.chat import check_tools, read_chat
 from edgedistill.data.prompts import leaks
@@ -18,7 +19,7 @@ from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
 from edgedistill.refusals_prompts import refuse_prompts
-from edgedistill.target import Target, format_size
+from edgedistill.target import AUTO, Target, format_size
 from edgedistill.training.objectives import WHOLE
 
 NARROWABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "smollm3")
@@ -513,9 +514,33 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
             raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
 
 
+def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:
+    """Refuse a size that nothing can meet."""
+    from edgedistill.formats.gguf.types import smallest_choice, smallest_type
+
+    limit, (best, least) = target.auto_size, smallest_type(config)
+    if target.quantize.type == AUTO:
+        best, least = "choice", smallest_choice(config)
+    if limit is not None and least > limit:
+        raise RecipeError(
+            f"no type brings {who} under {format_size(limit)}: the smallest, {best}, makes about {format_size(least)}",
+            "take fewer layers or a smaller student, or raise the limit",
+            file=target.path,
+            key="quantize.size" if limit == target.quantize.size else "limits.file_size",
+        )
+
+
+def _unheeded(target: Target) -> list[str]:
+    """Say which limits "auto" does not look at: they are measured, and a miss is a miss."""
+    names = [name for name in ("pp512", "tg128", "peak_rss", "ttft_p95_ms") if getattr(target.limits, name) is not None]
+    return [
+        f'type = "auto" chooses by size alone, not by {", ".join(names)}: measuring tells whether they hold'
+    ] * bool(names)
+
+
 def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
-    from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits, smallest_type
+    from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits
 
     if target.runtime.format == "onnx":
         if not package_version("onnxruntime-genai"):
@@ -529,18 +554,13 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type
+    if wanted == AUTO:
+        _must_fit(target, who, config)
+        return [f"{name}: {unheeded}" for unheeded in _unheeded(target)]
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
     size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
     if limit is not None and size > limit:
-        best, least = smallest_type(config)
-        if least > limit:
-            raise RecipeError(
-                f"no type brings {who} under {format_size(limit)}: "
-                f"the smallest, {best}, makes about {format_size(least)}",
-                "take fewer layers or a smaller student, or raise the limit",
-                file=target.path,
-                key="limits.file_size",
-            )
+        _must_fit(target, who, config)
         warnings.append(f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}")
     base, hidden = file_type(wanted).base, facts.hidden
     odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]

@@ -67,6 +67,10 @@ Size = Annotated[
 ]
 
 
+AUTO = "auto"
+"""The type of a file whose matrices each have the type that costs least (``formats.gguf.allocate``)."""
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -83,7 +87,13 @@ class Runtime(_Table):
 class Types(_Table):
     """What the weights become. Type names are llama.cpp's (GGUF) or the ONNX builder's, verbatim."""
 
-    type: str = Field(description="GGUF: Q4_0, Q4_K_M, Q8_0, ...; ONNX: fp32, int8 or int4")
+    type: str = Field(
+        description='GGUF: Q4_0, Q4_K_M, Q8_0, ..., or "auto": for each matrix the type with which the file loses least; '
+        "ONNX: fp32, int8 or int4"
+    )
+    size: Size | None = Field(
+        default=None, description='"auto": most bytes of the file, where that is less than limits.file_size'
+    )
     imatrix: bool = Field(
         default=False, description="GGUF: weigh errors by an importance matrix of the calibration set"
     )
@@ -147,7 +157,21 @@ class Target(_Table):
         if engine != ENGINES[format_]:
             raise key_error("runtime.engine", f'"{engine}" runs no {format_} files; write "{ENGINES[format_]}"')
         check_types(self.quantize, format_, "quantize")
+        if self.quantize.type == AUTO and self.auto_size is None:
+            raise key_error("quantize.type", '"auto" needs a size to keep to: write limits.file_size, or quantize.size')
         return self
+
+    @property
+    def auto_size(self) -> int | None:
+        """Return the most bytes that a file of type "auto" may have; None where nothing limits it."""
+        return min((size for size in (self.quantize.size, self.limits.file_size) if size is not None), default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, as a package's key and manifest have them: without a size that is not given."""
+        value = self.model_dump(mode="json")
+        if self.quantize.size is None:
+            del value["quantize"]["size"]
+        return value
 
     def with_types(self, changes: dict[str, Any]) -> Target:
         """Return the same target with keys of ``[quantize]`` replaced, as a recipe's ``[quantize.NAME]`` asks for.
@@ -161,6 +185,8 @@ class Target(_Table):
         try:
             types = Types.model_validate({**kept, **changes}, strict=True)
             check_types(types, self.runtime.format, f"quantize.{self.name}")
+            if types.type == AUTO and types.size is None and self.limits.file_size is None:
+                raise key_error(f"quantize.{self.name}.size", '"auto" needs a size to keep to: size = "60 MiB"')
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in ("quantize", self.name, *first["loc"]))
@@ -176,14 +202,19 @@ class Target(_Table):
 def check_types(types: Types, format_: str, key: str = "quantize") -> None:
     """Raise a `key_error` below ``key`` unless all of ``types`` exists in ``format_`` ("gguf" or "onnx")."""
     if format_ == "onnx":
-        for name in ("imatrix", "embedding_type", "output_type", "rounding"):
+        for name in ("size", "imatrix", "embedding_type", "output_type", "rounding"):
             if name in types.model_fields_set:
                 raise key_error(f"{key}.{name}", 'unknown key: format = "onnx" has only type')
         _check_type(types.type, ONNX_TYPES, f"{key}.type", format_)
         return
     from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES
 
+    if types.type == AUTO:
+        _check_auto(types, key)
+        return
     _check_type(types.type, FILE_TYPES, f"{key}.type", format_)
+    if types.size is not None:
+        raise key_error(f"{key}.size", f'only type = "{AUTO}" keeps to a size: {types.type} has the size that it has')
     for name in ("embedding_type", "output_type"):
         if (tensor_type := getattr(types, name)) is not None:
             _check_type(tensor_type, GGML_TYPES, f"{key}.{name}", format_)
@@ -194,6 +225,14 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
             raise key_error(f"{key}.rounding", f'"gptq" rounds {", ".join(FINELY_ROUNDED)}, not {types.type}')
         if not types.imatrix:
             raise key_error(f"{key}.rounding", '"gptq" needs the calibration set: add imatrix = true')
+
+
+def _check_auto(types: Types, key: str) -> None:
+    if not types.imatrix:
+        raise key_error(f"{key}.type", f'"{AUTO}" needs the calibration set: add imatrix = true')
+    for name in ("embedding_type", "output_type"):
+        if getattr(types, name) is not None:
+            raise key_error(f"{key}.{name}", f'type = "{AUTO}" chooses it: leave it out')
 
 
 def _check_type(given: str, known: Any, key: str, format_: str) -> None:
@@ -301,7 +340,7 @@ def to_toml(target: Target) -> str:
         if keys:
             lines += ["", f"[{table}]"]
             for key, item in keys.items():
-                exact = format_size(item) if key in ("file_size", "peak_rss") else ""
+                exact = format_size(item) if key in ("size", "file_size", "peak_rss") else ""
                 size = exact if exact and parse_size(exact) == item else item
                 lines.append(f"{key} = {value(size)}")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
 from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Stage
@@ -30,22 +29,14 @@ class Calibrate(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Render the conversations with the model's own template and run them."""
+        from edgedistill.evals.calibration_text import encode_kept
         from edgedistill.evals.runners.gguf import GgufRunner
         from edgedistill.formats.gguf.imatrix import collect
 
         gguf = ctx.path(self.model, "model.gguf")
         lines = [json.loads(line) for line in json_lines(ctx.path(self.kept, "kept.jsonl"))[: self.rows]]
         with GgufRunner(gguf, threads=ctx.threads) as runner:
-            token_rows = [
-                [
-                    *runner.encode(
-                        Row(id=line["id"], messages=tuple(line["messages"]), tools=tuple(line.get("tools", ())))
-                    ),
-                    *runner.encode_text(line["text"]),
-                    runner.end_token(),
-                ]
-                for line in lines
-            ]
+            token_rows, _ = encode_kept(runner, lines)
         (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
         return {"imatrix": report.to_json()}

@@ -1,6 +1,7 @@
 """quantize: one converted (GGUF) or merged (ONNX) model to the types a target asks for.
 
-In: the f16 GGUF, the importance matrix and the text it was measured on; or the merged checkpoint for ONNX. Out:
+In: the f16 GGUF, the importance matrix and the text it was measured on, for type "auto" the types that ``allocate`` chose; or
+the merged checkpoint for ONNX. Out:
 ``model.gguf``, or ``onnx/``. Gate on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves
 nothing, so its model is run beside transformers."""
 
@@ -14,7 +15,7 @@ from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +31,35 @@ class Quantize(Stage):
     output_type: str | None
     rounding: str
     tool: str
+    types: Key | None = later(None)
+    sensitivity: Key | None = later(None)
     rows: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Quantize, check, say what fell back."""
         if self.format == "onnx":
             return self._onnx(ctx)
-        from edgedistill.formats.gguf.quantize import quantize
+        from edgedistill.formats.gguf.quantize import named_after, quantize
 
         source, out = ctx.path(self.model, "model.gguf"), ctx.out / "model.gguf"
         if self.type == "F16":  # what convert wrote already
             os.link(source, out)
             return {"size": out.stat().st_size, "type": "F16"}
+        types = json.loads(ctx.path(self.types, "types.json").read_text()) if self.types else None
+        imatrix = ctx.path(self.calibration, "imatrix.gguf") if self.calibration else None
+        if self.sensitivity:
+            imatrix = ctx.path(self.sensitivity, "imatrix.gguf")
         feedback = None
         if self.rounding == "gptq" and self.calibration:
             feedback = json.loads(ctx.path(self.calibration, "tokens.json").read_text())
         report = quantize(
             source,
             out,
-            self.type,
-            imatrix=ctx.path(self.calibration, "imatrix.gguf") if self.calibration else None,
+            named_after(types) if types else self.type,
+            imatrix=imatrix,
             embedding_type=self.embedding_type,
             output_type=self.output_type,
+            types=types,
             feedback=feedback,
             threads=ctx.threads,
             progress=ctx.progress,

@@ -10,6 +10,7 @@ from edgedistill.devices.host import HostFingerprint
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.target import (
     FEATURES,
+    Limits,
     check_target,
     detect,
     find_target,
@@ -95,7 +96,8 @@ def test_targets_file_of_the_design_reads_as_written() -> None:
             '"Q4KM"',
             'board.toml:11: quantize.type: "Q4KM" is no type of gguf; did you mean "Q4_K_M"? It has BF16',
         ),
-        ('"Q4_0"', '"auto"', 'board.toml:11: quantize.type: "auto" is no type of gguf'),
+        ('"Q4_0"', '"Q4_X"', 'board.toml:11: quantize.type: "Q4_X" is no type of gguf'),
+        ('"Q4_0"\nimatrix = true', '"auto"', 'quantize.type: "auto" needs the calibration set'),
         ('"Q4_0"', '"int4"', 'board.toml:11: quantize.type: "int4" is no type of gguf'),
         ("imatrix = true", 'embedding_type = "Q9"', "board.toml:12: quantize.embedding_type"),
         (
@@ -165,6 +167,24 @@ def test_rounding_with_feedback_needs_a_type_and_text_for_it() -> None:
         target.with_types({"type": "Q8_0", "rounding": "gptq"})
     with pytest.raises(UsageError, match="needs the calibration set: add imatrix = true"):
         target.with_types({"imatrix": False, "rounding": "gptq"})
+
+
+def test_a_choice_of_types_needs_text_and_a_size() -> None:
+    target = find_target("phone-midrange")
+    assert target.limits.file_size and target.with_types({"type": "auto"}).auto_size == target.limits.file_size
+    smaller = target.with_types({"type": "auto", "size": "60 MiB"})
+    assert smaller.auto_size == smaller.quantize.size == 60 * 2**20
+    assert target.with_types({"type": "auto", "size": "60 GiB"}).auto_size == target.limits.file_size
+    for changes, said in (
+        ({"imatrix": False}, 'type: "auto" needs the calibration set'),
+        ({"embedding_type": "Q8_0"}, 'embedding_type: type = "auto" chooses it'),
+    ):
+        with pytest.raises(UsageError, match=said):
+            target.with_types({"type": "auto", **changes})
+    with pytest.raises(UsageError, match='size: only type = "auto" keeps to a size'):
+        target.with_types({"type": "Q4_0", "size": "60 MiB"})
+    with pytest.raises(UsageError, match='"auto" needs a size to keep to'):
+        target.model_copy(update={"limits": Limits()}).with_types({"type": "auto"})
 
 
 @pytest.mark.parametrize(

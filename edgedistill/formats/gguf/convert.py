@@ -6,6 +6,7 @@ writing, llama.cpp reads the file back and its token ids must equal the tokenize
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -162,6 +163,32 @@ def convert(
         probe_tokens=probe_tokens, echo={**_echo(config), **special}, notes=tuple(notes),
         seconds=time.monotonic() - started,
     )  # fmt: skip
+
+
+def places(model_dir: Path) -> dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Return, for each of the checkpoint's tensors, its name in the GGUF and what puts values of its rows into the GGUF's order.
+
+    Raises UsageError as ``convert``.
+    """
+    config = read_config(model_dir)
+    family = family_of(config, f"{model_dir}/config.json")
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    entries = open_checkpoint(model_dir)
+    found: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}
+    names = {id(entry): name for name, entry in entries.items()}
+    for target, (entry, _) in _plan(
+        model_dir, config, family, entries, "f16", int(config["num_hidden_layers"])
+    ).items():
+        turned = family.permute and (".attn_q." in target or ".attn_k." in target)
+        count = heads if ".attn_q." in target else kv_heads
+        order = functools.partial(permute, heads=count) if turned else _as_it_is
+        found[names[id(entry)]] = target, order
+    return found
+
+
+def _as_it_is(values: np.ndarray) -> np.ndarray:
+    return values
 
 
 def check_probes(model_dir: Path, gguf_path: Path, texts: tuple[str, ...] = PROBES) -> int:

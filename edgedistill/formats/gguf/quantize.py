@@ -13,15 +13,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.convert import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
-from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, ggml_type, plan_tensors
+from edgedistill.formats.gguf.types import (
+    FILE_TYPES,
+    GGML_TYPES,
+    NEEDS_IMATRIX,
+    TensorPlan,
+    file_type,
+    fits,
+    ggml_type,
+    plan_tensors,
+    row_bytes,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -100,13 +111,14 @@ class QuantizeReport:
 
 def quantize(
     src: Path | str, out: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
-    embedding_type: str | None = None, pure: bool = False, feedback: Sequence[Sequence[int]] | None = None,
-    threads: int | None = None, progress: Progress | None = None,
+    embedding_type: str | None = None, pure: bool = False, types: Mapping[str, str] | None = None,
+    feedback: Sequence[Sequence[int]] | None = None, threads: int | None = None, progress: Progress | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the f32/f16/bf16 file ``src`` to the llama.cpp type ``type`` and put it at ``out``, whole or not at all.
 
     ``imatrix`` is a file of ``imatrix.collect``; ``output_type`` and ``embedding_type`` are tensor types for these two
-    matrices; ``pure`` gives every matrix the base type. With ``feedback``, token rows of calibration text, weights are
+    matrices; ``pure`` gives every matrix the base type; ``types`` gives matrices of its own choice (tensor name: tensor type),
+    and ``type`` is then only what the file calls itself. With ``feedback``, token rows of calibration text, weights are
     rounded by what the matrices give on them rather than to the nearest value (``rounding``). The work runs in a process
     of its own; the result is read back, loaded and decoded once before it gets its name. The bytes do not depend on
     ``threads``. Raises UsageError (unknown type, quantized or damaged source, missing or foreign imatrix, full disk),
@@ -114,7 +126,7 @@ def quantize(
     """
     started = time.monotonic()
     out = Path(out)
-    info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure)
+    info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure, types)
     need = sum(plan.nbytes for plan in plans) + info.size - info.tensor_bytes
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -124,7 +136,7 @@ def quantize(
         )
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        _run_worker(info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress)
+        _run_worker(info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress, types)
         try:
             result = read_info(partial)
         except UsageError as error:
@@ -138,7 +150,9 @@ def quantize(
             from edgedistill.formats.gguf.rounding import round_file
 
             rounded = round_file(partial, info.path, feedback, threads=threads, progress=progress).to_json()
-        types = {tensor.name: tensor.type for tensor in result.tensors}
+        written = {tensor.name: tensor.type for tensor in result.tensors}
+        if wrong := next((name for name, wanted in (types or {}).items() if written.get(name) != wanted), ""):
+            raise StepFailed(f"llama.cpp made {wrong} {written.get(wrong)} instead of {(types or {})[wrong]}")
         digest = file_digest(partial)
         partial.replace(out)
     finally:
@@ -147,7 +161,7 @@ def quantize(
         out,
         type,
         plans,
-        types,
+        written,
         info,
         size=result.size,
         sha256=digest,
@@ -156,6 +170,19 @@ def quantize(
         started=started,
         rounding=rounded,
     )
+
+
+def named_after(types: Mapping[str, str]) -> str:
+    """Return the file type that a file of such matrices calls itself: llama.cpp has no name for a choice of one's own.
+
+    It is the smallest type whose base most matrices have. One that is not quantized would keep llama.cpp from the rest.
+    """
+    counts = Counter(types.values())
+    for base, _ in counts.most_common():
+        named = [name for name, kind in FILE_TYPES.items() if kind.base == base]
+        if named and base not in ("F32", "F16", "BF16"):
+            return min(named, key=lambda name: FILE_TYPES[name].bpw)
+    return "Q8_0"
 
 
 def dry_run(
@@ -180,6 +207,7 @@ def _prepare(
     output_type: str | None,
     embedding_type: str | None,
     pure: bool,
+    types: Mapping[str, str] | None = None,
 ) -> tuple[GgufInfo, list[TensorPlan], tuple[str, ...], int]:
     """Check everything that can be checked before the work; returns source, plan, matrices without imatrix, its
     entries.
@@ -210,6 +238,8 @@ def _prepare(
         embedding_type=embedding_type,
         pure=pure,
     )
+    if types:
+        plans = _chosen(plans, types, src)
     if imatrix is None:
         needy = [plan.name for plan in plans if plan.needs_imatrix]
         if needy:
@@ -241,9 +271,26 @@ def _prepare(
     return info, plans, missing, len(means)
 
 
+def _chosen(plans: list[TensorPlan], types: Mapping[str, str], src: Path | str) -> list[TensorPlan]:
+    """Return the plans with ``types`` for the matrices that they name. Raises UsageError for one that the file lacks."""
+    known = {plan.name: plan for plan in plans}
+    for name, type_name in types.items():
+        if name not in known:
+            raise UsageError(f"{src}: has no matrix {name}: the types were chosen for another model")
+        kind, columns = ggml_type(type_name), known[name].shape[-1]
+        if columns % kind.block:
+            raise UsageError(f"{name}: rows of {columns} do not fit {type_name}", f"choose {fits(type_name, columns)}")
+        known[name] = replace(
+            known[name], asked=type_name, got=type_name, nbytes=math.prod(known[name].shape[:-1]) * row_bytes(type_name, columns),
+            asked_nbytes=math.prod(known[name].shape) * kind.bpw / 8, needs_imatrix=type_name in NEEDS_IMATRIX,
+        )  # fmt: skip
+    return list(known.values())
+
+
 def _run_worker(
     info: GgufInfo, out: Path, type: str, imatrix: Path | str | None, output_type: str | None,
     embedding_type: str | None, pure: bool, threads: int | None, dry: bool, progress: Progress | None,
+    wanted: Mapping[str, str] | None = None,
 ) -> dict[str, str]:  # fmt: skip
     """Run the worker; returns {tensor: type} as llama.cpp logged it. Raises StepFailed with its own words."""
     request = {
@@ -252,6 +299,7 @@ def _run_worker(
         "embedding_type": GGML_TYPES[embedding_type].number if embedding_type else None,
         "pure": pure, "dry_run": dry, "threads": threads or os.cpu_count() or 1,
         "imatrix": str(Path(imatrix).resolve()) if imatrix else None,
+        "types": {name: GGML_TYPES[type_name].number for name, type_name in (wanted or {}).items()},
     }  # fmt: skip
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)

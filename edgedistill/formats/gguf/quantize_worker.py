@@ -3,7 +3,7 @@
 llama.cpp may abort the process on a failed assertion and may leave a truncated file after an error, so the caller never
 runs it in-process. Standard output carries one JSON object a line: {"tensor", "done", "total", "type"} for progress,
 and {"ok": true} or {"error", "log"} at the end. Request: src, out, ftype, output_type, embedding_type (ggml numbers or
-null), pure, dry_run, threads, imatrix (path or null).
+null), pure, dry_run, threads, imatrix (path or null), types ({tensor: ggml number}, over what the file type has for it).
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def main() -> int:
     if request["embedding_type"] is not None:
         params.token_embedding_type = request["embedding_type"]
     keep: list[Any] = []  # ctypes keeps no references to what the structure points to
+    if request["types"]:
+        _attach_types(params, request["types"], keep)
     if request["imatrix"]:
         _attach_imatrix(params, request["imatrix"], keep)
     code = llama_cpp.llama_model_quantize(
@@ -62,6 +64,20 @@ def main() -> int:
         problem = next((line for line in reversed(log) if "failed" in line), f"code {code}") if code else ""
     _tell({"error": problem, "log": log[-8:]} if problem else {"ok": True})
     return 1 if problem else 0
+
+
+def _attach_types(params: Any, types: dict[str, int], keep: list[Any]) -> None:
+    """Give matrices types of their own. llama.cpp takes the embedding's and the head's from fields of their own."""
+    import llama_cpp
+
+    inner = {name: number for name, number in types.items() if name.startswith("blk.")}
+    overrides = (llama_cpp.llama_model_tensor_override * (len(inner) + 1))()
+    for override, (name, number) in zip(overrides, inner.items(), strict=False):
+        override.pattern, override.type = f"^{re.escape(name)}$".encode(), number
+    params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    params.token_embedding_type = types.get("token_embd.weight", params.token_embedding_type)
+    params.output_tensor_type = types.get("output.weight", params.output_tensor_type)
+    keep.append(overrides)
 
 
 def _attach_imatrix(params: Any, path: str, keep: list[Any]) -> None:

@@ -97,7 +97,13 @@ _FALLBACK = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
 }  # fmt: skip
-_NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+PALETTE = (
+    "Q2_K", "IQ3_XXS", "Q3_K", "IQ3_S", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16"
+)  # fmt: skip
+"""What a matrix may become where each has a type of its own: those of llama.cpp's types that suit dense models, of 2.6 bits and
+more. Fewer leave little of a small model."""
+
+NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 _LOW_BIT = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M")
 
 
@@ -234,7 +240,7 @@ def plan_tensors(
                 name=name, shape=shape, asked=asked, got=got, nbytes=rows * row_bytes(got, columns),
                 asked_nbytes=rows * columns * GGML_TYPES[asked].bpw / 8,
                 needs_imatrix=name not in ("token_embd.weight", "output.weight")
-                and (got in _NEEDS_IMATRIX or (got == "Q2_K" and type_name == "Q2_K_S")),
+                and (got in NEEDS_IMATRIX or (got == "Q2_K" and type_name == "Q2_K_S")),
             )
         )  # fmt: skip
     return plans
@@ -377,8 +383,12 @@ def estimate_size(shapes: Mapping[str, tuple[int, ...]], type_name: str, **optio
     types and merges of a byte-level BPE take about 39 bytes an entry (SmolLM2 36.4, Llama 3 and Qwen2 42 or less).
     """
     data = sum(-(-plan.nbytes // 32) * 32 for plan in plan_tensors(shapes, type_name, **options))
+    return data + _header_bytes(shapes)
+
+
+def _header_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     vocab = shapes.get("token_embd.weight", (0,))[0]
-    return data + 39 * vocab + 64 * len(shapes) + 4096
+    return 39 * vocab + 64 * len(shapes) + 4096
 
 
 def estimate_file_size(
@@ -407,3 +417,14 @@ def smallest_type(config: Mapping[str, Any], layers: int | None = None, *, imatr
         if not best[0] or size < best[1]:
             best = (name, size)
     return best
+
+
+def smallest_choice(config: Mapping[str, Any], layers: int | None = None) -> int:
+    """Return the bytes that this model has where every matrix takes the smallest type of ``PALETTE`` that its rows fit."""
+    data = 0
+    for name, shape in tensor_shapes(config, layers).items():
+        types = PALETTE if allows_quantization(name, shape) else ("F32",)
+        data += math.prod(shape[:-1]) * min(
+            row_bytes(type_name, shape[-1]) for type_name in types if shape[-1] % GGML_TYPES[type_name].block == 0
+        )
+    return data + _header_bytes(tensor_shapes(config, layers))

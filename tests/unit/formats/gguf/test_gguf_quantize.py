@@ -16,7 +16,7 @@ from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf import quantize as module
 from edgedistill.formats.gguf.imatrix import collect, save
 from edgedistill.formats.gguf.model_io import all_logits, open_model
-from edgedistill.formats.gguf.quantize import dry_run, quantize
+from edgedistill.formats.gguf.quantize import dry_run, named_after, quantize
 from edgedistill.formats.gguf.read import read_info, read_tensor
 from edgedistill.formats.gguf.types import FILE_TYPES, plan_tensors
 
@@ -153,6 +153,27 @@ def test_types_of_the_two_large_matrices(tiny_gguf: Tiny, tmp_path: Path) -> Non
     assert (got["token_embd.weight"], got["output.weight"]) == ("Q5_0", "Q8_0")
     pure = quantize(path, tmp_path / "p.gguf", "Q4_0", pure=True)
     assert Counter(tensor.got for tensor in pure.tensors) == {"Q4_0": 16, "F32": 5}
+
+
+def test_every_matrix_may_have_a_type_of_its_own(tiny_gguf: Tiny, tmp_path: Path) -> None:
+    path = tiny_gguf(**WIDE, tie_word_embeddings=False)
+    matrices = [tensor.name for tensor in read_info(path).tensors if len(tensor.shape) == 2]
+    kinds = ("Q4_0", "Q8_0", "Q5_K", "F16", "IQ4_NL", "Q6_K")
+    types = {name: kinds[at % len(kinds)] for at, name in enumerate(matrices)}
+    report = quantize(path, tmp_path / "q.gguf", named_after(types), types=types)
+    written = {tensor.name: tensor.type for tensor in read_info(tmp_path / "q.gguf").tensors}
+    assert {name: written[name] for name in matrices} == types
+    assert not report.fallbacks and report.size == (tmp_path / "q.gguf").stat().st_size
+    with pytest.raises(UsageError, match=r"has no matrix blk\.9\.ffn_up\.weight: the types were chosen for another"):
+        quantize(path, tmp_path / "p.gguf", "Q4_0", types={"blk.9.ffn_up.weight": "Q4_0"})
+    with pytest.raises(UsageError, match="rows of 64 do not fit Q4_K"):
+        quantize(tiny_gguf(), tmp_path / "p.gguf", "Q4_0", types={"blk.0.ffn_up.weight": "Q4_K"})
+
+
+def test_a_choice_of_types_goes_by_the_name_of_most() -> None:
+    assert named_after({"a": "Q4_K", "b": "Q4_K", "c": "F16"}) == "Q4_K_S"
+    assert named_after({"a": "F16", "b": "F16", "c": "Q5_1"}) == "Q5_1"
+    assert named_after({"a": "F16"}) == "Q8_0"
 
 
 def test_a_named_type_that_does_not_fit_is_refused(tiny_gguf: Tiny, tmp_path: Path) -> None:

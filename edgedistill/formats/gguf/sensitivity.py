@@ -1,0 +1,133 @@
+"""Predict what each type would cost in each matrix of a model: the table that ``allocate`` chooses from.
+
+In: the full-precision GGUF, the checkpoint that it was converted from, text of the task. For every matrix and type, ggml
+quantizes it and ``Moments.cost`` says what the error does to the model's distributions. One table serves every target.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf import ggml, imatrix
+from edgedistill.formats.gguf.moments import Moments, collect
+from edgedistill.formats.gguf.read import GgufInfo, read_info, read_tensor
+from edgedistill.formats.gguf.types import GGML_TYPES, PALETTE, allows_quantization, row_bytes
+
+Progress = Callable[[int, int, str], None]
+
+TOKENS = 8192  # of text that gradients are taken on: a backward pass costs what training does
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityReport:
+    """How much text was used, of which ``predicted`` tokens are answers, and how many matrices and costs came of it."""
+
+    rows: int
+    tokens: int
+    predicted: int
+    matrices: int
+    costs: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def measure(
+    source: Path,
+    checkpoint: Path,
+    token_rows: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    out: Path,
+    *,
+    palette: Sequence[str] = PALETTE,
+    tokens: int = TOKENS,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> SensitivityReport:
+    """Write ``table.json`` and ``imatrix.gguf`` (columns weighed by what their errors cost, the head's too) into ``out``.
+
+    ``checkpoint`` is the Hugging Face folder with the weights of ``source``. Of the rows, spread evenly, as many are used as
+    have ``tokens`` tokens. Raises as ``moments.collect``, and UsageError where file and checkpoint are not the same model.
+    """
+    started = time.monotonic()
+    info = read_info(source)
+    matrices = {
+        tensor.name: tensor.shape
+        for tensor in info.tensors
+        if allows_quantization(tensor.name, tensor.shape) and len(tensor.shape) == 2
+    }
+    rows = _spread(list(zip(token_rows, starts, strict=True)), tokens)
+    table: dict[str, dict[str, list[float]]] = {}
+    sums: dict[str, tuple[Any, int]] = {}
+    count = sum(len(row) for row, _ in rows)
+
+    def run(done: int, total: int, told: str) -> None:
+        if progress:
+            progress(done, 2 * total, f"gradients: {told}")
+
+    for name, moments in _both(
+        collect(checkpoint, [r for r, _ in rows], [s for _, s in rows], threads=threads, progress=run)
+    ):
+        if name not in matrices:
+            raise UsageError(f"{source}: has no matrix {name}, which {checkpoint} has: not the same model")
+        if progress:
+            progress(len(matrices) + len(table), 2 * len(matrices), f"errors of {name}")
+        table[name] = _costs(info, name, matrices[name], moments, palette, threads)
+        sums[name] = moments.importance() * count, count
+    if lost := sorted(set(matrices) - set(table)):
+        raise UsageError(f"{checkpoint}: has no tensor for {lost[0]} of {source}: not the same model")
+    (out / "table.json").write_text(json.dumps({"shapes": matrices, "costs": {name: table[name] for name in matrices}}))
+    imatrix.save(out / "imatrix.gguf", sums, count, "calibration, weighed by gradients")
+    return SensitivityReport(
+        rows=len(rows),
+        tokens=count,
+        predicted=sum(len(row) - max(1, start) for row, start in rows if len(row) > max(1, start)),
+        matrices=len(table),
+        costs=sum(map(len, table.values())),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _both(found: Iterator[tuple[str, Moments]]) -> Iterator[tuple[str, Moments]]:
+    for name, moments in found:
+        if not moments.importance().any():
+            raise StepFailed(f"{name} has no gradient at all: the text never uses it", "give more calibration text")
+        yield name, moments
+
+
+def _spread(rows: list[tuple[Sequence[int], int]], tokens: int) -> list[tuple[Sequence[int], int]]:
+    """Return rows of ``tokens`` tokens in all, spread evenly over the list; all where there are no more."""
+    whole = sum(len(row) for row, _ in rows)
+    if whole <= tokens:
+        return rows
+    kept: list[tuple[Sequence[int], int]] = []
+    owed = 0.0
+    for row, start in rows:
+        owed += tokens * len(row) / whole
+        if owed >= len(row) or not kept:
+            kept.append((row, start))
+            owed -= len(row)
+    return kept
+
+
+def _costs(
+    info: GgufInfo, name: str, shape: tuple[int, ...], moments: Moments, palette: Sequence[str], threads: int | None
+) -> dict[str, list[float]]:
+    """Return {type: [bytes, predicted KLD]} of one matrix, for the types that its rows fit."""
+    weights, importance = read_tensor(info, name), moments.importance()
+    # A column whose input was always 0 must still count for something: ggml divides by the sum over a block.
+    importance = importance.clip(min=max(float(importance.mean()) * 1e-4, 1e-30))
+    found: dict[str, list[float]] = {}
+    for type_name in palette:
+        if shape[1] % GGML_TYPES[type_name].block == 0:
+            error = ggml.round_trip(weights, type_name, importance, threads=threads) - weights
+            found[type_name] = [shape[0] * row_bytes(type_name, shape[1]), moments.cost(error)]
+    return found

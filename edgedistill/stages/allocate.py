@@ -1,0 +1,48 @@
+"""allocate: choose the type of every matrix so that the file keeps a target's limits.
+
+In: the table of ``sensitivity``, the full-precision GGUF (for what is not a matrix). Out: ``types.json`` (the type of every
+matrix), ``front.json`` (size and predicted KLD of the best choices for other sizes).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from edgedistill.fingerprint import Key
+from edgedistill.step import Context, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocate(Stage):
+    """Choose for one size; two targets with the same limit share the entry."""
+
+    name: ClassVar[str] = "allocate"
+    model: Key
+    sensitivity: Key
+    size: int
+    tool: str
+
+    def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Solve, and solve again for other sizes."""
+        from edgedistill.formats.gguf.allocate import front, groups, overhead, solve
+        from edgedistill.formats.gguf.read import read_info
+
+        table = json.loads(ctx.path(self.sensitivity, "table.json").read_text())
+        costs, shapes = table["costs"], table["shapes"]
+        beside = overhead(read_info(ctx.path(self.model, "model.gguf")), costs)
+        chosen = solve(costs, self.size - beside)
+        others = front(costs)
+        (ctx.out / "types.json").write_text(json.dumps(chosen.types, indent=1))
+        (ctx.out / "front.json").write_text(json.dumps([[one.nbytes + beside, one.kld] for one in others]))
+        return {
+            "allocate": {
+                "size": chosen.nbytes + beside,
+                "limit": self.size,
+                "predicted_kld": chosen.kld,
+                "groups": groups(chosen.types, shapes),
+                "front": [[one.nbytes + beside, one.kld] for one in others],
+            }
+        }

@@ -1,0 +1,61 @@
+"""What the benches of quantization share: calibration text, KLD from the full-precision file, the interval of a ratio, and a model
+whose weights lie on no grid.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edgedistill.data.prompts import Row
+from edgedistill.evals.likelihood import kl_divergence, token_rows
+from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.formats.gguf.read import read_info, read_tensor
+
+
+def calibration(runner: GgufRunner, rows: Sequence[Row]) -> tuple[list[list[int]], list[int]]:
+    """Encode prompts with their references, as the calibrate step does; return token rows and where the answers start."""
+    prompts = [runner.encode(row) for row in rows]
+    texts = [
+        [*ids, *runner.encode_text(row.reference or ""), runner.end_token()]
+        for ids, row in zip(prompts, rows, strict=True)
+    ]
+    return texts, [len(ids) for ids in prompts]
+
+
+def divergences(path: Path, reference: Path, rows: Sequence[Row]) -> np.ndarray:
+    """Return the mean KLD of every row, nats a token."""
+    with GgufRunner(path) as candidate, GgufRunner(reference) as whole:
+        tokens = token_rows(candidate, rows)
+        ids, positions = [one.ids for one in tokens], [one.positions for one in tokens]
+        pairs = zip(candidate.logprobs(ids, positions), whole.logprobs(ids, positions), strict=True)
+        return np.array([kl_divergence(other, own)[0].mean() for own, other in pairs])
+
+
+def ratio(ours: np.ndarray, peer: np.ndarray) -> tuple[float, float, float]:
+    """Return ours over peer, means over the rows, with the 95 % interval of a bootstrap."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(ours), (2000, len(ours)))
+    low, high = np.quantile(ours[picks].mean(1) / peer[picks].mean(1), [0.025, 0.975])
+    return float(ours.mean() / peer.mean()), float(low), float(high)
+
+
+def dither(source: Path, out: Path, seed: int) -> None:
+    """Copy an f16 GGUF whose weights came from 4-bit blocks, each moved within its cell.
+
+    Weights that came from Q4_1 are lossless in Q4_1 and flatter every 4-bit type; a step is a 15th of a block's range.
+    """
+    shutil.copyfile(source, out)
+    info, rng = read_info(source), np.random.default_rng(seed)
+    with out.open("r+b") as file:
+        for tensor in info.tensors:
+            if tensor.type != "F16" or tensor.shape[-1] % 32:
+                continue
+            weights = read_tensor(info, tensor.name).reshape(-1, 32)
+            step = (weights.max(1, keepdims=True) - weights.min(1, keepdims=True)) / 15
+            weights += step * rng.uniform(-0.5, 0.5, weights.shape).astype(np.float32)
+            file.seek(tensor.offset)
+            file.write(weights.astype(np.float16).tobytes())

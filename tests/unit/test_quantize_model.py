@@ -1,0 +1,123 @@
+"""``quantize MODEL`` with a type for each matrix: the choice keeps to its size, beats one type for all, and is made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgedistill.errors import UsageError
+from edgedistill.fingerprint import Key
+from edgedistill.formats.gguf.model_io import all_logits, open_model
+from edgedistill.formats.gguf.read import read_info
+from edgedistill.quantize_model import quantize_model
+from edgedistill.store import Store
+from tests.unit.formats.gguf.conftest import TEXT, make_model
+
+IDS = [[(7 * row + 3 * at * at) % 300 + 3 for at in range(24)] for row in range(8)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("auto") / "tiny", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(TEXT * 40))
+    return path
+
+
+def kld(path: Path, whole: Path) -> float:
+    """Return the mean KLD of a file from another one on ``IDS``, by stock llama.cpp."""
+
+    def logprobs(of: Path) -> np.ndarray:
+        llama = open_model(of)
+        try:
+            logits = np.concatenate([all_logits(llama, ids) for ids in IDS]).astype(np.float64)
+        finally:
+            llama.close()
+        return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+    p, q = logprobs(whole), logprobs(path)
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def test_auto_keeps_to_its_size_and_loses_less_than_one_type(model: Path, text: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    make = {"targets": [], "calibration": text, "store": store, "out": tmp_path / "out"}
+    whole, stock = quantize_model(str(model), types=["F16", "Q4_0"], **make)
+    (auto,) = quantize_model(str(model), types=["auto"], size=stock.size + 1024, **make)
+    assert stock.size * 0.9 < auto.size <= stock.size + 1024
+    kinds = {tensor.type for tensor in read_info(auto.path).tensors}
+    assert len(kinds - {"F32"}) > 1 and kinds <= {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
+    assert kld(auto.path, whole.path) < 0.8 * kld(stock.path, whole.path)
+    assert "predicted KLD" in auto.notes[0] and "at other sizes" in auto.notes[1]
+
+    # Another size asks the model nothing anew, the same one nothing at all.
+    before = {path.name for path in (store.root / "entries").glob("*/*")}
+    (larger,) = quantize_model(str(model), types=["auto"], size="140 KiB", **make)
+    made = [store.load(Key(path.name)) for path in (store.root / "entries").glob("*/*") if path.name not in before]
+    facts = [set(entry.facts) for entry in made if entry]
+    assert len(facts) == 2 and sum("allocate" in one for one in facts) == sum("quantize" in one for one in facts) == 1
+    assert auto.size < larger.size <= 140 * 1024
+
+
+def test_what_auto_chooses_is_shown_without_a_file(model: Path, text: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "edgedistill",
+        "quantize",
+        str(model),
+        "--types",
+        "auto",
+        "--size",
+        "120 KiB",
+        "--dry-run",
+    ]
+    command += ["--calibration", str(text), "-o", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "EDGEDISTILL_STORE": str(tmp_path / "store")}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads(done.stdout)
+    assert 100 * 1024 < one["size"] <= 120 * 1024
+    assert "token_embd 1 x" in one["notes"][0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("types", "more", "said"),
+    [
+        (["auto"], {}, "needs a size to keep to"),
+        (["auto"], {"size": "80 KiB"}, "to choose types takes text of the task"),
+        (["auto"], {"size": "large"}, "--size: expected a size"),
+        (["Q4_0"], {"size": "80 KiB"}, "--size is for the type auto"),
+        (["Q4_0"], {"dry_run": True}, "--dry-run shows what auto chooses"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused_before_anything_runs(
+    model: Path, tmp_path: Path, types: list[str], more: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        quantize_model(str(model), targets=[], types=types, out=tmp_path, store=Store(tmp_path / "s"), **more)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "s" / "entries").exists() or not any((tmp_path / "s" / "entries").iterdir())
+
+
+def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no choice of types brings the matrices under"):
+        quantize_model(
+            str(model),
+            targets=[],
+            types=["auto"],
+            size="20 KiB",
+            out=tmp_path,
+            calibration=text,
+            store=Store(tmp_path / "s"),
+        )
