@@ -21,7 +21,7 @@ from typing import Any
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.convert import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
-from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, ggml_type, plan_tensors
+from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, ggml_type, plan_tensors, rounded_in
 
 Progress = Callable[[int, int, str], None]
 
@@ -137,7 +137,9 @@ def quantize(
         if feedback is not None:
             from edgedistill.formats.gguf.rounding import round_file
 
-            rounded = round_file(partial, info.path, feedback, threads=threads, progress=progress).to_json()
+            rounded = round_file(
+                partial, info.path, feedback, types=rounded_in(type), threads=threads, progress=progress
+            ).to_json()
         types = {tensor.name: tensor.type for tensor in result.tensors}
         digest = file_digest(partial)
         partial.replace(out)
