@@ -163,7 +163,7 @@ def test_rounding_with_feedback_needs_a_type_and_text_for_it() -> None:
     assert target.with_types({"rounding": "gptq"}).quantize.rounding == "gptq"
     for type_ in ("Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS"):
         assert target.with_types({"type": type_, "imatrix": True, "rounding": "gptq"}).quantize.rounding == "gptq"
-    with pytest.raises(UsageError, match='rounding: "gptq" rounds .*, Q4_K, .*, not F16$'):
+    with pytest.raises(UsageError, match=r'rounding: "gptq" rounds .*, Q4_K, .*, not F16$'):
         target.with_types({"type": "F16", "rounding": "gptq"})
     with pytest.raises(UsageError, match=r"IQ4_XS, not IQ3_S, whose codes stand for several weights each"):
         target.with_types({"type": "IQ3_S", "imatrix": True, "rounding": "gptq"})

@@ -67,11 +67,13 @@ class BlockFormat:
 
     def codes(self, blocks: np.ndarray) -> np.ndarray:
         """Return the codes, uint8 [..., size], of blocks uint8 [..., bytes]."""
-        codes, shift = np.uint8(0), 0
-        for field in self.fields:
-            codes = codes | field.read(blocks) << np.uint8(shift)
+        first, *rest = self.fields
+        codes, shift = first.read(blocks), first.bits
+        for field in rest:
+            codes |= field.read(blocks) << np.uint8(shift)
             shift += field.bits
-        return codes ^ self._flip
+        codes ^= self._flip
+        return codes
 
     def with_codes(self, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """Return the blocks with other codes, uint8 [..., size]; scales as they were."""
