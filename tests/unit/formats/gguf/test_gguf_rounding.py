@@ -165,7 +165,7 @@ def test_what_falls_back_is_rounded_too(tiny_gguf: Tiny, imatrix: Callable[..., 
 
 def test_a_file_of_the_first_types_is_what_it_was(tiny_gguf: Tiny, tmp_path: Path) -> None:
     """Where four heads share a kv head, attn_v of IQ4_NL is Q5_K: built files left it to llama.cpp."""
-    source = tiny_gguf(**WIDE, num_key_value_heads=1)
+    source = tiny_gguf(**WIDE, num_key_value_heads=1, num_hidden_layers=1)
     collect(source, TEXT, tmp_path / "i.gguf", threads=2)
     name, data = "blk.0.attn_v.weight", {}
     for kind, feedback in (("IQ4_NL", None), ("IQ4_NL", TEXT), ("IQ4_XS", None), ("IQ4_XS", TEXT)):
