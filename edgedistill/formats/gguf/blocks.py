@@ -64,6 +64,7 @@ class BlockFormat:
     fields: tuple[Field, ...]
     scales: Scales
     lowest: int = 0  # the first code that ggml writes
+    halves: tuple[int, ...] = (0,)  # where the float16 lie that the scales, and then the offsets, are multiples of
 
     def codes(self, blocks: np.ndarray) -> np.ndarray:
         """Return the codes, uint8 [..., size], of blocks uint8 [..., bytes]."""
@@ -164,15 +165,19 @@ _IQ4 = np.array(
 )  # kvalues_iq4nl
 FORMATS: dict[str, BlockFormat] = {
     "Q4_0": BlockFormat(32, 32, 18, _from(-8, 16), (Field(2, 16, 4, 16),), _alone(0)),
-    "Q4_1": BlockFormat(32, 32, 20, _from(0, 16), (Field(4, 16, 4, 16),), _pair),
+    "Q4_1": BlockFormat(32, 32, 20, _from(0, 16), (Field(4, 16, 4, 16),), _pair, halves=(0, 2)),
     "Q5_0": BlockFormat(32, 32, 22, _from(-16, 32), (Field(6, 16, 4, 16), Field(2, 4, 1, 1)), _alone(0)),
-    "Q5_1": BlockFormat(32, 32, 24, _from(0, 32), (Field(8, 16, 4, 16), Field(4, 4, 1, 1)), _pair),
+    "Q5_1": BlockFormat(32, 32, 24, _from(0, 32), (Field(8, 16, 4, 16), Field(4, 4, 1, 1)), _pair, halves=(0, 2)),
     "IQ4_NL": BlockFormat(32, 32, 18, _IQ4, (Field(2, 16, 4, 16),), _alone(0)),
     "Q8_0": BlockFormat(32, 32, 34, _from(-128, 256), (Field(2, 32, 8, 32),), _alone(0), lowest=1),
-    "Q2_K": BlockFormat(LONG, 16, 84, _from(0, 4), (Field(16, 64, 2, 32),), _q2_k),
-    "Q3_K": BlockFormat(LONG, 16, 110, _from(-4, 8), (Field(32, 64, 2, 32), Field(0, 32, 1, 32)), _q3_k),
-    "Q4_K": BlockFormat(LONG, 32, 144, _from(0, 16), (Field(16, 128, 4, 32),), _q4_k),
-    "Q5_K": BlockFormat(LONG, 32, 176, _from(0, 32), (Field(48, 128, 4, 32), Field(16, 32, 1, 32)), _q4_k),
-    "Q6_K": BlockFormat(LONG, 16, 210, _from(-32, 64), (Field(0, 128, 4, 64), Field(128, 64, 2, 32)), _q6_k),
+    "Q2_K": BlockFormat(LONG, 16, 84, _from(0, 4), (Field(16, 64, 2, 32),), _q2_k, halves=(80, 82)),
+    "Q3_K": BlockFormat(LONG, 16, 110, _from(-4, 8), (Field(32, 64, 2, 32), Field(0, 32, 1, 32)), _q3_k, halves=(108,)),
+    "Q4_K": BlockFormat(LONG, 32, 144, _from(0, 16), (Field(16, 128, 4, 32),), _q4_k, halves=(0, 2)),
+    "Q5_K": BlockFormat(
+        LONG, 32, 176, _from(0, 32), (Field(48, 128, 4, 32), Field(16, 32, 1, 32)), _q4_k, halves=(0, 2)
+    ),
+    "Q6_K": BlockFormat(
+        LONG, 16, 210, _from(-32, 64), (Field(0, 128, 4, 64), Field(128, 64, 2, 32)), _q6_k, halves=(208,)
+    ),
     "IQ4_XS": BlockFormat(LONG, 32, 136, _IQ4, (Field(8, 128, 4, 16),), _iq4_xs),
 }

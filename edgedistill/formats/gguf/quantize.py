@@ -21,7 +21,15 @@ from typing import Any
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.convert import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
-from edgedistill.formats.gguf.types import GGML_TYPES, TensorPlan, file_type, ggml_type, plan_tensors, rounded_in
+from edgedistill.formats.gguf.types import (
+    FINELY_ROUNDED,
+    GGML_TYPES,
+    TensorPlan,
+    file_type,
+    ggml_type,
+    plan_tensors,
+    rounded_in,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -137,8 +145,15 @@ def quantize(
         if feedback is not None:
             from edgedistill.formats.gguf.rounding import round_file
 
+            kinds = rounded_in(type)
             rounded = round_file(
-                partial, info.path, feedback, types=rounded_in(type), threads=threads, progress=progress
+                partial,
+                info.path,
+                feedback,
+                types=kinds,
+                scales=kinds == FINELY_ROUNDED,
+                threads=threads,
+                progress=progress,
             ).to_json()
         types = {tensor.name: tensor.type for tensor in result.tensors}
         digest = file_digest(partial)

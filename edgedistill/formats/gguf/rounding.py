@@ -35,6 +35,7 @@ from edgedistill.formats.gguf.read import GgufInfo, TensorInfo, read_info, read_
 
 DAMPING = 0.01  # of the mean second moment, on the diagonal: GPTQ's own value
 PANEL = 32  # columns whose errors are carried over to the later columns at once
+_SYSTEMS = 2**26  # bytes of the equations that are solved at once
 MEMORY = 2**30  # bytes of second moments held at once; more matrices take another pass over the text
 
 
@@ -109,18 +110,58 @@ def feed_back(
     return np.ascontiguousarray(out.T).reshape(rows, columns // form.size, form.size)
 
 
+def refit(weights: np.ndarray, blocks: np.ndarray, form: BlockFormat, second: np.ndarray) -> np.ndarray:
+    """Return ``blocks`` [R, C / size, bytes] with the float16 of their scales and offsets chosen for the codes that they hold.
+
+    Those of a row together, by least squares: with B the weights that each of them makes when it is 1 and the others 0, the
+    s that (w - s B) H (w - s B)' is least for. The small whole numbers of the groups stay.
+    """
+    rows, columns = weights.shape
+    codes, full = form.codes(blocks), second.astype(np.float32)
+    full.flat[:: columns + 1] += DAMPING * full.diagonal().mean()
+    basis = np.empty((rows, columns // form.size, len(form.halves), form.size), dtype=np.float32)
+    for index, at in enumerate(form.halves):
+        alone = blocks.copy()
+        for other in form.halves:
+            alone[..., other : other + 2] = np.array([other == at], dtype=np.float16).view(np.uint8)
+        basis[:, :, index] = form.values(alone, codes)
+    count = basis.shape[1] * basis.shape[2]
+    out, some = blocks.copy(), max(1, _SYSTEMS // (8 * count**2))
+    for start in range(0, rows, some):
+        part = basis[start : start + some]
+        inner = np.empty((len(part), count, count), dtype=np.float32)
+        for index in range(count):
+            at, half = divmod(index, len(form.halves))
+            moved = part[:, at, half] @ full[at * form.size : (at + 1) * form.size]
+            moved = moved.reshape(len(part), -1, 1, form.size)
+            inner[:, index] = np.einsum("rbhs,rbhs->rbh", np.broadcast_to(moved, part.shape), part).reshape(
+                len(part), -1
+            )
+        asked = (weights[start : start + some] @ full).reshape(len(part), -1, 1, form.size)
+        asked = np.einsum("rbhs,rbhs->rbh", np.broadcast_to(asked, part.shape), part).reshape(len(part), count, 1)
+        system = inner.astype(np.float64)
+        own = system[:, range(count), range(count)]
+        system[:, range(count), range(count)] += np.where(own > 0, 1e-6 * own, 1.0)  # blocks that are 0 whatever it is
+        found = np.linalg.solve(system, asked.astype(np.float64)).reshape(*part.shape[:3])
+        for index, at in enumerate(form.halves):
+            half = np.ascontiguousarray(found[:, :, index, None]).astype(np.float16)
+            out[start : start + some, :, at : at + 2] = half.view(np.uint8)
+    return out
+
+
 def round_file(
     path: Path,
     source: Path,
     token_rows: Sequence[Sequence[int]],
     *,
     types: Collection[str] = tuple(FORMATS),
+    scales: bool = False,
     threads: int | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> RoundingReport:
     """Choose the codes of ``path`` anew, in place, of matrices of ``types``; ``source`` is the full-precision file that it
-    was quantized from.
+    was quantized from. With ``scales``, the blocks' scales are fitted to the new codes (``refit``).
 
     ``token_rows`` are run through ``source`` once for every ``memory`` bytes of second moments. Raises as
     ``watch_inputs``, and StepFailed where inputs are not finite.
@@ -152,7 +193,7 @@ def round_file(
             second = moments.sums[of]
             if not np.isfinite(second).all():
                 raise StepFailed(f"the input of {tensors[0].name} is not finite: the model is broken")
-            for old, new in _round_tensors(info, whole, tensors, second):
+            for old, new in _round_tensors(info, whole, tensors, second, scales):
                 before.append(old)
                 after.append(new)
                 kept += not new < old
@@ -170,7 +211,7 @@ def round_file(
 
 
 def _round_tensors(
-    info: GgufInfo, whole: GgufInfo, tensors: Sequence[TensorInfo], second: np.ndarray
+    info: GgufInfo, whole: GgufInfo, tensors: Sequence[TensorInfo], second: np.ndarray, scales: bool
 ) -> list[tuple[float, float]]:
     """Round matrices of one type and one input in the file; return the error of each before and after."""
     form = FORMATS[tensors[0].type]
@@ -182,17 +223,21 @@ def _round_tensors(
     start = 0
     for tensor, weight, block in zip(tensors, weights, blocks, strict=True):
         mine, start = codes[start : start + len(weight)], start + len(weight)
-        costs = []
-        for some in (form.codes(block), mine):
-            off = weight - form.values(block, some).reshape(weight.shape)
-            costs.append(float(np.vdot(off @ second, off)))
         size = float(np.vdot(weight @ second, weight)) or 1.0
-        old, new = costs[0] / size, costs[1] / size
+
+        def cost(some: np.ndarray, weight: np.ndarray = weight, size: float = size) -> float:
+            off = weight - form.values(some, form.codes(some)).reshape(weight.shape)
+            return float(np.vdot(off @ second, off)) / size
+
+        old, best = cost(block), form.with_codes(block, mine)
+        new = cost(best)
+        if scales and (fitted := cost(other := refit(weight, best, form, second))) < new:
+            new, best = fitted, other
         errors.append((old, min(old, new)))
         if new < old:
             with open(info.path, "r+b") as file:
                 file.seek(tensor.offset)
-                file.write(form.with_codes(block, mine).tobytes())
+                file.write(best.tobytes())
     return errors
 
 

@@ -16,10 +16,6 @@ from tests.unit.formats.gguf.ggml_blocks import dequantized, quantized
 NAMES = st.sampled_from(FINELY_ROUNDED)
 SEEDS = st.integers(0, 2**32 - 1)
 ROWS, COLUMNS = 3, 512
-HALVES = {  # where the float16 of a block lie
-    **dict.fromkeys(FINELY_ROUNDED, (0,)), **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,),
-}  # fmt: skip
 
 
 def by_ggml(name: str, seed: int) -> np.ndarray:
@@ -72,7 +68,7 @@ def test_other_codes_change_the_weights_and_nothing_else(seed: int, name: str) -
 def test_any_bytes_are_read_as_ggml_reads_them(seed: int, name: str) -> None:
     form, rng = FORMATS[name], np.random.default_rng(seed)
     raw = rng.integers(0, 256, (ROWS, 2, form.bytes), dtype=np.uint8)
-    for at in HALVES[name]:  # finite, of either sign
+    for at in form.halves:  # finite, of either sign
         raw[..., at : at + 2] = rng.normal(0, 0.1, (ROWS, 2, 1)).astype(np.float16).view(np.uint8)
     codes = form.codes(raw)
     np.testing.assert_array_equal(form.values(raw, codes).reshape(ROWS, -1), dequantized(name, raw))

@@ -15,7 +15,7 @@ from edgedistill.formats.gguf.imatrix import collect, load
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import quantize
 from edgedistill.formats.gguf.read import read_info
-from edgedistill.formats.gguf.rounding import feed_back, inverse_factor, round_file
+from edgedistill.formats.gguf.rounding import feed_back, inverse_factor, refit, round_file
 from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES, rounded_in
 from tests.unit.formats.gguf.ggml_blocks import dequantized, quantized
 
@@ -68,6 +68,33 @@ def test_it_is_optimal_brain_quantization(name: str, monkeypatch: pytest.MonkeyP
         return float(np.vdot(off @ moments, off))
 
     assert cost(form.with_codes(raw, codes)) < 0.5 * cost(raw)
+
+
+@pytest.mark.parametrize("name", FINELY_ROUNDED)
+def test_scales_are_fitted_to_the_codes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "_SYSTEMS", 4096)  # a few rows at a time
+    form = FORMATS[name]
+    weights, raw, moments = made(name, 4, 12, 512)
+    raw = form.with_codes(raw, feed_back(weights, raw, form, *inverse_factor(moments)))
+    fitted = refit(weights, raw, form, moments)
+    assert (form.codes(fitted) == form.codes(raw)).all()
+    other = np.ones(form.bytes, dtype=bool)
+    for at in form.halves:
+        other[at : at + 2] = False
+    assert (fitted[..., other] == raw[..., other]).all() and (fitted != raw).any()
+
+    def cost(blocks: np.ndarray) -> float:
+        off = weights - dequantized(name, blocks)
+        return float(np.vdot(off @ moments, off))
+
+    assert cost(fitted) < cost(raw)
+    # No single float16 can be moved, up or down, so that all gets better: what is found is least.
+    for at in form.halves:
+        for step in (-3, 3):
+            moved = fitted.copy()
+            half = moved[:, 1, at : at + 2].copy().view(np.int16) + np.int16(step)
+            moved[:, 1, at : at + 2] = half.view(np.uint8)
+            assert cost(moved) > cost(fitted)
 
 
 @pytest.mark.parametrize("name", ["IQ4_NL", "Q8_0", "Q2_K", "Q4_K", "Q6_K"])
@@ -198,7 +225,7 @@ def test_the_bytes_depend_on_neither_threads_nor_memory_nor_the_run(
     found = []
     for threads, memory in ((1, 2**30), (1, 2**30), (2, 2**30), (3, 4 * columns**2)):
         path.write_bytes(plain.read_bytes())
-        report = round_file(path, source, TEXT, threads=threads, memory=memory)
+        report = round_file(path, source, TEXT, scales=type == "Q4_K_M", threads=threads, memory=memory)
         found.append((path.read_bytes(), report.passes))
     assert len({data for data, _ in found}) == 1 and found[0][0] != plain.read_bytes()
     assert [passes for _, passes in found[:3]] == [1, 1, 1] and found[3][1] > 10
