@@ -6,8 +6,13 @@ column can be taken out of those not yet rounded (GPTQ, Frantar et al. 2022, arX
 
     w_rest <- w_rest - (w_j - q_j) / U_jj U_j,rest    with U the upper Cholesky factor of H^-1,
 
-columns with large inputs first. The blocks' scales stay llama.cpp's, chosen with the importance matrix, so the file has
-the same type, size and speed: only codes change. A matrix where that does not lower the cost keeps its codes.
+columns with large inputs first, under llama.cpp's scales, chosen with the importance matrix. In the types that came later
+(``rounded_in``) the float16 of every block are then fitted to the codes (``refit``). The file has the same type, size and
+speed. A matrix where that does not lower the cost stays as it was.
+
+Measured on ffn_down of a fine-tuned SmolLM2-135M (calibrated on 48 rows; 3 matrices, cost on 12 other rows, ratio to the codes
+alone): fitted 0.94 in Q4_K, 0.88 in Q2_K and Q6_K, 0.80 in Q3_K; columns in natural order with scales chosen anew by llama.cpp
+at each block 0.94, 1.04, 12 and 5.5.
 
 What is gained on text like the calibration's may be lost on other text: calibrated on 16 rows of one task, the base model's
 KLD in IQ4_NL was 0.26 and 0.27 of llama.cpp's on two kinds of that task's rows, 1.5 on ordinary chat
