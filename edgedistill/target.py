@@ -207,7 +207,7 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
                 raise key_error(f"{key}.{name}", 'unknown key: format = "onnx" has only type')
         _check_type(types.type, ONNX_TYPES, f"{key}.type", format_)
         return
-    from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES
+    from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES, rounded_in
 
     if types.type == AUTO:
         _check_auto(types, key)
@@ -221,8 +221,9 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
     if FILE_TYPES[types.type].imatrix == "required" and not types.imatrix:
         raise key_error(f"{key}.type", f"{types.type} needs an importance matrix: add imatrix = true")
     if types.rounding == "gptq":
-        if FILE_TYPES[types.type].base not in FINELY_ROUNDED:
-            raise key_error(f"{key}.rounding", f'"gptq" rounds {", ".join(FINELY_ROUNDED)}, not {types.type}')
+        if not rounded_in(types.type):
+            why = ", whose codes stand for several weights each" if types.type.startswith("IQ") else ""
+            raise key_error(f"{key}.rounding", f'"gptq" rounds {", ".join(FINELY_ROUNDED)}, not {types.type}{why}')
         if not types.imatrix:
             raise key_error(f"{key}.rounding", '"gptq" needs the calibration set: add imatrix = true')
 

@@ -163,8 +163,12 @@ def test_rounding_with_feedback_needs_a_type_and_text_for_it() -> None:
     target = find_target("phone-midrange")
     assert target.quantize.rounding == "nearest"
     assert target.with_types({"rounding": "gptq"}).quantize.rounding == "gptq"
-    with pytest.raises(UsageError, match=r'rounding: "gptq" rounds Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, not Q8_0'):
-        target.with_types({"type": "Q8_0", "rounding": "gptq"})
+    for type_ in ("Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_S", "Q6_K", "IQ4_XS"):
+        assert target.with_types({"type": type_, "imatrix": True, "rounding": "gptq"}).quantize.rounding == "gptq"
+    with pytest.raises(UsageError, match=r'rounding: "gptq" rounds .*, Q4_K, .*, not F16$'):
+        target.with_types({"type": "F16", "rounding": "gptq"})
+    with pytest.raises(UsageError, match=r"IQ4_XS, not IQ3_S, whose codes stand for several weights each"):
+        target.with_types({"type": "IQ3_S", "imatrix": True, "rounding": "gptq"})
     with pytest.raises(UsageError, match="needs the calibration set: add imatrix = true"):
         target.with_types({"imatrix": False, "rounding": "gptq"})
 

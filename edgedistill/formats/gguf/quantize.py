@@ -24,6 +24,7 @@ from edgedistill.formats.gguf.convert import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
 from edgedistill.formats.gguf.types import (
     FILE_TYPES,
+    FINELY_ROUNDED,
     GGML_TYPES,
     NEEDS_IMATRIX,
     TensorPlan,
@@ -31,6 +32,7 @@ from edgedistill.formats.gguf.types import (
     fits,
     ggml_type,
     plan_tensors,
+    rounded_in,
     row_bytes,
 )
 
@@ -149,7 +151,16 @@ def quantize(
         if feedback is not None:
             from edgedistill.formats.gguf.rounding import round_file
 
-            rounded = round_file(partial, info.path, feedback, threads=threads, progress=progress).to_json()
+            kinds = FINELY_ROUNDED if types else rounded_in(type)
+            rounded = round_file(
+                partial,
+                info.path,
+                feedback,
+                types=kinds,
+                scales=kinds == FINELY_ROUNDED,
+                threads=threads,
+                progress=progress,
+            ).to_json()
         written = {tensor.name: tensor.type for tensor in result.tensors}
         if wrong := next((name for name, wanted in (types or {}).items() if written.get(name) != wanted), ""):
             raise StepFailed(f"llama.cpp made {wrong} {written.get(wrong)} instead of {(types or {})[wrong]}")

@@ -47,7 +47,9 @@ GGML_TYPES: dict[str, GgmlType] = {
     "BF16": _ggml(30, 1, 2), "TQ1_0": _ggml(34, 256, 54), "TQ2_0": _ggml(35, 256, 66), "MXFP4": _ggml(39, 32, 17),
     "NVFP4": _ggml(40, 64, 36), "Q1_0": _ggml(41, 128, 18), "Q2_0": _ggml(42, 64, 18),
 }  # fmt: skip
-FINELY_ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")  # types that ``rounding`` can choose the codes of
+_FIRST_ROUNDED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+# Types that ``rounding`` can choose the codes of: those of ``blocks.FORMATS``.
+FINELY_ROUNDED = (*_FIRST_ROUNDED, "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 GGML_TYPES_BY_ID: dict[int, str] = {kind.number: name for name, kind in GGML_TYPES.items()}
 
 
@@ -133,6 +135,16 @@ def ggml_type(name: str) -> GgmlType:
         f"unknown GGUF tensor type {name!r}" + (f": did you mean {close!r}?" if close else ""),
         "tensor types: " + ", ".join(GGML_TYPES),
     )
+
+
+def rounded_in(type_name: str) -> tuple[str, ...]:
+    """Return the tensor types that ``rounding`` chooses the codes of in a file of ``type_name``; none where its base is none.
+
+    The file types that came first keep to each other: their mixes hold another type in few matrices (attn_v in Q5_K, where 4
+    heads or more share a kv head), and files that were built before this knew more types stay the same, byte by byte.
+    """
+    base = file_type(type_name).base
+    return _FIRST_ROUNDED if base in _FIRST_ROUNDED else FINELY_ROUNDED if base in FINELY_ROUNDED else ()
 
 
 def fits(type_name: str, columns: int) -> str:
