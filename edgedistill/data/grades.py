@@ -95,12 +95,14 @@ def judged(
     spec: Mapping[str, Any], grades: Grades | GradeTable, found: Sequence[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], str]]:
     """Return the answers to one prompt, each with why it does not pass ("" where it does), by the thresholds of a filter: ``min``,
-    ``max``, and ``keep``, so many of the highest grades. The order stays.
+    ``max``, and ``keep``, so many of the highest grades. The order stays. What a person wrote is no answer of the row store's, and
+    has no grade: it passes, and comes before all others.
     """
-    whys = [_why(spec, grades[answer["row"]]) for answer in found]
+    values = [grades[answer["row"]] if answer["row"] else math.inf for answer in found]
+    whys = [_why(spec, value) if answer["row"] else "" for answer, value in zip(found, values, strict=True)]
     if "keep" in spec:
         good = [at for at, why in enumerate(whys) if not why]
-        order = sorted(good, key=lambda at: -(grades[found[at]["row"]] or 0.0))  # of equal ones, the first drawn
+        order = sorted(good, key=lambda at: -(values[at] or 0.0))  # of equal ones, the first drawn
         seen: set[str] = set()
         best = []
         for at in order:  # texts that differ, as kind = "best" keeps them

@@ -6,8 +6,8 @@ Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, 
 teaches to say that one does not know. Wrong answers may be shown with the right one, as lessons in correcting them.
 
 Prompts go through all filters a few at a time, so that memory does not grow with the answers' text. What grows: where each answer
-lies (`Answers`), its grades (`Grades`), and what a filter of duplicates keeps of those before (`Seen`). ``rejected.jsonl`` has the
-filters in their order, so that of each filter is kept in a nameless file until the end."""
+lies (`Answers`), its grades (`GradeTable`), and what a filter of duplicates keeps of those before (`Seen`, `Vectors`).
+``rejected.jsonl`` has the filters in their order, so that of each filter is kept in a nameless file until the end."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from edgedistill.data.filters import (
 )
 from edgedistill.data.grades import GradeTable, judged
 from edgedistill.data.language import other_language
+from edgedistill.data.near import near_duplicates
 from edgedistill.data.prompts import Row
 from edgedistill.data.sifting import (
     Block,
@@ -200,6 +201,10 @@ class Filter(Stage):
         for spec in (_with_grades(place, spec) for spec in self.filters):
             if spec["kind"] == "execution":
                 sieves.append(Sieve("execution", at_once=partial(self.executed, spec, progress)))
+            elif "vectors" in spec:
+                steps = [spec["vectors"]] if isinstance(spec["vectors"], Key) else spec["vectors"]
+                near = near_duplicates([place(key, "") for key in steps], spec["similarity"], folder)
+                sieves.append(Sieve("duplicates", at_once=near))
             elif spec["kind"] == "review":
                 sieves.append(Sieve("review", self.judge(spec), verdicts=self.reviews[spec["file"]]))
             else:
