@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,16 +49,10 @@ def main(count: int, characters: int, duplicates: bool) -> None:
     stage = Filter(answers=answers, rows_digest="", filters=filters, rows=rows)
     ctx: Any = SimpleNamespace(progress=lambda *_: None, out=Path("out"), path=lambda _key, name: Path(name))
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-    before = _status("VmRSS")
+    tracemalloc.start()
     facts = stage.run(ctx)
-    print(json.dumps({"answers": count, "text": size, "kept": facts["kept"], "peak": _status("VmHWM") - before}))
-
-
-def _status(name: str) -> int:
-    """Return a figure of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    peak = tracemalloc.get_traced_memory()[1]
+    print(json.dumps({"answers": count, "text": size, "kept": facts["kept"], "peak": peak}))
 
 
 if __name__ == "__main__":
