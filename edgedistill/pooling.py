@@ -9,8 +9,11 @@ from typing import Any, Literal
 from edgedistill.errors import UsageError
 
 Pooling = Literal["mean", "cls", "last"]
-KNOWN: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
-"""Names of sentence-transformers (pooling_mode_…), and ours."""
+KNOWN: dict[str, Pooling] = {
+    **{"mean_tokens": "mean", "cls_token": "cls"},
+    **{"mean": "mean", "cls": "cls", "lasttoken": "last"},
+}
+"""Names of sentence-transformers: keys that are true (pooling_mode_…), and in newer files one value."""
 LAYERS = ("Transformer", "Pooling", "Normalize")
 HINT = 'say it: pooling = "mean" for an encoder, "last" for a decoder that was trained so'
 
@@ -34,10 +37,8 @@ def pooling_of(folder: Path, asked: Pooling | None = None) -> Pooling:
     if told := _read(folder / layers.get("Pooling", "1_Pooling") / "config.json", {}):
         modes = [name.removeprefix("pooling_mode_") for name, on in told.items() if on is True and "_mode_" in name]
         modes = modes or [str(told.get("pooling_mode", ""))]
-        if len(modes) == 1 and (
-            found := KNOWN.get(modes[0]) or next((v for v in KNOWN.values() if v == modes[0]), None)
-        ):
-            return found
+        if len(modes) == 1 and modes[0] in KNOWN:
+            return KNOWN[modes[0]]
         raise UsageError(f"{folder}: it pools by {' and '.join(modes)}, which is not known here", HINT)
     if any("CausalLM" in name or "LMHead" in name for name in config.get("architectures") or []):
         raise UsageError(f"{folder}: a decoder, and nothing says how its tokens become one vector", HINT)
