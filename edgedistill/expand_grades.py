@@ -9,9 +9,11 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
+from edgedistill.pooling import pooling_of
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.recipe_filter import Filter
 from edgedistill.stages.base import Gguf, Served
+from edgedistill.stages.embed import Embed
 from edgedistill.stages.generate import Judge
 from edgedistill.stages.grade import Grade
 
@@ -33,11 +35,13 @@ class GradeSteps(TrainingSteps):
         """Add the grading of some answers, of so many tokens with their prompts; return the steps' keys by the filter's number."""
         found: dict[int, Key] = {}
         for at, one in enumerate(self.recipe.filter):
-            if one.kind not in Filter.GRADED:
+            if not one.asks_model:
                 continue
             number = sum(other.kind == one.kind for other in self.recipe.filter[: at + 1])
-            name = f"grade/{one.kind}{f'-{number}' if number > 1 else ''}{f'/{tag}' if tag else ''}"
-            found[at] = (self._judged if one.kind == "judge" else self._graded)(name, one, answers, tokens, prompts)
+            verb = "embed" if one.kind == "duplicates" else "grade"
+            name = f"{verb}/{one.kind}{f'-{number}' if number > 1 else ''}{f'/{tag}' if tag else ''}"
+            add = {"judge": self._judged, "duplicates": self._embedded}.get(one.kind, self._graded)
+            found[at] = add(name, one, answers, tokens, prompts)
         return found
 
     def _graded(self, name: str, one: Filter, answers: Key, tokens: float, prompts: Key | None) -> Key:
@@ -59,6 +63,27 @@ class GradeSteps(TrainingSteps):
             Work(kind="forward", amount=2 * params * tokens),
             memory=4 * params + RUNTIME_MIB * MIB,
             disk=len(rows) * self.recipe.generate.samples * 100,
+        )
+
+    def _embedded(self, name: str, one: Filter, answers: Key, tokens: float, prompts: Key | None) -> Key:
+        """Add the vectors of the answers, for a filter of duplicates."""
+        rows, source = self.inputs.prompts, self.inputs.graders[one.model or ""]
+        params = source.facts.params()
+        stage = Embed(
+            model=self._base("base/encoder", source),
+            answers=answers,
+            rows_digest=rows_digest(rows),
+            pooling=pooling_of(source.path, one.pooling),
+            shown=self.recipe.generate.style in BLOCKS,
+            prompts=prompts,
+            rows=rows,
+        )
+        return self.graph.add(
+            name,
+            stage,
+            Work(kind="forward", amount=2 * params * tokens),
+            memory=4 * params + RUNTIME_MIB * MIB,
+            disk=len(rows) * self.recipe.generate.samples * (4 * source.facts.hidden + 70),
         )
 
     def _grader(self, one: Filter) -> tuple[Key, int]:
@@ -141,5 +166,5 @@ class GradeSteps(TrainingSteps):
             kept = {
                 name: fields[name] for name in ("kind", "metric", "otherwise", "hedge", "against") if name in fields
             }
-            found.append({**kept, **one.passing, "grades": grades[at]})
+            found.append({**kept, **one.passing, ("vectors" if one.kind == "duplicates" else "grades"): grades[at]})
         return tuple(found)

@@ -17,7 +17,7 @@ from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe_distill import Round
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
-from edgedistill.stages.filter import RoundFilter, ThinkingRoundFilter
+from edgedistill.stages.filter_rounds import RoundFilter, ThinkingRoundFilter
 from edgedistill.stages.generate import Generate, GenerateFailed
 
 PROMPTS = "prompts"  # the name of the prompts as a suite

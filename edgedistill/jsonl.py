@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -10,3 +11,11 @@ def json_lines(path: Path) -> list[str]:
     and ``str.splitlines`` would cut the line there.
     """
     return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def each_line(path: Path) -> Iterator[str]:
+    """Yield the lines of a JSONL file, one in memory at a time."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if text := line.rstrip("\n"):
+                yield text

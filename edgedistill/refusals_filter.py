@@ -12,6 +12,7 @@ from edgedistill.evals import mathematics
 from edgedistill.evals.metrics import METRICS
 from edgedistill.inputs import Inputs, keyed_metric
 from edgedistill.models import labels_of
+from edgedistill.pooling import pooling_of
 
 
 def refuse_metrics(inputs: Inputs) -> None:
@@ -55,6 +56,11 @@ def refuse_graders(inputs: Inputs) -> None:
                 told = (f"{one.model} gives one score and has no labels", f"leave filter.{at}.label out")
             elif len(labels) > 1 and one.label not in labels:
                 told = (f"{one.model} has several labels: {', '.join(labels)}", f"name one: filter.{at}.label")
+        elif one.kind == "duplicates" and one.model is not None:
+            try:
+                pooling_of(inputs.graders[one.model].path, one.pooling)
+            except UsageError as error:
+                told = (error.message, error.hint or "")
         if told is not None:
             raise RecipeError(*told, key=f"filter.{at}.model", file=inputs.path)
     judge, model = recipe.judge, inputs.judge

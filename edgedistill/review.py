@@ -170,12 +170,14 @@ def open_review(
 
     if stage.prompts is not None:
         stage = replace(stage, prompts=None, rows=tuple(load_rows(place(stage.prompts, "prompts.jsonl"))))
-    alive = stage.sift(stage.read(place)[0], place).alive
-    every = stage.reviewable(alive)
+    answers, failed = stage.read(place)
+    with answers, failed:
+        alive = [(one.row, one.alive) for one in stage.sift(answers, place)[1]]
+    every = {key: tag for row, found in alive for key, tag in stage.reviewable(row, found).items()}
     drawn = set(order := sample(every, count, recipe.seed, by_tag=by_tag))
     items = {}
-    for row in stage.rows:
-        for answer in alive[row.id]:
+    for row, found in alive:
+        for answer in found:
             if (key := shown_key(row.id, row.messages, row.tools, answer["text"])) in drawn:
                 items[key] = _item(key, row, answer["text"])
     if not items:

@@ -150,7 +150,7 @@ def _graders(recipe: Recipe, path: Path, store: Store, note: Callable[[str], Non
         if one.model is None or (one.kind == "perplexity" and one.model in ("student", "teacher")):
             continue
         try:
-            task: Task = "classification" if one.kind == "reward" else "text"
+            task: Task = {"reward": "classification", "duplicates": "embedding"}.get(one.kind, "text")  # type: ignore[assignment]
             found[one.model] = _pinned(one.model, recipe, path, store, note, task)
         except UsageError as error:
             raise RecipeError(error.message, error.hint, file=path, key=f"filter.{at}.model") from None

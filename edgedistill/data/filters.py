@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.data.prompts import Row
@@ -64,6 +65,7 @@ SHINGLE = 3  # words
 SHORT = 8
 """Words of an answer that a block of thinking may be asked to hold as they stand."""
 PERMUTATIONS = 128
+VOCABULARY = 1 << 16  # words whose checksums are remembered
 PRIME = (1 << 31) - 1
 
 
@@ -243,11 +245,11 @@ class Seen:
     """Find texts that are nearly the same as one before: words in threes, compared by MinHash and then in full.
 
     ``similarity`` is the share of threes that two texts have in common (Jaccard), from which on they count as the same. In memory a
-    text that was kept is the hashes of its bands, 12 bytes each in sorted arrays; its threes lie in a nameless file. Sources:
-    Broder 1997; Lee et al. 2022 (arXiv:2107.06499).
+    text that was kept is 32 bits of the hash of each band with its number, 8 bytes in sorted arrays (21 bands, 168 bytes, at a
+    similarity of 0.8); its threes lie in a nameless file in ``folder``. Sources: Broder 1997; Lee et al. 2022 (arXiv:2107.06499).
     """
 
-    def __init__(self, similarity: float) -> None:
+    def __init__(self, similarity: float, folder: Path | None = None) -> None:
         import numpy as np
 
         self.similarity = similarity
@@ -255,8 +257,10 @@ class Seen:
         self._a = rng.integers(1, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._b = rng.integers(0, PRIME, PERMUTATIONS, dtype=np.uint64)
         self._rows = band_rows(similarity)
+        bands = PERMUTATIONS // self._rows
+        self._mix = rng.integers(0, 1 << 64, (bands, self._rows), dtype=np.uint64) | np.uint64(1)
         self._bands = _Bands()
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (open as long as this is)
+        self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 (open as long as this is)
         self._ends = array("Q", [0])  # of each kept text's threes, in the file
         self._crc: dict[str, int] = {}
 
@@ -266,9 +270,9 @@ class Seen:
 
         threes = self._threes(text)
         hashes = ((threes[:, None] * self._a + self._b) % np.uint64(PRIME)).min(axis=0)
-        starts = range(0, PERMUTATIONS // self._rows * self._rows, self._rows)
-        keys = [hash((at, hashes[at : at + self._rows].tobytes())) for at in starts]
-        for number in self._bands.met(keys):
+        cut = hashes[: self._mix.size].reshape(self._mix.shape)
+        keys = ((cut * self._mix).sum(axis=1) >> np.uint64(32)).tolist()  # multiply-shift (Dietzfelbinger et al. 1997)
+        for number in sorted(self._bands.met(keys)):
             other = self._kept(number)
             if min(len(threes), len(other)) < self.similarity * max(len(threes), len(other)):
                 continue
@@ -293,6 +297,8 @@ class Seen:
         import numpy as np
 
         words = words_of(text) or [text.strip()]
+        if len(self._crc) > VOCABULARY:  # the words of the texts may be without end: numbers, names
+            self._crc.clear()
         codes = [self._crc.setdefault(word, zlib.crc32(word.encode("utf-8", "surrogatepass"))) for word in words]
         found = np.asarray([*codes, *[0] * max(0, SHINGLE - len(codes))], dtype=np.uint64) % np.uint64(PRIME)
         mixed = np.zeros(len(found) - SHINGLE + 1, dtype=np.uint64)
@@ -302,8 +308,9 @@ class Seen:
 
 
 class _Bands:
-    """Map hashes of bands to the numbers of the texts that have them: the newest in a dictionary, the others in sorted arrays, of
-    which each is at least twice as long as the next (a log-structured merge).
+    """Map hashes of bands (32 bits) to the numbers of the texts that have them: the newest in a dictionary, the others in sorted
+    arrays of hash and number in one, of which each is at least twice as long as the next (a log-structured merge). An array grows
+    and is sorted where it lies, so that a merge takes no memory of its own.
     """
 
     NEWEST = 1 << 15  # hashes in the dictionary, at most
@@ -311,19 +318,21 @@ class _Bands:
     def __init__(self) -> None:
         self._new: dict[int, list[int]] = {}
         self._count = 0
-        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []
+        self._sorted: list[np.ndarray] = []
 
     def met(self, keys: Sequence[int]) -> set[int]:
         """Return the numbers of the texts with one of these hashes."""
         import numpy as np
 
         found = {number for key in keys for number in self._new.get(key, ())}
-        wanted = np.asarray(keys, dtype=np.int64)
-        for hashes, numbers in self._sorted:
-            first = np.searchsorted(hashes, wanted)
-            for at in np.flatnonzero(hashes[np.minimum(first, len(hashes) - 1)] == wanted):
-                end = np.searchsorted(hashes, wanted[at], side="right")
-                found.update(numbers[first[at] : end].tolist())
+        low = np.asarray(keys, dtype=np.uint64) << np.uint64(32)
+        for pairs in self._sorted:
+            starts, ends = (
+                np.searchsorted(pairs, low),
+                np.searchsorted(pairs, low | np.uint64(0xFFFF_FFFF), side="right"),
+            )
+            for at in np.flatnonzero(starts < ends):
+                found.update((pairs[starts[at] : ends[at]] & np.uint64(0xFFFF_FFFF)).tolist())
         return found
 
     def add(self, keys: Iterable[int], number: int) -> None:
@@ -338,14 +347,15 @@ class _Bands:
         """Put what is new into the arrays."""
         import numpy as np
 
-        hashes = np.asarray([key for key, numbers in self._new.items() for _ in numbers], dtype=np.int64)
-        numbers = np.asarray([one for found in self._new.values() for one in found], dtype=np.uint32)
+        pairs = np.asarray([key << 32 | one for key, numbers in self._new.items() for one in numbers], dtype=np.uint64)
         self._new, self._count = {}, 0
-        while self._sorted and len(self._sorted[-1][0]) < 2 * len(hashes):
+        while self._sorted and len(self._sorted[-1]) < 2 * len(pairs):
             older = self._sorted.pop()
-            hashes, numbers = np.concatenate([older[0], hashes]), np.concatenate([older[1], numbers])
-        order = np.argsort(hashes, kind="stable")
-        self._sorted.append((hashes[order], numbers[order]))
+            older.resize(len(older) + len(pairs), refcheck=False)
+            older[-len(pairs) :] = pairs
+            pairs = older
+        pairs.sort()
+        self._sorted.append(pairs)
 
 
 def band_rows(similarity: float) -> int:

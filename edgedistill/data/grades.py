@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from edgedistill.data.answers import Places
+from edgedistill.jsonl import each_line
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 Grades = Mapping[str, float | None]
@@ -63,16 +67,42 @@ def histogram(grades: Grades) -> dict[str, int]:
     return found
 
 
+class GradeTable:
+    """Look up the grades that several files hold, in 32 bytes an answer. Of an answer that stands in two the last one counts."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        import numpy as np
+
+        def keys() -> Iterator[str]:
+            for path in paths:
+                for one in map(json.loads, each_line(path)):
+                    values.append(math.nan if one["grade"] is None else one["grade"])
+                    yield one["row"]
+
+        values = array("d")
+        self._places = Places(keys())
+        self._values = np.asarray(values)
+
+    def __getitem__(self, row: str) -> float | None:
+        """Return the grade of an answer. Raises KeyError where it was not graded."""
+        if (number := self._places.get(row)) is None:
+            raise KeyError(row)
+        value = float(self._values[number])
+        return None if math.isnan(value) else value
+
+
 def judged(
-    spec: Mapping[str, Any], grades: Grades, found: Sequence[dict[str, Any]]
+    spec: Mapping[str, Any], grades: Grades | GradeTable, found: Sequence[dict[str, Any]]
 ) -> list[tuple[dict[str, Any], str]]:
     """Return the answers to one prompt, each with why it does not pass ("" where it does), by the thresholds of a filter: ``min``,
-    ``max``, and ``keep``, so many of the highest grades. The order stays.
+    ``max``, and ``keep``, so many of the highest grades. The order stays. What a person wrote is no answer of the row store's, and
+    has no grade: it passes, and comes before all others.
     """
-    whys = [_why(spec, grades[answer["row"]]) for answer in found]
+    values = [grades[answer["row"]] if answer["row"] else math.inf for answer in found]
+    whys = [_why(spec, value) if answer["row"] else "" for answer, value in zip(found, values, strict=True)]
     if "keep" in spec:
         good = [at for at, why in enumerate(whys) if not why]
-        order = sorted(good, key=lambda at: -(grades[found[at]["row"]] or 0.0))  # of equal ones, the first drawn
+        order = sorted(good, key=lambda at: -(values[at] or 0.0))  # of equal ones, the first drawn
         seen: set[str] = set()
         best = []
         for at in order:  # texts that differ, as kind = "best" keeps them

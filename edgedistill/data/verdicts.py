@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ WRONG = ("reject", "edit")
 """Verdicts that say an answer was wrong, and that change what is taught."""
 SIXTEEN = 16  # hexadecimal digits of ``shown``: the row's id stands beside it
 DRAWN = ("random", "by-tag")
+SHOWN = "shown.jsonl"
+"""The file of a filter step that says which answers could have been judged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +143,7 @@ def sample(keys: Mapping[str, str], count: int, seed: int, *, by_tag: bool = Fal
 def remaining(answers: Iterable[tuple[str, str, bool]], verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     """Estimate how many answers that nobody has judged are wrong, from those that were.
 
-    ``answers``: (key, tag, whether it is taught as it stands) of each that could have been shown. Returns counts (judged,
+    ``answers``: (key, tag, whether it is taught as it stands) of each that could have been shown, once. Returns counts (judged,
     accepted, rejected, edited, rest: taught and not judged) and ``wrong``, the estimate of the share of the rest as JSON, or None
     where nothing was judged or nothing is left. Its interval is exact for answers drawn without replacement. Where some were
     drawn by tag, tags weigh by what is left of them, and the interval is that of a random sample as large as theirs is worth
@@ -154,7 +156,7 @@ def remaining(answers: Iterable[tuple[str, str, bool]], verdicts: Mapping[str, V
     left: dict[str, int] = {}
     counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
     drawn = "random"
-    for key, tag, taught in dict.fromkeys(answers):
+    for key, tag, taught in answers:
         if (one := verdicts.get(key)) is not None:
             counts[one.verdict] += 1
             judged.setdefault(tag, []).append(one.verdict in WRONG)
@@ -185,10 +187,11 @@ def remaining(answers: Iterable[tuple[str, str, bool]], verdicts: Mapping[str, V
     }
 
 
-def shown_in(folder: Path) -> list[tuple[str, str, bool]]:
-    """Return which answers could have been judged, as an entry of the filter step has them, for `remaining`."""
-    with (folder / "shown.jsonl").open(encoding="utf-8") as file:
-        return [(one["key"], one["tag"], one["taught"]) for one in map(json.loads, file)]
+def shown_in(folder: Path) -> Iterator[tuple[str, str, bool]]:
+    """Yield which answers could have been judged, as an entry of the filter step has them, for `remaining`."""
+    with (folder / SHOWN).open(encoding="utf-8") as file:
+        for one in map(json.loads, file):
+            yield one["key"], one["tag"], one["taught"]
 
 
 def told(found: Mapping[str, Any]) -> str:

@@ -3,18 +3,25 @@
 In: the view of ``generate``, the prompts. Out: ``kept.jsonl`` (id, messages, text, source), ``rejected.jsonl`` with
 the reason, ``yields.json``, and where people's verdicts are a filter ``shown.jsonl``: all that they could have judged.
 Where no answer of a prompt passed, ``otherwise = "gold"`` keeps the reference, so that hard prompts stay, and ``"hedge"``
-teaches to say that one does not know. Wrong answers may be shown with the right one, as lessons in correcting them. In a
-round few of the answers to a prompt are kept, and rows that were taught before may stand beside them."""
+teaches to say that one does not know. Wrong answers may be shown with the right one, as lessons in correcting them.
+
+Prompts go through all filters a few at a time, so that memory does not grow with the answers' text. What grows: where each answer
+lies (`Answers`), its grades (`GradeTable`), and what a filter of duplicates keeps of those before (`Seen`, `Vectors`).
+``rejected.jsonl`` has the filters in their order, so that of each filter is kept in a nameless file until the end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
+from edgedistill.data.answers import Answer, Answers, Places, as_line
 from edgedistill.data.augmenters import REFUSING
 from edgedistill.data.corrections import objection, wrong_answers
 from edgedistill.data.filters import (
@@ -31,54 +38,34 @@ from edgedistill.data.filters import (
     schema_validator,
     supports,
 )
-from edgedistill.data.grades import judged, read_grades
+from edgedistill.data.grades import GradeTable, judged
 from edgedistill.data.language import other_language
+from edgedistill.data.near import near_duplicates
 from edgedistill.data.prompts import Row
-from edgedistill.data.recovery import UNWANTED
-from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, share_of_empty, split
-from edgedistill.data.verdicts import Verdict, remaining, shown_key
+from edgedistill.data.sifting import (
+    Block,
+    Judge,
+    Judged,
+    Sieve,
+    Sifted,
+    Tally,
+    best,
+    best_first,
+    nameless,
+    sift,
+    taught_line,
+)
+from edgedistill.data.thinking import AFTER, COLLAPSED, LEAST_WORDS, asking_why, split
+from edgedistill.data.verdicts import SHOWN, Verdict, remaining, shown_in, shown_key
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.execution import MEMORY_MIB, TIMEOUT_S, at_once, verdict
 from edgedistill.evals.metrics import AFTER_THINKING, find_metric, judging, shown_name
 from edgedistill.fingerprint import Key
-from edgedistill.jsonl import json_lines
 from edgedistill.step import Context, Progress, Stage, later, rows_given, unkeyed
 from edgedistill.teachers.calls import NO_CALL
 
-
-def best(found: list[dict[str, Any]], keep: int = 1, by: str = "likelihood") -> list[dict[str, Any]]:
-    """Return ``keep`` of the answers to one prompt whose texts differ: the likeliest as a whole, the shortest, or, ``drawn``, the
-    first, which is a fair draw.
-    """
-    first: dict[str, dict[str, Any]] = {}
-    for answer in found:
-        first.setdefault(answer["text"], answer)
-    order = {"likelihood": lambda a: -a["logprob"], "shortest": lambda a: len(a["text"]), "drawn": lambda a: 0}
-    return sorted(first.values(), key=order[by])[:keep]
-
-
-Judge = Callable[[Row, list[dict[str, Any]]], list[tuple[dict[str, Any], str]]]
-"""(row, answers to it) -> each answer with why it does not pass, "" where it does, in the order in which they are kept."""
-
-
 Place = Callable[[Key, str], Path]
 """(step, file) -> where that file of its entry is."""
-
-
-class Sifted(NamedTuple):
-    """What the filters left. ``alive``: answers that passed, by row. ``out``: prompts that are not to be taught, by whatever text.
-    ``shown``: the keys of answers that a first filter of verdicts met, each with its row's tag.
-    """
-
-    alive: dict[str, list[dict[str, Any]]]
-    rejected: list[dict[str, Any]]
-    yields: list[dict[str, Any]]
-    out: set[str]
-    shown: dict[str, str]
-
-
-def _first(good: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
-    return [(answer, "") for answer in good] + [(answer, "best") for answer in found if answer not in good]
 
 
 def _as_in(kind: str, where: str) -> str:
@@ -94,10 +81,7 @@ def _with_grades(place: Place, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     if "grades" not in spec:
         return spec
     steps = [spec["grades"]] if isinstance(spec["grades"], Key) else spec["grades"]
-    return {
-        **spec,
-        "grades": {row: grade for key in steps for row, grade in read_grades(place(key, "grades.jsonl")).items()},
-    }
+    return {**spec, "grades": GradeTable([place(key, "grades.jsonl") for key in steps])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,163 +109,157 @@ class Filter(Stage):
         """Filter, fall back, count."""
         if self.prompts is not None:
             return replace(self, prompts=None, rows=rows_given(ctx, self.prompts, self.rows)).run(ctx)
-        answers, failed = self.read(ctx.path)
-        gold = {row.id for row in self.rows if answers[row.id] and any(f["otherwise"] == "gold" for f in self.filters)}
-        hedge = next((f["hedge"] for f in self.filters if f["otherwise"] == "hedge"), None)
-        watched = self.watch([a["text"] for found in answers.values() for a in found if a["finish"] == "stop"])
-        sifted = self.sift(answers, ctx.path, ctx.progress)
-        alive, rejected, yields, out, _ = sifted
-        rejected = [*failed, *rejected]
-        from_gold = hedged = edited = corrected = 0
-        written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
+        with ExitStack() as files:
+            answers, failed = self.read(ctx.path)
+            files.enter_context(answers)
+            files.enter_context(failed)
+            watched = self.watch(a["text"] for row in self.rows for a in answers.of(row.id) if a["finish"] == "stop")
+            rejected = [files.enter_context(nameless(ctx.out)) for _ in range(1 + len(self.filters))]
+            yields, sifted = self.sift(
+                answers, ctx.path, ctx.progress, lambda at, answer: rejected[at].write(as_line(answer)), ctx.out
+            )
+            told = self._written(ctx, sifted, failed)
+            with (ctx.out / "rejected.jsonl").open("w", encoding="utf-8") as file:
+                file.writelines(map(as_line, failed))
+                for one in rejected:
+                    one.seek(0)
+                    shutil.copyfileobj(one, file)
+        # How many answers were judged is not in the bytes: one more that is accepted changes nothing of what is taught.
+        fixed = [{name: value for name, value in one.items() if name != "reviewed"} for one in yields]
+        (ctx.out / "yields.json").write_text(json.dumps(fixed, indent=1))
+        tally = told.pop("tally")
+        if not (told["kept"] - told.get("hedged", 0) or tally.carried or self.more):
+            raise StepFailed(*self.nothing(tally.answers))
+        review = self.judged(ctx)
+        return {"yields": yields, **told, **watched, **review, **self.counted(tally)}
+
+    def _written(self, ctx: Context, sifted: Iterable[Sifted], failed: Answers) -> dict[str, Any]:
+        """Write what is taught, prompt by prompt; return the figures."""
+        gold = any(spec["otherwise"] == "gold" for spec in self.filters)
+        hedge = next((spec["hedge"] for spec in self.filters if spec["otherwise"] == "hedge"), None)
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
-        wrong = wrong_answers(rejected, most, self.shown)
-        carried = self.carried(ctx)
-        with (ctx.out / "kept.jsonl").open("w") as file:
-            for one in carried:
-                file.write(json.dumps(one, ensure_ascii=False) + "\n")
-            for row in self.rows:
+        written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
+        recovery = {name: {"asked": 0, "good": 0} for name, _ in self.recovered}
+        from_gold = hedged = edited = corrected = carried = prompts = good = asked = 0
+        with ExitStack() as files:
+            file = files.enter_context((ctx.out / "kept.jsonl").open("w", encoding="utf-8"))
+            shown = files.enter_context((ctx.out / SHOWN).open("w", encoding="utf-8")) if self.estimates else None
+            for one in self.carried(ctx):
+                file.write(as_line(one))
+                carried += 1
+            for one in sifted:
+                row = one.row
+                asked, prompts, good = asked + len(one.found), prompts + bool(one.found), good + bool(one.alive)
+                for name, count in recovery.items():
+                    count["asked"] += any(a.get("by") == name for a in one.found)
+                    count["good"] += any(a.get("by") == name for a in one.alive)
+                if shown is not None:
+                    shown.writelines(self._shown(one))
                 texts = [
                     (a["text"], a.get("source") or a.get("by") or self.writer(), a["row"])
-                    for a in self.chosen(alive[row.id])
+                    for a in self.chosen(one.alive)
                 ]
                 first = dict((text, by) for text, by, _ in reversed(texts))  # what several wrote is the first one's
-                texts = [one for one in texts if first[one[0]] == one[1]]
-                if not texts and row.id in gold and row.reference and row.id not in out:
+                texts = [found for found in texts if first[found[0]] == found[1]]
+                if not texts and one.found and gold and row.reference and not one.out:
                     texts = [(row.reference, "gold", "")]
-                if not texts and hedge is not None and answers[row.id] and row.id not in out:
+                if not texts and one.found and hedge is not None and not one.out:
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
                     edited += source == "review"
                     if source in written:
                         written[source] += 1
-                    line = {
-                        "id": row.id if number == 0 else f"{row.id}#{number}",
-                        "messages": list(row.messages),
-                        "text": text,
-                        "reference": row.reference,
-                        "source": source,
-                        "row": key,
-                        **({} if row.evolution is None else {"evolution": row.evolution}),
-                    }
-                    line |= {"tools": list(row.tools)} if row.tools else {}
-                    line |= {"trace": row.trace} if row.trace else {}
-                    line |= {"guidance": row.guidance} if row.guidance else {}
-                    lessons = self.lessons(line)
-                    if number == 0:
+                    lessons = self.lessons(taught_line(row, number, text, source, key))
+                    if number == 0 and most:
+                        wrong = wrong_answers([*failed.of(row.id), *one.wrong], most, self.shown)
                         corrections = self.corrections(lessons[0], wrong.get(row.id, []))
                         corrected += len(corrections)
                         lessons += corrections
-                    for one in lessons:
-                        file.write(json.dumps(one, ensure_ascii=False) + "\n")
-        (ctx.out / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected))
-        # How many answers were judged is not in the bytes: one more that is accepted changes nothing of what is taught.
-        fixed = [{name: value for name, value in one.items() if name != "reviewed"} for one in yields]
-        (ctx.out / "yields.json").write_text(json.dumps(fixed, indent=1))
-        taught = sum(written.values())
-        if not (taught or from_gold or edited or carried or self.more):
-            raise StepFailed(*self.nothing(sum(map(len, answers.values()))))
-        kept_rows: dict[str, Any] = {"kept": taught + from_gold + hedged + edited, **written, "gold": from_gold}
-        kept_rows |= {"hedged": hedged} if hedge is not None else {}
-        kept_rows |= {"edited": edited} if edited else {}
-        kept_rows |= {"corrections": corrected} if corrected else {}
-        if self.recovered:
-            kept_rows["recovery"] = {
-                name: {
-                    "asked": sum(any(a.get("by") == name for a in found) for found in answers.values()),
-                    "good": sum(any(a.get("by") == name for a in found) for found in alive.values()),
-                }
-                for name, _ in self.recovered
-            }
-        told = self.judged(ctx, sifted)
-        return {"yields": yields, **kept_rows, **watched, **told, **self.counted(answers, alive, carried)}
+                    file.writelines(map(as_line, lessons))
+        kept: dict[str, Any] = {"kept": sum(written.values()) + from_gold + hedged + edited, **written}
+        kept |= {"gold": from_gold}
+        kept |= {"hedged": hedged} if hedge is not None else {}
+        kept |= {"edited": edited} if edited else {}
+        kept |= {"corrections": corrected} if corrected else {}
+        kept |= {"recovery": recovery} if recovery else {}
+        return {**kept, "tally": Tally(asked, prompts, good, carried)}
 
     def sift(
         self,
-        answers: Mapping[str, list[dict[str, Any]]],
+        answers: Answers,
         place: Place,
         progress: Progress = lambda done, total, what: None,
-    ) -> Sifted:
-        """Apply the filters in their order; grades are read where ``place`` has them."""
-        rows = {row.id: row for row in self.rows}
-        alive = {row_id: [a for a in found if self.flaw(a) is None] for row_id, found in answers.items()}
-        rejected = [
-            {**a, "why": flaw} for found in answers.values() for a in found if (flaw := self.flaw(a)) is not None
-        ]
-        kept = sum(map(len, alive.values()))
-        yields: list[dict[str, Any]] = [{"filter": "ended", "in": sum(map(len, answers.values())), "out": kept}]
-        out: set[str] = set()
-        shown: dict[str, str] = {}
-        for spec in self.filters:
-            before, spec = sum(map(len, alive.values())), _with_grades(place, spec)
-            judge = self.executed(spec, rows, alive, progress) if spec["kind"] == "execution" else self.judge(spec)
-            if spec["kind"] == "review":
-                seen = self.reviewable(alive)
-                shown = shown or seen
-            for row_id, found in alive.items():
-                judged = judge(rows[row_id], found)
-                rejected += [{**a, "why": why} for a, why in judged if why]
-                alive[row_id] = [a for a, why in judged if not why]
-                if found and not alive[row_id] and spec["kind"] in UNWANTED:
-                    out.add(row_id)
-            line: dict[str, Any] = {"filter": spec["kind"], "in": before, "out": sum(map(len, alive.values()))}
-            if spec["kind"] == "review":
-                line["reviewed"] = len(seen.keys() & self.reviews[spec["file"]].keys())
-                line["rejected"] = before - line["out"]
-                line["edited"] = sum(a.get("source") == "review" for found in alive.values() for a in found)
-            yields.append(line)
-        return Sifted(alive, rejected, yields, out, shown)
+        reject: Callable[[int, Answer], object] = lambda at, answer: None,
+        folder: Path | None = None,
+    ) -> tuple[list[dict[str, Any]], Iterator[Sifted]]:
+        """Apply the filters in their order (`sift`); grades are read where ``place`` has them. ``reject`` is given what does not
+        pass, with the filter's number from 1 on (0: it is no answer at all). What need not be in memory lies in nameless files in
+        ``folder``.
+        """
+        sieves = [Sieve("ended", self.ended)]
+        for spec in (_with_grades(place, spec) for spec in self.filters):
+            if spec["kind"] == "execution":
+                sieves.append(Sieve("execution", at_once=partial(self.executed, spec, progress)))
+            elif "vectors" in spec:
+                steps = [spec["vectors"]] if isinstance(spec["vectors"], Key) else spec["vectors"]
+                near = near_duplicates([place(key, "") for key in steps], spec["similarity"], folder)
+                sieves.append(Sieve("duplicates", at_once=near))
+            elif spec["kind"] == "review":
+                sieves.append(Sieve("review", self.judge(spec), verdicts=self.reviews[spec["file"]]))
+            else:
+                sieves.append(Sieve(spec["kind"], self.judge(spec, folder)))
+        return sift(self.rows, answers, sieves, reject, self.reviewable)
 
-    def reviewable(self, alive: Mapping[str, list[dict[str, Any]]]) -> dict[str, str]:
-        """Return the keys of answers, as people are shown them, each with the first tag of its row, or ""."""
-        return {
-            shown_key(row.id, row.messages, row.tools, a["text"]): (row.tags or ("",))[0]
-            for row in self.rows
-            for a in alive[row.id]
-        }
+    def ended(self, row: Row, found: list[Answer]) -> Judged:
+        """Judge whether something is an answer at all."""
+        return [(a, self.flaw(a) or "") for a in found]
 
-    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
-        """Say what the verdicts tell of the answers that nobody has judged, and write down which could have been."""
-        if not self.reviews:
+    def reviewable(self, row: Row, found: list[Answer]) -> dict[str, str]:
+        """Return the keys of answers to a prompt, as people are shown them, each with the first tag of its row, or ""."""
+        return {shown_key(row.id, row.messages, row.tools, a["text"]): (row.tags or ("",))[0] for a in found}
+
+    @property
+    def estimates(self) -> bool:
+        """Tell whether the verdicts say something of the answers that nobody has judged."""
+        return bool(self.reviews)
+
+    def _shown(self, one: Sifted) -> Iterator[str]:
+        """Yield which of the answers to a prompt could have been judged, as lines."""
+        taught = self.reviewable(one.row, one.alive)
+        for key, tag in one.shown.items():
+            yield json.dumps({"key": key, "tag": tag, "taught": key in taught}) + "\n"
+
+    def judged(self, ctx: Context) -> dict[str, Any]:
+        """Say what the verdicts tell of the answers that nobody has judged."""
+        if not self.estimates:
             return {}
-        taught = self.reviewable(sifted.alive).keys()
-        shown = [(key, tag, key in taught) for key, tag in sifted.shown.items()]
         verdicts = {key: one for found in self.reviews.values() for key, one in found.items()}
-        lines = (json.dumps({"key": key, "tag": tag, "taught": left}) for key, tag, left in shown)
-        (ctx.out / "shown.jsonl").write_text("".join(line + "\n" for line in lines))
-        if gone := len(verdicts.keys() - sifted.shown.keys()):
+        met = {key for key, _, _ in shown_in(ctx.out) if key in verdicts}
+        if gone := len(verdicts.keys() - met):
             ctx.note(
                 f"{gone} verdicts are on answers that are no longer there, or not as they were: they count for nothing"
             )
-        return {"review": remaining(shown, verdicts)}
+        return {"review": remaining(shown_in(ctx.out), verdicts)}
 
-    def read(self, place: Place) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    def read(self, place: Place) -> tuple[Answers, Answers]:
         """Return the answers to judge by the rows that they answer, those of other teachers with their name as ``by``; and those
         that are rejected already: of prompts that a teacher answered anew.
         """
-
-        def lines(key: Key, name: str, by: str = "") -> list[dict[str, Any]]:
-            found = (json.loads(line) for line in json_lines(place(key, name)))
-            return [{**line, "by": by} if by else line for line in found]
-
-        answers = lines(self.answers, "rows.jsonl")
+        answers, failed = Answers(self.rows), Answers(self.rows)
+        answers.add(place(self.answers, "rows.jsonl"))
         for by, key in self.others:
-            answers += lines(key, "rows.jsonl", by)
-        anew: list[dict[str, Any]] = []
+            answers.add(place(key, "rows.jsonl"), by)
         for by, key in self.recovered:
-            own = lines(key, "rows.jsonl", by)
-            asked = {line["id"] for line in own}
-            answers = [line for line in answers if line["id"] not in asked]
-            anew = [line for line in anew if line["id"] not in asked] + own
-        found: dict[str, list[dict[str, Any]]] = {row.id: [] for row in self.rows}
-        for line in answers + anew:
-            found[line["id"]].append(line)
-        if self.failed is None:
-            return found, []
-        again, judged = {line["id"] for line in anew}, {line["row"] for line in anew}
-        known = lines(self.failed, "rejected.jsonl")
-        return found, [line for line in known if line["id"] in again and line["row"] not in judged]
+            answers.add(place(key, "rows.jsonl"), by, anew=True)
+        if self.failed is not None:
+            again = (row.id for row in self.rows if answers.anew(row.id))
+            known = Places(line["row"] for row_id in again for line in answers.of(row_id))
+            failed.add(
+                place(self.failed, "rejected.jsonl"),
+                wanted=lambda line: answers.anew(line["id"]) and line["row"] not in known,
+            )
+        return answers, failed
 
     def writer(self) -> str:
         """Return who wrote the answers."""
@@ -291,17 +269,15 @@ class Filter(Stage):
         """Return which of the answers to one prompt that passed are kept."""
         return passed
 
-    def carried(self, ctx: Context) -> list[dict[str, Any]]:
+    def carried(self, ctx: Context) -> Iterable[dict[str, Any]]:
         """Return rows that are kept beside the answers."""
-        return []
+        return ()
 
     def nothing(self, answers: int) -> tuple[str, str]:
         """Say that nothing is left to learn from, and what to do."""
         return f"no answer of {answers} passed the filters", 'look at a weaker filter, or set otherwise = "gold"'
 
-    def counted(
-        self, answers: Mapping[str, list[Any]], passed: Mapping[str, list[Any]], carried: list[Any]
-    ) -> dict[str, Any]:
+    def counted(self, tally: Tally) -> dict[str, Any]:
         """Return further figures of what came in and what passed, by prompt."""
         return {}
 
@@ -309,26 +285,26 @@ class Filter(Stage):
         """Say why something is no answer at all, before any filter; None where it is one."""
         return {"stop": None, NO_CALL: NO_CALL}.get(answer["finish"], "did not end")
 
-    def judge(self, spec: Mapping[str, Any]) -> Judge:
-        """Return what judges the answers to one prompt by one filter."""
+    def judge(self, spec: Mapping[str, Any], folder: Path | None = None) -> Judge:
+        """Return what judges the answers to one prompt by one filter; prompts are given in their order, each once."""
         kind = spec["kind"]
         if kind == "best":
             chosen = {key: spec[key] for key in ("keep", "by") if key in spec}
-            return lambda row, found: _first(best(found, **chosen), found)
+            return lambda row, found: best_first(best(found, **chosen), found)
         if kind == "review":
             verdicts = self.reviews[spec["file"]]
             return lambda row, found: [pair for a in found for pair in self.by_verdict(row, a, verdicts)]
         if kind == "agreement":
             same, share, asked = self.same(spec), spec.get("share", SHARE), spec["samples"]
 
-            def agree(row: Row, found: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
+            def agree(row: Row, found: list[Answer]) -> Judged:
                 with judging(row.id):
                     good = agreeing([self.shown(a["text"]) for a in found], same, share, max(asked, len(found)))
                 return [(a, "" if one else kind) for a, one in zip(found, good, strict=True)]
 
             return agree
         if kind == "duplicates":
-            seen = Seen(spec.get("similarity", SIMILARITY))
+            seen = Seen(spec.get("similarity", SIMILARITY), folder)
             return lambda row, found: [(a, kind if seen.before("\n".join(self.taught(row, a))) else "") for a in found]
         if kind == "decontaminate":
             suites = Contamination(self.suites, spec.get("words", COPIED_WORDS))
@@ -338,21 +314,18 @@ class Filter(Stage):
         judge = self.single(spec)
         return lambda row, found: [(a, judge(row, a["text"])) for a in found]
 
-    def executed(
-        self,
-        spec: Mapping[str, Any],
-        rows: Mapping[str, Row],
-        alive: Mapping[str, list[dict[str, Any]]],
-        progress: Progress,
-    ) -> Judge:
-        """Run the code of all answers with their rows' tests, each text once and several at a time."""
+    def executed(self, spec: Mapping[str, Any], progress: Progress, block: Block, left: int) -> Judge:
+        """Run the code of the answers to several prompts with their rows' tests, each text once and several at a time; ``left``
+        answers come after them.
+        """
         timeout, memory = spec.get("timeout", TIMEOUT_S), spec.get("memory", MEMORY_MIB)
-        cases = list(dict.fromkeys((row_id, self.shown(a["text"])) for row_id, found in alive.items() for a in found))
+        tests = {row.id: row.tests or "" for row, _ in block}
+        cases = list(dict.fromkeys((row.id, self.shown(a["text"])) for row, answers in block for a in answers))
         found: dict[tuple[str, str], str] = {}
-        ran = at_once(lambda case: verdict(case[1], rows[case[0]].tests or "", timeout, memory), cases)
+        ran = at_once(lambda case: verdict(case[1], tests[case[0]], timeout, memory), cases)
         for number, (case, why) in enumerate(zip(cases, ran, strict=True), 1):
             found[case] = why
-            progress(number, len(cases), "programs run")
+            progress(number, len(cases) + left, "programs run")
         return lambda row, answers: [(a, _because("execution", found[row.id, self.shown(a["text"])])) for a in answers]
 
     def by_verdict(
@@ -437,7 +410,7 @@ class Filter(Stage):
             for number, shown in enumerate(wrong, 1)
         ]
 
-    def watch(self, texts: list[str]) -> dict[str, Any]:
+    def watch(self, texts: Iterable[str]) -> dict[str, Any]:
         """Look at all answers that ended; raises StepFailed where going on would teach nothing."""
         return {}
 
@@ -491,77 +464,24 @@ class ThinkingFilter(Filter):
         }
         return [answer, why]
 
-    def watch(self, texts: list[str]) -> dict[str, Any]:
+    def watch(self, texts: Iterable[str]) -> dict[str, Any]:
         """Measure how much is thought. Thinking that has collapsed in the teacher's answers cannot be taught."""
-        empty = share_of_empty(texts)
+        import numpy as np
+
+        words, none = array("I"), 0
+        for text in texts:
+            thought = split(text)
+            words.append(thought.words)
+            none += thought.empty
+        n = len(words)
+        empty = none / n if n else 0.0
         if empty > COLLAPSED:
             raise StepFailed(
-                f"thinking has collapsed: {empty:.0%} of the {self.writer()}'s {len(texts)} answers have an empty block, or none",
+                f"thinking has collapsed: {empty:.0%} of the {self.writer()}'s {n} answers have an empty block, or none",
                 'give adapt.files rows with a "rationale", allow more generate.max_new_tokens, or set generate.style = "answer"'
                 if self.writer() == "teacher"
                 else "weigh thinking up (distill.think_weight), or lower the round's temperature",
             )
-        return {
-            "thinking": {
-                "n": len(texts),
-                "empty": empty,
-                "median_words": median([split(t).words for t in texts] or [0]),
-            }
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundFilter(Filter):
-    """Filter the answers of a round, written by the teacher or the student (``by``): of each prompt the first ``keep`` texts that
-    pass and differ stay. Samples are independent draws, so the first is a fair draw from those that pass.
-
-    A share ``replay`` of the rows that were taught ``before``, evenly spaced, stands beside them.
-    """
-
-    by: str
-    keep: int
-    before: Key | None
-    replay: float
-
-    def writer(self) -> str:
-        """Return who wrote the answers."""
-        return self.by
-
-    def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the first ``keep`` of those whose texts differ."""
-        return best(passed, self.keep, "drawn")
-
-    def judged(self, ctx: Context, sifted: Sifted) -> dict[str, Any]:
-        """Say nothing: other answers were shown. Where one is word for word the same, its verdict counts."""
-        return {}
-
-    def carried(self, ctx: Context) -> list[dict[str, Any]]:
-        """Return the rows that are taught again, under ids of their own: their prompts may be answered anew."""
-        if self.before is None:
-            return []
-        lines = [json.loads(line) for line in json_lines(ctx.path(self.before, "kept.jsonl"))]
-        count = round(self.replay * len(lines))
-        again = [lines[at * len(lines) // count] for at in range(count)]
-        return [{**line, "id": f"{line['id']}+before"} for line in again]
-
-    def nothing(self, answers: int) -> tuple[str, str]:
-        """Say that the round teaches nothing, and what to do."""
-        if answers:
-            return super().nothing(answers)
-        return "the student fails none of the prompts: this round has nothing to teach", "take the [[round]] out"
-
-    def counted(
-        self, answers: Mapping[str, list[Any]], passed: Mapping[str, list[Any]], carried: list[Any]
-    ) -> dict[str, Any]:
-        """Return how many prompts were put, how many of them have an answer that passes, and how many rows were carried over."""
-        return {
-            "asked": sum(map(len, answers.values())),
-            "prompts": sum(map(bool, answers.values())),
-            "good": sum(map(bool, passed.values())),
-            "replayed": len(carried),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThinkingRoundFilter(ThinkingFilter, RoundFilter):
-    """Filter the answers of a round that think first."""
+        ordered = np.sort(np.frombuffer(words or array("I", [0]), dtype=np.uint32))
+        low, high = (int(ordered[at]) for at in ((len(ordered) - 1) // 2, len(ordered) // 2))
+        return {"thinking": {"n": n, "empty": empty, "median_words": low if len(ordered) % 2 else (low + high) / 2}}

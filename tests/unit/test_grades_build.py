@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from edgedistill.runner import Runner
 from edgedistill.session import Session, prepare
 from edgedistill.store import Store
 from tests.judge_server import JudgeServer
+from tests.unit.evals.test_embedding import make_encoder, plain_vectors
 from tests.unit.taught import WORDS, make_taught
 
 RECIPE = """
@@ -63,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_classifier(folder / "reward", folder / "model", pad_token_id=0)
     make_classifier(folder / "unpadded", folder / "model", pad_token_id=None)
     make_classifier(folder / "labels", folder / "model", labels=3)
+    make_encoder(folder / "encoder", folder / "model")
     return folder
 
 
@@ -271,3 +274,61 @@ def test_a_judge_needs_something_to_judge(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeDistillError, match="does not answer") as error:
         prepared(folder, tmp_path, {"kind": "judge", "rubric": "Good?"}, judge=table)
     assert "judge.server" in error.value.hint
+
+
+def test_rows_of_one_meaning_go_and_another_threshold_embeds_nothing_anew(folder: Path, tmp_path: Path) -> None:
+    spec = {"kind": "duplicates", "model": "path:encoder", "similarity": 0.999}
+    session = prepared(folder, tmp_path, spec)
+    assert {"base/encoder", "embed/duplicates", "filter"} <= set(build(session))
+    answers = [one for one in lines(session, "generate", "rows.jsonl") if one["finish"] == "stop"]
+    made = entry(session, "embed/duplicates")
+    assert made.facts == {"embedded": len(answers), "size": 32, "pooling": "mean"}
+    assert (made.path / "keys.txt").read_text().split() == [one["row"] for one in answers]
+    vectors = np.fromfile(made.path / "vectors.f32", dtype=np.float32).reshape(-1, 32)
+    texts = [f"Say {one['id']}.\n{one['text']}" for one in answers]
+    assert np.allclose(vectors, plain_vectors(folder / "encoder", texts, "mean"), atol=2e-5)
+
+    def expected(similarity: float) -> set[str]:
+        kept: list[np.ndarray] = []
+        gone = set()
+        for one, vector in zip(answers, vectors.astype(np.float64), strict=True):
+            if any(vector @ other >= similarity for other in kept):
+                gone.add(one["row"])
+            else:
+                kept.append(vector)
+        return gone
+
+    whys = {one["row"]: one["why"] for one in lines(session, "filter", "rejected.jsonl") if one["finish"] == "stop"}
+    assert set(whys) == expected(0.999) and set(whys.values()) == {"duplicates"}
+    again = prepared(folder, tmp_path, {**spec, "similarity": 0.95})
+    assert build(again) == ["filter"]
+    whys = {one["row"] for one in lines(again, "filter", "rejected.jsonl") if one["finish"] == "stop"}
+    assert whys == expected(0.95) > expected(0.999)
+    default = prepared(folder, tmp_path, {"kind": "duplicates", "model": "path:encoder"})
+    (step,) = default.plan.match("filter")
+    assert step.stage.fields()["filters"][0]["similarity"] == 0.9
+    other = prepared(folder, tmp_path, {**spec, "pooling": "cls"})
+    assert {"embed/duplicates", "filter"} == set(build(other))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "duplicates", "pooling": "mean"}, "of which encoder"),
+        ({"kind": "pii", "pooling": "mean"}, 'pooling: this is for kind = "duplicates"'),
+        ({"kind": "duplicates", "model": "path:teacher"}, "a decoder, and nothing says how"),
+        ({"kind": "duplicates", "model": "path:nowhere"}, r"filter\.0\.model: .*no config\.json"),
+        ({"kind": "duplicates", "model": "student"}, "unknown kind of source"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_plan(
+    folder: Path, tmp_path: Path, spec: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        prepared(folder, tmp_path, spec)
+    assert prepared(folder, tmp_path, {"kind": "duplicates", "model": "path:teacher", "pooling": "last"}).plan
+
+
+def test_duplicates_by_words_have_the_key_that_they_had(folder: Path, tmp_path: Path) -> None:
+    (step,) = prepared(folder, tmp_path, {"kind": "duplicates"}).plan.match("filter")
+    assert step.stage.fields()["filters"] == ({"kind": "duplicates", "metric": "json-exact", "otherwise": "drop"},)

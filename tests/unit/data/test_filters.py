@@ -195,7 +195,7 @@ def test_near_duplicates_are_found_in_what_was_merged(monkeypatch: pytest.Monkey
     base = [" ".join(rng.choice(WORDS) for _ in range(20)) for _ in range(200)]
     seen = Seen(0.8)
     assert not any(seen.before(text) for text in base)
-    lengths = [len(hashes) for hashes, _ in seen._bands._sorted]
+    lengths = [len(pairs) for pairs in seen._bands._sorted]
     assert len(lengths) > 1 and all(one >= 2 * other for one, other in itertools.pairwise(lengths))
     assert all(seen.before(text) for text in reversed(base))
 

@@ -14,7 +14,8 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.data.verdicts import Verdict, changes, shown_key
 from edgedistill.fingerprint import Key
-from edgedistill.stages.filter import Filter, RoundFilter, ThinkingFilter
+from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter_rounds import RoundFilter
 
 GOLD = "gold"
 
@@ -154,3 +155,16 @@ def test_in_a_round_a_verdict_on_the_same_words_counts_and_nothing_is_estimated(
     facts, read, _ = run(tmp_path, make(found, said, kind=RoundFilter), {"a": ["A", "AA"], "b": ["B"]})
     assert [one["text"] for one in read("kept.jsonl")] == ["AA", "B"]
     assert "review" not in facts and not (tmp_path / "out" / "shown.jsonl").exists()
+
+
+@pytest.mark.parametrize("spec", [{"kind": "perplexity", "max": 2.0}, {"kind": "reward", "keep": 1}])
+def test_what_a_person_wrote_is_graded_by_no_model_and_passes(tmp_path: Path, spec: dict[str, Any]) -> None:
+    found = rows("a", "b")
+    said = verdicts(found, a=("edit", "A", "better"))
+    lines = [{"row": key, "grade": 3.0 if spec["kind"] == "perplexity" else 0.5} for key in ("a-0", "a-1", "b-0")]
+    (tmp_path / "grades.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    after = {"metric": "json-exact", "otherwise": "drop", "grades": Key("b" * 64), **spec}
+    _, read, _ = run(tmp_path, make(found, said, after), {"a": ["A", "AA"], "b": ["B"]})
+    kept = [(one["id"], one["text"], one["source"]) for one in read("kept.jsonl")]
+    assert kept[0] == ("a", "better", "review")
+    assert kept[1:] == ([] if spec["kind"] == "perplexity" else [("b", "B", "teacher")])

@@ -16,7 +16,7 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
-from edgedistill.stages.filter import RoundFilter, ThinkingRoundFilter
+from edgedistill.stages.filter_rounds import RoundFilter, ThinkingRoundFilter
 from edgedistill.stages.generate import GenerateFailed
 
 ANSWERS, BEFORE = Key("a" * 64), Key("b" * 64)
