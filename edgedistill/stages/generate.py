@@ -161,7 +161,7 @@ class Generate(Stage):
         tokens = facts["tokens"] * prompts / few
         told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
         told += f", {round(tokens):,} tokens of answers"
-        price = self.server.budget.output if self.server else 0.0
+        price = self.server.batch_budget.output if self.server else 0.0
         ctx.note(told + (f", {tokens * price / 1e6:.3g} money for them at the price" if price else ""))
 
     def _prove(self, ctx: Context) -> None:

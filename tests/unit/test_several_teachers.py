@@ -234,11 +234,22 @@ def test_data_stats_tell_what_recovery_brought(folder: Path, monkeypatch: pytest
     groups = {one["of"]: (one["prompts"], one["before"], one["after"]) for one in stats["difficulty"]}
     assert groups["late"] == (4, 0, 4)
     assert groups["early"] == (KNOWN, KNOWN, KNOWN)
-    assert stats["entropy"]["nats_per_token"] >= 0
+    entropy = stats["entropy"]
+    assert entropy["nats_per_token"] >= 0 and entropy["estimate"]["n"] == KNOWN + 4  # prompts
+    tags = {one["tag"]: (one["n"], one["tokens"]) for one in entropy["by_tag"]}
+    assert tags["late"][0] == 4 and sum(tokens for _, tokens in tags.values()) == entropy["tokens"]
+    ends = [one["nats_per_token"] for one in (*entropy["lowest"], *reversed(entropy["highest"]))]
+    assert len(ends) == 6 and ends == sorted(ends)
+    assert stats["spent"] == {}  # both teachers are here
     table = CliRunner().invoke(
         app, ["data", "stats", str(folder / "recovery.toml"), "--production", str(folder / "asked.jsonl")]
     )
-    assert table.exit_code == 0 and "after recovery" in table.stdout and "production (n = 12)" in table.stdout
+    assert (
+        table.exit_code == 0
+        and "after recovery" in table.stdout
+        and "production (n = 12, 12 different)" in table.stdout
+    )
+    assert "12 different prompts are too few to tell them apart by" in table.stdout
 
 
 def test_a_second_teacher_may_have_to_prove_itself(folder: Path) -> None:
