@@ -188,7 +188,7 @@ def server_of(recipe: Recipe, teacher: Asked) -> Server | None:
 
 
 def account_of(recipe: Recipe, teacher: Asked) -> str:
-    """Return what a model's spending is put down to: the recipe and the model, one account for all tables of one model on one server.
+    """Return what a model's spending is put down to: the recipe and the model, one account for all tables of a model on one server.
     Where two servers have a model of that name, the later table's is an account of its own, named by its address.
     """
     same = next(one for one in every_asked(recipe) if one.model == teacher.model)

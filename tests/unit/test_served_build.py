@@ -368,15 +368,15 @@ def test_models_of_one_name_on_two_servers_have_accounts_of_their_own(folder: Pa
     def accounts(recipe: Recipe) -> list[str]:
         return [account_of(recipe, one) for one in every_asked(recipe)]
 
-    same, another = ('server = "http://127.0.0.1:%d/v1"\n' % port for port in (1, 2))
+    same, another = (f'server = "http://127.0.0.1:{port}/v1"\n' for port in (1, 2))
     priced = "price = { input = 1.0, output = 2.0 }\n"
     first = f"{read(same).name}: openai:teacher"
     assert accounts(read(same)) == [first] * 2  # as before
     assert accounts(read(another + priced)) == [first, f"{first} at http://127.0.0.1:2/v1"]
     assert accounts(read(another, another)) == [first, *[f"{first} at http://127.0.0.1:2/v1"] * 2]
     for second, judge, key in (
-        (same + priced, "", "teachers.0.price"),
-        (same + "budget = { tokens = 5 }\n", "", "teachers.0.budget"),
+        (same + priced, "", "teachers[0].price"),
+        (same + "budget = { tokens = 5 }\n", "", "teachers[0].budget"),
         (another + priced, another, "judge.price"),
         (another, same + "budget = { tokens = 5 }\n", "judge.budget"),
     ):
