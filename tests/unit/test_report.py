@@ -166,7 +166,9 @@ def test_what_the_filters_left_of_which_prompts_is_told(session: Session, tmp_pa
     found["yields"] = [{"filter": "ended", "in": 1600, "out": 1000, "tokens_a_row": 7.0, "money_a_row": 0.0035}]
     recovered = dataclasses.replace(data, data=found)
     html = report_html.page(recovered)
-    assert "hard: 0.20 [0.11, 0.33]" in html and "hard: 0.90 [0.79, 0.96]" in html  # Wilson's, of 10 and 45 of 50
+    assert (
+        "hard (n = 50): 0.20 [0.11, 0.33]" in html and "hard (n = 50): 0.90 [0.79, 0.96]" in html
+    )  # Wilson's, of 10 and 45 of 50
     assert "before recovery (diamond) and after it" in html
     sheets = {sheet.title: sheet for sheet in all_sheets(recovered)}
     assert sheets["filters"].columns[-2:] == ("tokens a row left", "money a row left")
