@@ -323,7 +323,7 @@ def spans(rows: Sequence[Span], *, title: str, x_label: str) -> str:
     if not rows:
         return ""
     step, gap = 13, 8
-    wide = min(230.0, max(text_width(row.label) for row in rows) + gap)
+    wide = min(230.0, max(1.12 * text_width(row.label) for row in rows) + gap)  # wide fonts, too
     height = sum(step * len(row.values) + gap for row in rows) + BOTTOM
     x = _Axis(0.0, 1.0, wide, WIDTH - RIGHT)
     bottom = height - BOTTOM
