@@ -275,7 +275,11 @@ def _production_sheet(stats: Mapping[str, Any]) -> Sheet:
         [f"tag {tag['tag']}", interval(tag["traffic"], 2), interval(tag["prompts"], 2)] for tag in one["tags"][:LISTED]
     ]
     notes = [f"production (n = {one['n']}, {one['different']} different): […] 95 % intervals"]
-    if "why" in one:
+    if one["apart"]:
+        notes.append(
+            f"told apart by a classifier that learnt on one half, on n = {one['apart']['n']} texts of the other"
+        )
+    else:
         notes.append(one["why"])
     if not one["tags"]:
         notes.append("its rows have no tags to compare")

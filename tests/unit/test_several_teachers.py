@@ -281,6 +281,8 @@ def test_a_pilot_tells_of_the_whole_and_pays_nothing_twice(folder: Path) -> None
     assert outcome.ran.index("filter/pilot") < outcome.ran.index("generate")
     assert [line["id"] for line in lines(entry(session, "generate/pilot") / "rows.jsonl")] == list(WORDS[::2])
     told = next(note for note in Told.notes if "pilot" in note)
+    seconds = json.loads((entry(session, "generate/pilot") / "entry.json").read_text())["seconds"]
+    assert f"about {2 * seconds / 60:.1f} min" in told  # of half of the prompts
     assert (
         "4 of 6 prompts have an answer that passes; of all 12 about 8" in told
     )  # every other one of 12, of which 8 are known
