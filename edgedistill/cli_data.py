@@ -158,7 +158,10 @@ def _prompt(line: dict[str, Any]) -> dict[str, Any]:
 def stats(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml, or the folder that holds it")] = Path(),
     production: Annotated[
-        Path | None, typer.Option(help="a sample of real traffic, as rows: how far the prompts are from it")
+        Path | None,
+        typer.Option(
+            help="a sample of real traffic, as rows (520 different ones are enough): how far the prompts are from it"
+        ),
     ] = None,
     step: Annotated[str, typer.Option(help="which step of filter: filter, filter/round-1")] = "filter",
     set_: Annotated[list[str] | None, typer.Option("--set", help="override a recipe key (repeatable)")] = None,

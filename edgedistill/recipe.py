@@ -21,7 +21,7 @@ from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
-from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_backend, refuse_several
+from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts, refuse_backend, refuse_several
 from edgedistill.target import Size
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -314,6 +314,7 @@ class Recipe(Section):
     def _taught(self) -> Recipe:
         refuse_backend(self)
         refuse_several(self)
+        refuse_accounts(self)
         return self
 
     @model_validator(mode="after")

@@ -105,7 +105,8 @@ class Augment(Section):
 
 class Prompts(Tabled):
     """The prompts that the teacher answers: JSONL, JSON, CSV, TSV or Parquet with id, messages | prompt, reference, tags, split; or
-    with columns of one's own, and a ``template``. ``rows`` are before augmenting.
+    with columns of one's own, and a ``template``. "hf:OWNER/NAME/data/train.parquet" is a file of a data set of the hub, pinned in
+    ``NAME.lock``. ``rows`` are before augmenting.
     """
 
     files: Annotated[tuple[Path, ...], Field(min_length=1)]

@@ -182,7 +182,8 @@ class Teacher(Asked):
 
 class Judge(Asked):
     """Who judges answers for ``[[filter]] kind = "judge"``; without this table the teacher does. A server, weights or a GGUF file,
-    as a teacher is; ``budget`` and ``price`` are its own, but where it has the teacher's name both are put down to one account.
+    as a teacher is; ``budget`` and ``price`` are its own, but where it is the teacher's model on the teacher's server both are put
+    down to one account, and say the same of it.
     """
 
 
@@ -204,6 +205,11 @@ class Another(Teacher):
         if self.name in WRITERS or self.name in ("analyses", "pilot") or self.name.startswith("round-"):
             raise key_error("name", f"{self.name!r} is what other rows or steps are called: take another name")
         return self
+
+
+def every_asked(recipe: Recipe) -> list[Asked]:
+    """Return the tables of all models that are asked: the teachers, the first one first, and the judge."""
+    return [recipe.teacher, *recipe.teachers, *([recipe.judge] if recipe.judge is not None else [])]
 
 
 def refuse_several(recipe: Recipe) -> None:
@@ -233,6 +239,25 @@ def refuse_several(recipe: Recipe) -> None:
         raise key_error(
             "teachers", "a teacher is told of its own mistakes: set filter.analysis to false, or leave [[teachers]] out"
         )
+
+
+def refuse_accounts(recipe: Recipe) -> None:
+    """Refuse two tables of one model on one server, whose spending is one account, where they do not agree on price and budget: a
+    bound that one of them keeps would be spent by the other.
+    """
+    tables = every_asked(recipe)
+    keys = ["teacher", *(f"teachers.{at}" for at in range(len(recipe.teachers))), "judge"]
+    for at, one in enumerate(tables):
+        for name, other in zip(keys, tables[:at], strict=False):
+            if other.model != one.model or set(other.servers) != set(one.servers):
+                continue
+            for key in ("price", "budget"):
+                if getattr(one, key) != getattr(other, key):
+                    raise key_error(
+                        f"{keys[at]}.{key}",
+                        f"{one.model} on this server is [{name}], too, and both are put down to one account: give both the same "
+                        f"{key}",
+                    )
 
 
 def refuse_backend(recipe: Recipe) -> None:

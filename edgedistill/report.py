@@ -213,6 +213,8 @@ class ReportData:
     temper: dict[str, Any] = field(
         default_factory=dict
     )  # the fitted temperature, before and after (training/temperature.py)
+    data: dict[str, Any] = field(default_factory=dict)
+    """What was asked, what the filters left of it, whose prompts that is, what it cost (``data_stats.step_figures``)."""
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from html import escape
 from edgedistill import __version__
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_cells import machine_notes
-from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
+from edgedistill.report_data import difficulty_sheet, filters_sheet, share, spent_notes
+from edgedistill.report_plots import Line, Point, Span, bars, curves, marker, scatter, spans
 from edgedistill.report_sheets import (
     calibration_sheet,
     comparisons_sheet,
@@ -158,6 +159,7 @@ def page(data: ReportData) -> str:
         *_section("Rounds", [_table(rounds_sheet(data))] if data.rounds else []),
         *_section("By function", _functions(data)),
         *_section("More on the answers", _details(data)),
+        *_section("What there was to learn from", _data(data)),
         *_section("Training", _training(data)),
         *_section("Quantization", [_table(types_sheet(data))] if data.fallbacks else []),
         *_section("Speed and memory", [_table(speeds_sheet(data))] if any(m.speed for m in data.models) else []),
@@ -367,6 +369,38 @@ def _functions(data: ReportData) -> list[Html]:
     for suite in data.suites:
         if any(model.suites[suite].functions for model in data.models if suite in model.suites):
             parts += [h("h3", suite), _heat(data, suite)]
+    return parts
+
+
+def _data(data: ReportData) -> list[Html]:
+    """Show what the filters left at what price, and of which prompts: a set without the hard ones is biased."""
+    found = data.data
+    if not found:
+        return []
+    parts: list[Html] = []
+    sheet = filters_sheet(found, list(spent_notes(found)))
+    if sheet.rows or sheet.notes:
+        parts.append(_table(sheet))
+    groups = found["difficulty"]
+    recovered = any(one["before"] != one["after"] for one in groups)
+    rows = [
+        Span(
+            label=f"{one['of']} (n = {one['prompts']})",
+            values=[
+                (kind, *(share(one, name)[key] for key in ("value", "low", "high")))
+                for name, kind in (("before", "baseline"), ("after", "student"))[: 2 if recovered else 1]
+            ],
+        )
+        for one in groups
+    ]
+    svg = spans(rows, title="share of prompts with a kept answer", x_label="share of the prompts")
+    caption = "prompts with a kept answer" + (": before recovery (diamond) and after it (square)" if recovered else "")
+    note = (
+        "By tag and by length of the prompt, with Wilson's 95 % intervals; answers of teachers, not references. Where the groups "
+        "differ, the hard prompts are missing from what is taught."
+    )
+    if rows:
+        parts += [_figure(caption, svg), _table(replace(difficulty_sheet(found), notes=[])), h("p", note, cls="note")]
     return parts
 
 

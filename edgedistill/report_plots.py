@@ -40,6 +40,14 @@ class Line:
     points: Sequence[tuple[float, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One line of shares: for each (kind, value, low, high), the kind choosing shape and colour."""
+
+    label: str
+    values: Sequence[tuple[str, float, float, float]]
+
+
 @dataclass(frozen=True)
 class _Axis:
     """A scale from values to pixels."""
@@ -308,3 +316,36 @@ def bars(rows: Sequence[tuple[str, float, str]], *, title: str) -> str:
         body.append(f'<rect class="span" x="{wide:g}" y="{top + 3}" width="{length:.1f}" height="{line - 6}" rx="2"/>')
         body.append(f'<text class="tick" x="{wide + length + 5:.1f}" y="{top + 13}">{escape(text)}</text>')
     return _svg(body, title, height=len(rows) * line + 2)
+
+
+def spans(rows: Sequence[Span], *, title: str, x_label: str) -> str:
+    """Draw shares from 0 to 1 with their intervals, a line each; several of one label one under the other."""
+    if not rows:
+        return ""
+    step, gap = 13, 8
+    wide = min(230.0, max(1.12 * text_width(row.label) for row in rows) + gap)  # wide fonts, too
+    height = sum(step * len(row.values) + gap for row in rows) + BOTTOM
+    x = _Axis(0.0, 1.0, wide, WIDTH - RIGHT)
+    bottom = height - BOTTOM
+    body = []
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        at = x(tick)
+        body.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{bottom:g}"/>')
+        body.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 15:g}" text-anchor="middle">{_number(tick)}</text>')
+    middle = (x.start + x.end) / 2
+    body.append(f'<text class="axis" x="{middle:g}" y="{bottom + 32:g}" text-anchor="middle">{escape(x_label)}</text>')
+    top = gap / 2
+    for row in rows:
+        half = step * len(row.values) / 2
+        body.append(
+            f'<text class="label" x="{wide - gap:g}" y="{top + half + 4:g}" text-anchor="end">{escape(row.label)}</text>'
+        )
+        for at, (kind, value, low, high) in enumerate(row.values):
+            y = top + step * (at + 0.5)
+            told = escape(f"{row.label}: {value:.2f} [{low:.2f}, {high:.2f}]")
+            body.append(
+                f'<g><title>{told}</title><line class="bar {escape(kind)}" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y:g}" '
+                f'y2="{y:g}"/>{marker(kind, x(value), y)}</g>'
+            )
+        top += 2 * half + gap
+    return _svg(body, title, height=height)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.compare import flat, step_of
 from edgedistill.data.verdicts import remaining, shown_in
+from edgedistill.data_stats import step_figures
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_reviews, student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
@@ -127,6 +128,7 @@ def read(session: Session) -> ReportData:
         warnings=list(session.plan.warnings),
         drafts=_drafts(reader),
         temper=dict(reader.facts("temper").get("temper", {})),
+        data=step_figures(session, "filter", filtered) if (filtered := reader.entry("filter")) else {},
     )
 
 

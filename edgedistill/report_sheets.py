@@ -10,6 +10,7 @@ from typing import Any
 
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_cells import count, filled, machine_notes, signed, text
+from edgedistill.report_data import difficulty_sheet, filters_sheet, spent_notes
 from edgedistill.report_work import drafts_sheet, speeds_sheet, times_sheet, training_sheet, types_sheet
 from edgedistill.tables import Sheet
 from edgedistill.target import format_size
@@ -117,6 +118,7 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
     sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
     sheets += [calibration_sheet(data), temper_sheet(data)]
+    sheets += [filters_sheet(data.data, list(spent_notes(data.data))), difficulty_sheet(data.data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [
         speeds_sheet(data),

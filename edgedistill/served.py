@@ -16,7 +16,7 @@ from edgedistill.errors import UsageError
 from edgedistill.fingerprint import canonical_json, digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
-from edgedistill.recipe_teacher import SERVED, Asked
+from edgedistill.recipe_teacher import SERVED, Asked, every_asked
 from edgedistill.spending import Budget, Ledger
 from edgedistill.store import write_atomic
 
@@ -177,7 +177,7 @@ def server_of(recipe: Recipe, teacher: Asked) -> Server | None:
         retries=teacher.retries,
         batch=teacher.batch and Batching(**teacher.batch.model_dump(), share=price.batch if price else 1.0),
         rate=Rate(requests=teacher.rate.requests, tokens=teacher.rate.tokens),
-        account=f"{recipe.name}: {teacher.model}",
+        account=account_of(recipe, teacher),
         budget=Budget(
             tokens=teacher.budget.tokens,
             money=teacher.budget.money,
@@ -185,6 +185,15 @@ def server_of(recipe: Recipe, teacher: Asked) -> Server | None:
             output=price.output if price else 0.0,
         ),
     )
+
+
+def account_of(recipe: Recipe, teacher: Asked) -> str:
+    """Return what a model's spending is put down to: the recipe and the model, one account for all tables of a model on one server.
+    Where two servers have a model of that name, the later table's is an account of its own, named by its address.
+    """
+    same = next(one for one in every_asked(recipe) if one.model == teacher.model)
+    name = f"{recipe.name}: {teacher.model}"
+    return name if set(same.servers) == set(teacher.servers) else f"{name} at {', '.join(sorted(teacher.servers))}"
 
 
 def scored_tokens(recipe: Recipe, teacher: Asked) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
-from edgedistill.models import Resolved, Task, read_lock, resolve, write_lock
+from edgedistill.models import HubFile, Resolved, Task, fetch_rows, read_lock, resolve, write_lock
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.recipe_base import Tabled
 from edgedistill.recipe_teacher import Teacher
 from edgedistill.runner import Verdict, assess
 from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
@@ -79,6 +82,7 @@ def prepare(
         ship_anyway=ship_anyway,
         graders=_graders(recipe, path, store, note),
         judge=_judge(recipe, path, student, store, note),
+        fetched=_hub_files(recipe, path, store, note),
     )
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
@@ -141,6 +145,35 @@ def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callabl
     if not local:
         write_lock(lock, [model])
     return model
+
+
+def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> dict[str, Path]:
+    """Bring the files of rows that are of data sets of the hub here, each once, and pin them. Raises RecipeError."""
+    lock, found = path.with_name(f"{recipe.name}.lock"), dict[str, HubFile]()
+    for key, source in recipe_files(recipe):
+        if not source.startswith("hf:") or source in found:
+            continue
+        try:
+            found[source] = fetch_rows(source, store.root, pin=read_lock(lock, "data").get(source), note=note)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, file=path, key=key) from None
+    if found:
+        write_lock(lock, list(found.values()), "data")
+    return {source: one.path for source, one in found.items()}
+
+
+def recipe_files(section: BaseModel, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (key, file) for each file of rows that a recipe names, in whatever table."""
+    for name in type(section).model_fields:
+        value, place = getattr(section, name), f"{key}.{name}".lstrip(".")
+        if name == "files" and isinstance(section, Tabled):
+            yield from ((place, str(file)) for file in value)
+        elif isinstance(value, BaseModel):
+            yield from recipe_files(value, place)
+        elif isinstance(value, dict):
+            for part, one in value.items():
+                if isinstance(one, BaseModel):
+                    yield from recipe_files(one, f"{place}.{part}")
 
 
 def _graders(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> dict[str, Resolved]:

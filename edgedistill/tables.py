@@ -191,17 +191,26 @@ def served_tokens(
     if server is None:
         return {}
     todo = [
-        step.work
+        (step.stage, step.work)
         for step, verdict, _ in rows
         if verdict.status != "cached"
         and (own := getattr(step.stage, "server", None)) is not None
         and own.account == server.account
     ]
-    written, scored = (sum(work.amount for work in todo if work.kind == kind) for kind in ("served", "served-scores"))
+    waited = 0.0
+    if server.batch is not None:  # for what proves the teacher, and for distributions, it is asked at once
+        from edgedistill.stages.generate import Generate
+
+        waited = sum(work.amount for stage, work in todo if work.kind == "served" and isinstance(stage, Generate))
+    written, scored = (
+        sum(work.amount for _, work in todo if work.kind == kind) for kind in ("served", "served-scores")
+    )
     budget = server.budget
     with closing(server.ledger(RowStore(session.store.root).path)) as ledger:
         spent = ledger.spent()
-    money = budget.cost(Use(int(scored + written / 2), int(written / 2)))  # half of them are answers, say
+    at_once = written - waited
+    money = budget.cost(Use(int(scored + at_once / 2), int(at_once / 2)))  # half of them are answers, say
+    money += server.batch_budget.cost(Use(int(waited / 2), int(waited / 2)))
     bounds = [
         f"{have:{form}} of {most:{form}} {unit}".rstrip()
         for have, most, form, unit in (
@@ -212,6 +221,7 @@ def served_tokens(
     ]
     note = f"{server.model}: about {round(written + scored, -2):,.0f} tokens to ask"
     note += f", {money:.2g} at its price" if budget.input or budget.output else ""
+    note += " (in batches)" if waited else ""
     note += f"; spent so far: {' and '.join(bounds) or f'{spent.tokens:,} tokens'}"
     return {
         "tokens": int(written + scored),
@@ -222,9 +232,18 @@ def served_tokens(
 
 
 def _other_tokens(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, dict[str, Any]]:
-    """Return what the served ones of the teachers beside the first one would be asked, by their names."""
-    pairs = zip(session.recipe.teachers, session.inputs.others, strict=True)
-    return {spec.name: asked for spec, model in pairs if (asked := served_tokens(session, rows, model.server))}
+    """Return what the served ones of the teachers beside the first one, and the judge, would be asked, by their names; those that
+    share an account with one before are counted there.
+    """
+    names, models = [spec.name for spec in session.recipe.teachers], list(session.inputs.others)
+    if session.inputs.judge is not None:
+        names, models = [*names, "judge"], [*models, session.inputs.judge]
+    told, found = {session.inputs.server.account} if session.inputs.server else set[str](), {}
+    for name, server in zip(names, (model.server for model in models), strict=True):
+        if server is not None and server.account not in told:
+            found[name] = served_tokens(session, rows, server)
+            told.add(server.account)
+    return found
 
 
 def plan_json(session: Session, rows: Sequence[tuple[Step, Verdict, float]]) -> dict[str, Any]:

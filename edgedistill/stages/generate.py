@@ -149,7 +149,9 @@ class Generate(Stage):
         return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
 
     def _tell(self, ctx: Context, prompts: int) -> None:
-        """Say what the pilot tells of all prompts: rows that will be kept, tokens, and money where tokens have a price."""
+        """Say what the pilot tells of all prompts: rows that will be kept, tokens, the time (loading a model counts in
+        it, so it is rather too long), and money where tokens have a price.
+        """
         from edgedistill.data.stats import answered
 
         assert self.pilot is not None
@@ -161,7 +163,9 @@ class Generate(Stage):
         tokens = facts["tokens"] * prompts / few
         told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
         told += f", {round(tokens):,} tokens of answers"
-        price = self.server.budget.output if self.server else 0.0
+        if facts["asked"]:  # of what the row store had, no time is known
+            told += f", about {ctx.entries[answers].seconds / facts['asked'] * prompts * self.samples / 60:.1f} min"
+        price = self.server.batch_budget.output if self.server else 0.0
         ctx.note(told + (f", {tokens * price / 1e6:.3g} money for them at the price" if price else ""))
 
     def _prove(self, ctx: Context) -> None:

@@ -362,6 +362,10 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
         counts = {"asked": 480, "prompts": 120, "good": 90, "kept": 120, "gold": 30, "replayed": 400}
         return {"yields": [], **counts, "student": 90}
     if stage == "filter":
+        user = {"role": "user", "content": "?"}
+        taught = [row for row in session.inputs.prompts if FUNCTIONS[1] not in row.tags]  # its prompts were all failed
+        lines = [{"id": row.id, "source": "teacher", "text": "!", "messages": [user]} for row in taught]
+        (out / "kept.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {
             "yields": [{"filter": "ended", "in": 1600, "out": 1590}, {"filter": "reference", "in": 1590, "out": 1540}],
             "kept": 1600,

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from edgedistill import report_html
+from edgedistill.data.stats import THIRDS
 from edgedistill.report import collect, gate_lines, write_html
 from edgedistill.report_findings import diagnose
-from edgedistill.report_sheets import forgetting_sheet
+from edgedistill.report_sheets import all_sheets, forgetting_sheet
 from edgedistill.report_work import drafts_sheet, types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
@@ -139,6 +140,40 @@ def test_training_yields_fallbacks_and_times_are_read(session: Session) -> None:
     assert data.hops["convert/student"]["max_diff"] == 0.0312
     assert len(data.times) == len(session.plan.steps) and all(line["seconds"] for line in data.times)
     assert data.sources[0]["quantized_from"] == "Q4_1" and data.versions["torch"] == "2.13.0"
+
+
+def test_what_the_filters_left_of_which_prompts_is_told(session: Session, tmp_path: Path) -> None:
+    data = collect(session)
+    prompts = session.inputs.prompts
+    failed = sum("set_timer" in row.tags for row in prompts)
+    groups = {one["of"]: (one["prompts"], one["before"], one["after"]) for one in data.data["difficulty"]}
+    assert groups["set_timer"] == (failed, 0, 0) and failed > 10
+    assert sum(groups[third][1] for third in THIRDS) == len(prompts) - failed == data.data["kept"]
+    assert data.data["yields"] == [
+        {"filter": "ended", "in": 1600, "out": 1590},
+        {"filter": "reference", "in": 1590, "out": 1540},
+    ]  # no price: the teacher is here
+    html, page = read_page(session, tmp_path)
+    assert f"set_timer (n = {failed})" in "".join(page.text) and "before recovery" not in html
+    found = {**data.data, "difficulty": [{"of": "hard", "prompts": 50, "before": 10, "after": 45}]}
+    spent = {
+        "accounts": {"a": {"requests": 9, "tokens": 7000, "money": 3.5}},
+        "requests": 9,
+        "tokens": 7000,
+        "money": 3.5,
+    }
+    found["spent"] = {**spent, "a_kept_row": {"tokens_a_row": 7.0, "money_a_row": 0.0035}}
+    found["yields"] = [{"filter": "ended", "in": 1600, "out": 1000, "tokens_a_row": 7.0, "money_a_row": 0.0035}]
+    recovered = dataclasses.replace(data, data=found)
+    html = report_html.page(recovered)
+    assert (
+        "hard (n = 50): 0.20 [0.11, 0.33]" in html and "hard (n = 50): 0.90 [0.79, 0.96]" in html
+    )  # Wilson's, of 10 and 45 of 50
+    assert "before recovery (diamond) and after it" in html
+    sheets = {sheet.title: sheet for sheet in all_sheets(recovered)}
+    assert sheets["filters"].columns[-2:] == ("tokens a row left", "money a row left")
+    assert sheets["filters"].rows == [["ended", "1600", "1000", "62%", "7", "0.0035"]]
+    assert sheets["filters"].notes[-1] == "a kept row: 7.0 tokens, 0.0035 money"
 
 
 def test_what_is_compared_of_the_hidden_states_is_drawn_beside_the_loss(session: Session) -> None:

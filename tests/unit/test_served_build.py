@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgedistill.data_stats import collect_stats, stats_sheets
 from edgedistill.devices.protocol import Settings
 from edgedistill.errors import EdgeDistillError, RecipeError, StepFailed, UsageError
+from edgedistill.recipe import Recipe, load_recipe
+from edgedistill.recipe_teacher import every_asked
 from edgedistill.report import collect
 from edgedistill.report_html import page
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
-from edgedistill.served import Server
+from edgedistill.served import Server, account_of
 from edgedistill.session import Session, prepare, rows_of
 from edgedistill.store import Store
 from edgedistill.tables import plan_json, plan_table
@@ -315,11 +318,71 @@ def test_the_plan_says_what_will_be_asked_what_it_costs_and_what_is_spent(folder
         assert after["tokens"] < before["tokens"]
         assert after["spent"]["requests"] == server.requests.total() - 2  # what `plan` asked by itself
         assert 0 < after["spent"]["tokens"] < 100_000
+    stats = collect_stats(session)
+    (account,) = stats["spent"]["accounts"].values()
+    assert account == after["spent"] and stats["spent"]["money"] == account["money"]
+    kept = stats["kept"]
+    assert stats["yields"][-1]["money_a_row"] == pytest.approx(account["money"] / stats["yields"][-1]["out"], abs=1e-8)
+    assert stats["spent"]["a_kept_row"]["tokens_a_row"] == pytest.approx(account["tokens"] / kept, abs=0.06)
+    entropy = stats["entropy"]  # by the best tokens
+    assert 0 <= entropy["nats_per_token"] <= entropy["at_most"] and entropy["estimate"]["n"] == len(WORDS)
+    sheets = {sheet.title: sheet for sheet in stats_sheets(stats)}
+    assert sheets["filters"].columns[-1] == "money a row left"
+    assert any(note.startswith("by the best tokens alone") for note in sheets["the teacher's entropy"].notes)
+    assert collect(session).data["spent"] == stats["spent"]
     with ModelServer(folder / "teacher", dtype="float32") as server:
         session = prepared(folder, server.url, tmp_path / "other", **{"teacher.budget": {"tokens": 600}})
         outcome = Runner(session.plan.only(session.plan.match("generate")), session.store).build()
         (error,) = outcome.failed.values()
         assert "of 600 tokens are spent" in str(error) and "teacher.budget" in error.hint
+
+
+def test_the_plan_counts_what_goes_in_batches_at_their_price(folder: Path, tmp_path: Path) -> None:
+    """Prompts wait for a batch; the suite that proves the teacher, and its distributions, do not."""
+    price = {"input": 1.0, "output": 1.0, "batch": 0.25}
+
+    def planned(**more: Any) -> dict[str, Any]:
+        session = prepared(folder, server.url, tmp_path / "store", **{"teacher.price": price, **more})
+        works = {step.id: step.work.amount for step in session.plan.steps}
+        return plan_json(session, rows_of(session))["teacher"] | {"waits": works["generate"]}
+
+    with ModelServer(folder / "teacher", dtype="float32") as server:
+        at_once, batched = planned(), planned(**{"teacher.batch": {}})
+    assert at_once["money"] == pytest.approx(at_once["tokens"] / 1e6, rel=0.01)
+    assert at_once["money"] - batched["money"] == pytest.approx(0.75 * batched["waits"] / 1e6, rel=0.05)
+    assert batched["waits"] < 0.9 * batched["tokens"]
+    assert "(in batches)" in batched["note"] and "(in batches)" not in at_once["note"]
+
+
+def test_models_of_one_name_on_two_servers_have_accounts_of_their_own(folder: Path) -> None:
+    def read(second: str, judge: str = "") -> Recipe:
+        one = RECIPE.replace("URL", "http://127.0.0.1:1/v1")
+        other = '[[teachers]]\nname = "second"\nrole = "recovery"\nbackend = "openai"\nmodel = "openai:teacher"\n'
+        judge = (
+            judge
+            and f'[judge]\nbackend = "openai"\nmodel = "openai:teacher"\n{judge}[[filter]]\nkind = "judge"\nrubric = "?"\n'
+        )
+        (folder / "accounts.toml").write_text(one + other + second + judge)
+        return load_recipe(folder / "accounts.toml")
+
+    def accounts(recipe: Recipe) -> list[str]:
+        return [account_of(recipe, one) for one in every_asked(recipe)]
+
+    same, another = (f'server = "http://127.0.0.1:{port}/v1"\n' for port in (1, 2))
+    priced = "price = { input = 1.0, output = 2.0 }\n"
+    first = f"{read(same).name}: openai:teacher"
+    assert accounts(read(same)) == [first] * 2  # as before
+    assert accounts(read(another + priced)) == [first, f"{first} at http://127.0.0.1:2/v1"]
+    assert accounts(read(another, another)) == [first, *[f"{first} at http://127.0.0.1:2/v1"] * 2]
+    for second, judge, key in (
+        (same + priced, "", "teachers[0].price"),
+        (same + "budget = { tokens = 5 }\n", "", "teachers[0].budget"),
+        (another + priced, another, "judge.price"),
+        (another, same + "budget = { tokens = 5 }\n", "judge.budget"),
+    ):
+        with pytest.raises(RecipeError, match="one account") as caught:
+            read(second, judge)
+        assert caught.value.key == key
 
 
 def test_a_server_that_is_none_of_openais_kind(folder: Path, tmp_path: Path) -> None:

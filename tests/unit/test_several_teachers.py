@@ -234,11 +234,22 @@ def test_data_stats_tell_what_recovery_brought(folder: Path, monkeypatch: pytest
     groups = {one["of"]: (one["prompts"], one["before"], one["after"]) for one in stats["difficulty"]}
     assert groups["late"] == (4, 0, 4)
     assert groups["early"] == (KNOWN, KNOWN, KNOWN)
-    assert stats["entropy"]["nats_per_token"] >= 0
+    entropy = stats["entropy"]
+    assert entropy["nats_per_token"] >= 0 and entropy["estimate"]["n"] == KNOWN + 4  # prompts
+    tags = {one["tag"]: (one["n"], one["tokens"]) for one in entropy["by_tag"]}
+    assert tags["late"][0] == 4 and sum(tokens for _, tokens in tags.values()) == entropy["tokens"]
+    ends = [one["nats_per_token"] for one in (*entropy["lowest"], *reversed(entropy["highest"]))]
+    assert len(ends) == 6 and ends == sorted(ends)
+    assert stats["spent"] == {}  # both teachers are here
     table = CliRunner().invoke(
         app, ["data", "stats", str(folder / "recovery.toml"), "--production", str(folder / "asked.jsonl")]
     )
-    assert table.exit_code == 0 and "after recovery" in table.stdout and "production (n = 12)" in table.stdout
+    assert (
+        table.exit_code == 0
+        and "after recovery" in table.stdout
+        and "production (n = 12, 12 different)" in table.stdout
+    )
+    assert "12 different prompts are too few to tell them apart by" in table.stdout
 
 
 def test_a_second_teacher_may_have_to_prove_itself(folder: Path) -> None:
@@ -270,6 +281,8 @@ def test_a_pilot_tells_of_the_whole_and_pays_nothing_twice(folder: Path) -> None
     assert outcome.ran.index("filter/pilot") < outcome.ran.index("generate")
     assert [line["id"] for line in lines(entry(session, "generate/pilot") / "rows.jsonl")] == list(WORDS[::2])
     told = next(note for note in Told.notes if "pilot" in note)
+    seconds = json.loads((entry(session, "generate/pilot") / "entry.json").read_text())["seconds"]
+    assert f"about {2 * seconds / 60:.1f} min" in told  # of half of the prompts
     assert (
         "4 of 6 prompts have an answer that passes; of all 12 about 8" in told
     )  # every other one of 12, of which 8 are known

@@ -158,6 +158,3 @@ def test_a_file_that_does_not_follow_a_key_is_refused_under_it(recipe: Path) -> 
         inputs(recipe, prompts__split="train")
     with pytest.raises(RecipeError, match=r"suites.holdout.template: .*holdout.jsonl:1: template takes the column"):
         inputs(recipe, suites__holdout__template="{nothing}")
-    with pytest.raises(RecipeError, match="data sets of the hub are not fetched") as caught:
-        inputs(recipe, prompts__files=["hf:someone/something"], prompts__rows=None)
-    assert "someone/something" in caught.value.hint
