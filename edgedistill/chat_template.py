@@ -67,7 +67,8 @@ def named_template(name: str, model: Resolved, teacher: Resolved, *, key: str, r
         chat = replace(own_chat(model), source=name, template=text, for_tools=text)
         return Template(name=name, text=text, end=_end_of_turn(chat, model))
     except UsageError as error:
-        raise RecipeError(error.message, error.hint, key=key, file=recipe) from None
+        message = error.message if name in error.message else f"{name}: {error.message}"
+        raise RecipeError(message, error.hint, key=key, file=recipe) from None
 
 
 def _text(name: str, model: Resolved, teacher: Resolved, folder: Path) -> str:

@@ -196,7 +196,7 @@ def test_a_template_that_cannot_be_learnt_from_is_refused_with_its_name(
         assert session(folder, **overrides).plan.packages
         return
     error = refused(folder, "student.chat_template", **overrides)
-    assert message in error.message and hint in error.hint
+    assert message in error.message and hint in error.hint and "own.jinja: " in error.message
 
 
 def test_a_template_that_is_not_there_or_not_of_these_tokens_is_refused(folder: Path) -> None:
@@ -332,3 +332,20 @@ def test_a_base_model_learns_to_answer_and_to_end(tmp_path: Path) -> None:
     with GgufRunner(entry.path / "model.gguf") as runner:
         answers = runner.answer(load_rows(tmp_path / "rows.jsonl"), max_new_tokens=12)
     assert [(one.text, one.finish) for one in answers] == [(row["reference"], "stop") for row in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+@pytest.mark.parametrize(("name", "end"), [("chatml", "<|im_end|>"), ("plain", "<|endoftext|>")])
+def test_onnx_prints_what_is_built_in_as_transformers_does(name: str, end: str, tmp_path: Path) -> None:
+    from edgedistill.formats.onnx.build import build
+    from edgedistill.formats.onnx.check import compare
+
+    shape: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16}
+    folder, out = bare(tmp_path / "model", weights=True, pre="gpt-2", **shape), tmp_path / "onnx"
+    write_template(folder, CHATML if name == "chatml" else plain_template(end, "<|im_start|>"), end)
+    build(folder, out, "fp32")
+    assert compare(folder, out, [CONVERSATION, CONVERSATION[:2]]).greedy_equal == 2
+    number = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    ends = json.loads((out / "genai_config.json").read_text())["model"]["eos_token_id"]
+    assert number in (ends if isinstance(ends, list) else [ends])
