@@ -76,12 +76,15 @@ def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
 
 
 def _modelfile(gguf: Path, manifest: Manifest) -> str:
-    """Write an Ollama Modelfile: ChatML in Ollama's template language, greedy decoding, the context that was
-    promised.
+    """Write an Ollama Modelfile: ChatML or our plain template in Ollama's template language, greedy decoding, the context that
+    was promised.
     """
+    from edgedistill.chat_template import plain_template
     from edgedistill.formats.gguf.read import read_info
 
-    template = read_info(gguf).chat_template or ""
+    info = read_info(gguf)
+    template = info.chat_template or ""
+    bos, eos = info.special_token("bos"), info.special_token("eos")
     lines = ["FROM ./model.gguf"]
     if "<|im_start|>" in template:
         lines += [
@@ -90,6 +93,23 @@ def _modelfile(gguf: Path, manifest: Manifest) -> str:
             "{{ end }}<|im_start|>assistant",
             '"""',
             "PARAMETER stop <|im_end|>",
+        ]
+    elif template and template in (plain_template(eos), plain_template(eos, bos)):
+        lines += [
+            'TEMPLATE """{{- range .Messages }}{{ if eq .Role "system" }}{{ .Content }}',
+            "",
+            '{{ else if eq .Role "user" }}### User:',
+            "{{ .Content }}",
+            "",
+            '{{ else if eq .Role "tool" }}### Tool:',
+            "{{ .Content }}",
+            "",
+            "{{ else }}### Assistant:",
+            f"{{{{ .Content }}}}{eos}",
+            "",
+            "{{ end }}{{ end }}### Assistant:",
+            '"""',
+            f"PARAMETER stop {json.dumps(eos, ensure_ascii=False)}",
         ]
     lines += [f"PARAMETER num_ctx {manifest.generation['context']}", "PARAMETER temperature 0"]
     system = [message["content"] for message in manifest.example if message["role"] == "system"]

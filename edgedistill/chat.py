@@ -57,26 +57,32 @@ class Chat:
         return ""
 
 
-def read_chat(model: Resolved) -> Chat:
-    """Read a model's chat template, from a folder or a GGUF. Raises UsageError where it has none."""
+def own_chat(model: Resolved) -> Chat:
+    """Read the chat template that a model comes with, from a folder or a GGUF; where it has none, that is ""."""
     found = _of_gguf(model.path) if model.path.is_file() else _of_folder(model.path)
+    return replace(found, source=model.source)
+
+
+def read_chat(model: Resolved) -> Chat:
+    """Return a model's chat template: the recipe's where it gives one, else its own. Raises UsageError where there is none."""
+    found, given = own_chat(model), model.template
+    if given is not None:
+        name = f"{model.source} (chat_template = {given.name!r})"
+        return replace(found, source=name, template=given.text, for_tools=given.text, eos=given.end)
     if not found.template:
         raise UsageError(
-            f"{model.source} has no chat template", "use an instruction-tuned model, or add chat_template.jinja to it"
+            f"{model.source} has no chat template",
+            'use an instruction-tuned model, or name a template: chat_template = "chatml", "plain", or a Jinja file',
         )
-    return replace(found, source=model.source)
+    return found
 
 
 def _of_gguf(path: Path) -> Chat:
     from edgedistill.formats.gguf.read import read_info
 
     info = read_info(path)
-    tokens = info.metadata.get("tokenizer.ggml.tokens", [])
-    special = {}
-    for name in ("bos", "eos"):
-        number = info.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        special[name] = str(tokens[number]) if number is not None and number < len(tokens) else ""
-    return Chat(source="", template=info.chat_template, for_tools=info.chat_template, **special)
+    bos, eos = info.special_token("bos"), info.special_token("eos")
+    return Chat(source="", template=info.chat_template, for_tools=info.chat_template, bos=bos, eos=eos)
 
 
 def _of_folder(folder: Path) -> Chat:
@@ -110,7 +116,9 @@ def check_tools(models: Iterable[Resolved], files: Mapping[str, Sequence[Row]], 
         ]
         for row in some[:CHECKED]:
             try:
-                chats = chats or [read_chat(model) for model in {one.source: one for one in models}.values()]
+                chats = chats or [
+                    read_chat(one) for one in {(one.source, one.template): one for one in models}.values()
+                ]
                 missed = next(((chat, what) for chat in chats if (what := chat.misses(row))), None)
             except UsageError as error:
                 raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=recipe) from None

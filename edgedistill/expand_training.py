@@ -92,7 +92,12 @@ class TrainingSteps:
             return self.graph.add(name, Served(identity=model.server.identity), Work(kind="bytes", amount=1000.0))
         dequantize = model.path.is_file()
         stage = Base(
-            source_digest=model.digest, dtype="float32", tool=self.gguf_tool if dequantize else "", path=model.path
+            source_digest=model.digest,
+            dtype="float32",
+            tool=self.gguf_tool if dequantize else "",
+            path=model.path,
+            chat_template=model.template and model.template.text,
+            end_of_turn=model.template and model.template.end,
         )
         size = 4 * model.facts.params() if dequantize else model.facts.size
         return self.graph.add(

@@ -301,6 +301,21 @@ def along_chain(
     return tuple(found)
 
 
+def files_of_rows(inputs: Inputs) -> dict[str, tuple[Row, ...]]:
+    """Return all rows that a model is shown, by the key of the recipe that names their files."""
+    sections = {
+        "prompts": inputs.prompts,
+        "adapt": inputs.gold,
+        "heal": inputs.healing,
+        "tune": inputs.tuning,
+        "temperature": inputs.tempering,
+        "draft": inputs.drafting,
+        "distill.keep": inputs.general,
+        **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
+    }
+    return {f"{name}.files": rows for name, rows in sections.items()}
+
+
 def all_targets(inputs: Inputs) -> tuple[Target, ...]:
     """Return the targets of the last student and of every link, each once."""
     every = (*inputs.targets, *(target for targets in inputs.link_targets for target in targets))

@@ -15,7 +15,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,6 +48,7 @@ class ModelFacts:
     licence: str
     size: int
     head_dim: int = 0  # 0: hidden / heads
+    template: bool | None = None  # whether it has a chat template; None: not known
 
     @property
     def embedding_params(self) -> int:
@@ -84,9 +85,19 @@ class ModelFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Template:
+    """A chat template that the recipe gives a model: its name there, its text, and the token with which it ends an answer."""
+
+    name: str
+    text: str
+    end: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
     """A model that is here: ``revision`` and ``digest`` pin it, ``path`` is a GGUF file or an HF folder. Or one that stands behind
-    a ``server``: there ``path`` is that of its student, for the tokens that they share.
+    a ``server``: there ``path`` is that of its student, for the tokens that they share. ``template`` is the recipe's, in the place
+    of its own.
     """
 
     source: str
@@ -96,6 +107,7 @@ class Resolved:
     path: Path
     facts: ModelFacts
     server: Server | None = None
+    template: Template | None = None
 
 
 def resolve(
@@ -350,8 +362,9 @@ def _content_digest(path: Path, models: Path) -> str:
 
 def _facts(path: Path, content: str, models: Path, task: Task = "text") -> ModelFacts:
     memo = models / "facts" / (f"{content}.json" if task == "text" else f"{content}.{task}.json")
-    if memo.is_file():
-        return ModelFacts(**json.loads(memo.read_text()))
+    # What another version remembers may have other fields.
+    if memo.is_file() and set(known := json.loads(memo.read_text())) == {one.name for one in fields(ModelFacts)}:
+        return ModelFacts(**known)
     if path.is_file() and task != "text":
         what = "sequence classifier" if task == "classification" else "text encoder"
         raise UsageError(f"{path}: a GGUF file is no {what} here", "give the folder of a checkpoint")
@@ -384,6 +397,7 @@ def _gguf_facts(path: Path) -> ModelFacts:
         licence=info.license or (licence.read_text() if licence.is_file() else "") or "not stated",
         size=path.stat().st_size,
         head_dim=int(info.of_arch("attention.key_length", 0)),
+        template=bool(info.chat_template),
     )
 
 
@@ -420,7 +434,7 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
     tokens.update({token["content"]: token["id"] for token in raw.get("added_tokens", [])})
     merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
     heads = int(config.get("num_attention_heads", 1))
-    card = path / "README.md"
+    card, settings = path / "README.md", path / "tokenizer_config.json"
     licences = [
         line.split(":", 1)[1].strip()
         for line in (card.read_text(errors="replace").splitlines()[:40] if card.is_file() else [])
@@ -441,6 +455,8 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
         licence=licences[0] if licences else "not stated",
         size=sum(f.stat().st_size for f in model_files(path)),
         head_dim=int(config.get("head_dim") or 0),
+        template=(path / "chat_template.jinja").is_file()
+        or (settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))),
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from edgedistill.data.columns import Columns
 from edgedistill.data.thinking import AFTER, BLOCKS
-from edgedistill.recipe_base import Count, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Tabled, Training
+from edgedistill.recipe_base import Count, Given, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Tabled, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
 from edgedistill.recipe_metric import SuiteMetric
@@ -52,6 +52,15 @@ class Student(Shaped):
     """
 
     model: str = Field(description='a source of weights, or "teacher": the teacher as [adapt] left it')
+    chat_template: Given = None
+
+    @model_validator(mode="after")
+    def _of_the_teacher(self) -> Student:
+        if self.model == "teacher" and self.chat_template is not None:
+            raise key_error(
+                "chat_template", "the student starts from the teacher's checkpoint: set teacher.chat_template"
+            )
+        return self
 
 
 class Heal(Tabled, Ordered):

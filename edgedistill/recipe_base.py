@@ -23,6 +23,14 @@ Skip = Annotated[
     Field(description="leave out the first so many rows of each file: one count for all, or a list of one for each"),
 ]
 
+Given = Annotated[
+    Annotated[str, Field(min_length=1)] | None,
+    Field(
+        description='the chat template of a checkpoint that has none, or instead of its own: "chatml", "plain", "teacher" (what '
+        "the teacher is shown), or a Jinja file beside the recipe"
+    ),
+]
+
 
 class Section(BaseModel):
     """Base of every table: unknown keys are errors, values never change after reading."""

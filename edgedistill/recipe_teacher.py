@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from edgedistill.recipe_base import Count, Positive, Section, Share
+from edgedistill.recipe_base import Count, Given, Positive, Section, Share
 from edgedistill.toml_source import key_error
 
 if TYPE_CHECKING:
@@ -178,6 +178,16 @@ class Teacher(Asked):
     """
 
     min_score: dict[str, Share] = Field(default={})
+    chat_template: Given = None
+
+    @model_validator(mode="after")
+    def _shown(self) -> Teacher:
+        if self.chat_template is not None and self.backend != "transformers":
+            whose = "server's" if self.backend == "openai" else "GGUF file's"
+            raise key_error("chat_template", f"this teacher is asked under its {whose} own template: leave the key out")
+        if self.chat_template == "teacher":
+            raise key_error("chat_template", 'this is the teacher: write "chatml", "plain", or a Jinja file')
+        return self
 
 
 class Judge(Asked):

@@ -14,9 +14,19 @@ from edgedistill.data.thinking import AFTER, BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import reasoning
 from edgedistill.families import of_any_width
-from edgedistill.inputs import TRACES, Inputs, all_targets, along_chain, draft_inputs, read_reviews, student_facts
+from edgedistill.inputs import (
+    TRACES,
+    Inputs,
+    all_targets,
+    along_chain,
+    draft_inputs,
+    files_of_rows,
+    read_reviews,
+    student_facts,
+)
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
+from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
 from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.refusals_teachers import refuse_backend, refuse_others
@@ -39,7 +49,7 @@ def refuse(inputs: Inputs) -> list[str]:
     """Raise RecipeError or UsageError for what cannot work; return warnings for what works but deserves a word."""
     from edgedistill.training.lora import check_targets
 
-    recipe, warnings = inputs.recipe, []
+    recipe, warnings = inputs.recipe, refuse_templates(inputs)
     teacher, student = inputs.teacher.facts, inputs.student.facts
     differ = tokens_differ(inputs.teacher, inputs.student, inputs.prompts)
     if differ and recipe.distill.loss.kd > 0 and recipe.distill.loss.divergence not in WHOLE:
@@ -138,18 +148,7 @@ def _reviews(inputs: Inputs) -> list[str]:
 
 def _refuse_tools(inputs: Inputs) -> list[str]:
     """Refuse tools and results that a chat template does not print; warn where there are no traces to learn from."""
-    sections = {
-        "prompts": inputs.prompts,
-        "adapt": inputs.gold,
-        "heal": inputs.healing,
-        "tune": inputs.tuning,
-        "temperature": inputs.tempering,
-        "draft": inputs.drafting,
-        "distill.keep": inputs.general,
-        **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
-    }
-    files = {f"{name}.files": rows for name, rows in sections.items()}
-    check_tools((inputs.teacher, inputs.student), files, inputs.path)
+    check_tools((inputs.teacher, inputs.student), files_of_rows(inputs), inputs.path)
     found = []
     if any(row.tools for row in inputs.prompts):
         found.append("rows have tools: time to first token is measured without their definitions in the prompt")

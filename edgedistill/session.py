@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from edgedistill.chat_template import named_template
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
@@ -20,6 +21,7 @@ from edgedistill.recipe import Recipe, load_recipe
 from edgedistill.recipe_base import Tabled
 from edgedistill.recipe_teacher import Teacher
 from edgedistill.runner import Verdict, assess
+from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
 from edgedistill.store import Store
 from edgedistill.target import Target, find_target, format_size
@@ -134,7 +136,25 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
             return resolve_launched(server, found[teacher.model])
         return resolve_served(server, student, store.root, scored=scored_tokens(recipe, teacher))
 
-    return [resolved(one, server) for one, server in teachers], student
+    asked = [resolved(one, server) for one, server in teachers]
+    keys = ("teacher", *(f"teachers.{at}" for at in range(len(recipe.teachers))))
+    asked = [
+        _shown(model, one.chat_template, key, model, path)
+        for model, (one, _), key in zip(asked, teachers, keys, strict=True)
+    ]
+    if recipe.student.model == "teacher":
+        return asked, replace(student, template=asked[0].template)
+    student = _shown(student, recipe.student.chat_template, "student", asked[0], path)
+    # One without weights here is known by the student's tokens, and its calls become text by the student's template.
+    return [replace(one, template=student.template) if one.kind == SERVED_KIND else one for one in asked], student
+
+
+def _shown(model: Resolved, name: str | None, table: str, teacher: Resolved, recipe: Path) -> Resolved:
+    """Return a model with the chat template that its table of the recipe names, if any. Raises RecipeError."""
+    if name is None:
+        return model
+    template = named_template(name, model, teacher, key=f"{table}.chat_template", recipe=recipe)
+    return replace(model, template=template)
 
 
 def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callable[[str], None], task: Task) -> Resolved:

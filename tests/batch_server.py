@@ -9,10 +9,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from email import message_from_bytes
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.http_server import JsonHandler, JsonServer
 from tests.planned_server import USAGE, answer, number_of
 
 Plan = Callable[[int, int], str]
@@ -22,7 +22,7 @@ Fate = Callable[[int], str]
 """Number of the batch -> how it ends: "completed", "expired", "cancelled", "failed CODE"; "… after N" only at the Nth look."""
 
 
-class BatchServer:
+class BatchServer(JsonServer):
     """Answer row n, a chat that ends with the number, in batches or one by one. ``hang`` names the step ("upload", "create",
     "poll", "download") that it never answers: it does its part, sets ``hanging`` and waits until whoever asked is gone.
     """
@@ -36,12 +36,7 @@ class BatchServer:
         self.flaky = 0  # so many of the next calls about batches fail, after they were done
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
                 url = urlsplit(self.path)
                 parts = url.path.split("/")[1:]
@@ -59,7 +54,7 @@ class BatchServer:
                     self.act("download", outer.files[parts[1]])
 
             def do_POST(self) -> None:
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                raw = self.body()
                 if self.path.strip("/") in outer.absent:
                     self.send({"error": {"message": "no such address"}}, 404)
                 elif self.path == "/files":
@@ -90,24 +85,7 @@ class BatchServer:
                     return
                 self.send(body, status)
 
-            def send(self, body: Any, status: int = 200) -> None:
-                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> BatchServer:
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
 
     def upload(self, raw: bytes, kind: str) -> dict[str, Any]:
         parts: Any = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw).get_payload()

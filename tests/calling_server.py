@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.http_server import JsonHandler, JsonServer
 
-class CallingServer:
+
+class CallingServer(JsonServer):
     """Answer each chat with the message that ``say`` makes of its body; ``bodies`` are those that were asked."""
 
     def __init__(self, say: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.bodies = list[dict[str, Any]]()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
-                self.send(200, {"data": [{"id": "m"}]})
+                self.send({"data": [{"id": "m"}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.asked()
                 if why := flaw(body):
-                    self.send(400, {"error": {"message": why}})
+                    self.send({"error": {"message": why}}, 400)
                     return
                 outer.bodies.append(body)
                 message = {"role": "assistant", "content": None, **say(body)}
                 reason = "tool_calls" if message.get("tool_calls") else "stop"
                 usage = {"prompt_tokens": 20, "completion_tokens": 10}
-                self.send(200, {"choices": [{"message": message, "finish_reason": reason}], "usage": usage})
+                self.send({"choices": [{"message": message, "finish_reason": reason}], "usage": usage})
 
-            def send(self, status: int, body: Any) -> None:
-                raw = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self) -> CallingServer:
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler, under="/v1")
 
 
 def call(name: str, arguments: str) -> dict[str, Any]:

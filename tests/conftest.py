@@ -46,7 +46,24 @@ def _no_onnx() -> str:
 
 
 def _no_bubblewrap() -> str:
-    return "" if shutil.which("bwrap") else "bubblewrap missing: apt-get install -y bubblewrap"
+    from edgedistill.data.sandbox import probe
+
+    why = probe("bubblewrap")
+    return f"bubblewrap does not work here ({why}): apt-get install -y bubblewrap" if why else ""
+
+
+def _no_namespaces() -> str:
+    from edgedistill.data.sandbox import probe
+
+    why = probe("namespaces")
+    return f"namespaces do not work here: {why}" if why else ""
+
+
+def _no_sandbox() -> str:
+    from edgedistill.data.sandbox import probe
+
+    why = probe("bubblewrap") and probe("namespaces")
+    return f"no sandbox works here ({why}): apt-get install -y bubblewrap" if why else ""
 
 
 def _no_reasoning() -> str:
@@ -65,6 +82,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "container": _no_container_tools,
     "browser": _no_browser,
     "bubblewrap": _no_bubblewrap,
+    "namespaces": _no_namespaces,
+    "sandbox": _no_sandbox,
     "vllm": _no_vllm,
 }
 
@@ -82,7 +101,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A GPU is no part that could be installed: without one its tests are deselected everywhere.
     """
-    missing = set() if REQUIRE_ALL else {mark for mark, why in PARTS.items() if why()}
+    used = [mark for mark in PARTS if not REQUIRE_ALL and any(item.get_closest_marker(mark) for item in items)]
+    missing = {mark for mark in used if PARTS[mark]()}
     if not _has_gpu():
         missing.add("cuda")
     out = [item for item in items if any(item.get_closest_marker(mark) for mark in missing)]

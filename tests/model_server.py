@@ -4,10 +4,8 @@ behind a server is asked for. What vLLM itself answers is tested where it is ins
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import torch
 
 from edgedistill.teachers.protocol import Sampling
 from edgedistill.teachers.transformers import TransformersTeacher
+from tests.http_server import JsonHandler, JsonServer
 
 MOST = 20  # best tokens, as vLLM has it unless it is told otherwise
 
 
-class ModelServer:
+class ModelServer(JsonServer):
     """Serve one checkpoint as ``name`` while the ``with`` block runs; ``requests`` counts what was asked, by path."""
 
     def __init__(
@@ -31,47 +30,24 @@ class ModelServer:
         self.most = MOST
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
-                self.reply(200, {"data": [{"id": outer.name, "max_model_len": outer.teacher.context}]})
+                self.send({"data": [{"id": outer.name, "max_model_len": outer.teacher.context}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.asked()
                 if outer.key and self.headers["Authorization"] != f"Bearer {outer.key}":
-                    self.reply(401, {"error": {"message": f"not {self.headers['Authorization']}"}})
+                    self.send({"error": {"message": f"not {self.headers['Authorization']}"}}, 401)
                     return
                 with outer.lock:
                     outer.requests[self.path] += 1
                     answer = {"/v1/chat/completions": outer.chat, "/v1/completions": outer.complete}[self.path]
                     try:
-                        self.reply(200, answer(body))
+                        self.send(answer(body))
                     except ValueError as error:
-                        self.reply(400, {"error": {"message": str(error)}})
+                        self.send({"error": {"message": str(error)}}, 400)
 
-            def reply(self, status: int, body: dict[str, Any]) -> None:
-                raw = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def __enter__(self) -> ModelServer:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler, under="/v1", port=port)
 
     def chat(self, body: dict[str, Any]) -> dict[str, Any]:
         self.formats.append(body.get("response_format"))

@@ -8,8 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.http_server import JsonHandler, JsonServer
 
 Plan = Callable[[int, int], str]
 """(number of the row, how often it was asked before) -> what the server does: "ok", a status with perhaps seconds for Retry-After
@@ -17,7 +18,7 @@ Plan = Callable[[int, int], str]
 USAGE = {"prompt_tokens": 20, "completion_tokens": 10}
 
 
-class Planned:
+class Planned(JsonServer):
     """Answer the request of row n, {"row": n} or a chat that ends with the number, or fail as the plan says. With ``say`` a chat
     gets what that makes of its messages, and ``chats`` counts their last ones.
     """
@@ -29,17 +30,12 @@ class Planned:
         self.keys: set[str | None] = set()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
+        class Handler(JsonHandler):
             def do_GET(self) -> None:
-                self.send(200, json.dumps({"data": [{"id": "m"}]}).encode())
+                self.send({"data": [{"id": "m"}]})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.asked()
                 if say is not None and "messages" in body:
                     with outer.lock:
                         outer.chats[body["messages"][-1]["content"]] += 1
@@ -48,7 +44,7 @@ class Planned:
                     return
                 row = number_of(body)
                 if row is None:  # what `plan` asks
-                    self.send(200, answer(body, 0))
+                    self.send(answer(body, 0))
                     return
                 with outer.lock:
                     before = outer.asked[row]
@@ -82,27 +78,9 @@ class Planned:
                     return
                 said = {"error": {"message": "no, my sk-secret friend"}}
                 raw = b'{"row": ' if what == "truncated" else body if status == 200 else json.dumps(said).encode()
-                self.send(status, raw, more if status != 200 else "")
+                self.send(raw, status, {"Retry-After": more} if status != 200 and more else None)
 
-            def send(self, status: int, raw: bytes, retry_after: str = "") -> None:
-                self.send_response(status)
-                if retry_after:
-                    self.send_header("Retry-After", retry_after)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> Planned:
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
 
 
 def number_of(body: dict[str, Any]) -> int | None:

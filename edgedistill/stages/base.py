@@ -2,7 +2,8 @@
 
 In: a resolved source. Out: ``model/`` (config, tokenizer, safetensors). A GGUF is dequantized, and its tokenizer
 rebuilt and compared with llama.cpp's; a folder is hard-linked. The key holds the digest of the source, not where it
-lies."""
+lies. A chat template that the recipe gives takes the place of the model's own, and the token that ends its answers that of
+its EOS."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from edgedistill.chat_template import write_template
 from edgedistill.models import model_files
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +42,18 @@ class Base(Stage):
     dtype: str
     tool: str  # the gguf version that dequantizes; "" for a folder
     path: Path = unkeyed()
+    chat_template: str | None = later(None)  # its text
+    end_of_turn: str | None = later(None)  # the token that ends an answer under it
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
+        """Dequantize or link, and write the chat template."""
+        facts = self.bring(ctx, ctx.out / "model")
+        if self.chat_template is not None and self.end_of_turn is not None:
+            write_template(ctx.out / "model", self.chat_template, self.end_of_turn)
+        return facts
+
+    def bring(self, ctx: Context, model: Path) -> Mapping[str, Any]:
         """Dequantize or link."""
-        model = ctx.out / "model"
         if self.path.is_file():
             from edgedistill.formats.gguf.dequantize import gguf_to_hf
 

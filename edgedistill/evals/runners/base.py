@@ -142,7 +142,7 @@ def render_chat(
             eos_token=eos,
             add_generation_prompt=generation_prompt,
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise UsageError(
             f"the model's chat template refuses the conversation: {error}",
             "Check roles and their order; some templates take no system message, or no tools.",

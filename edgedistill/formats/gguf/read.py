@@ -94,6 +94,14 @@ class GgufInfo:
         number = self.metadata.get("general.file_type")
         return next((name for name, kind in FILE_TYPES.items() if kind.number == number), "")
 
+    def special_token(self, name: str) -> str:
+        """Return the text of a special token ("bos", "eos"), "" where the file names none."""
+        tokens, number = (
+            self.metadata.get("tokenizer.ggml.tokens", []),
+            self.metadata.get(f"tokenizer.ggml.{name}_token_id"),
+        )
+        return str(tokens[number]) if number is not None and number < len(tokens) else ""
+
     @property
     def chat_template(self) -> str:
         return str(self.metadata.get("tokenizer.chat_template", ""))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from edgedistill.data.prompts import Row, load_rows, parse_row, rows_digest
-from edgedistill.data.sandbox import probe
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import execution
 from edgedistill.evals.execution import code_of
@@ -23,7 +22,6 @@ from tests.unit.test_plan import make
 TESTS = "assert add(2, 3) == 5"
 GOOD, BAD = "def add(a, b):\n    return a + b\n", "def add(a, b):\n    return a - b\n"
 HANGS, PROBLEM = "while True: pass\n", {"tests": TESTS}
-needs_sandbox = pytest.mark.skipif(bool(probe("namespaces") and probe("bubblewrap")), reason="no sandbox works here")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,7 @@ def test_the_code_of_an_answer(answer: str, code: str) -> None:
     assert code_of(answer) == code
 
 
-@needs_sandbox
+@pytest.mark.sandbox
 def test_code_is_judged_by_the_rows_tests() -> None:
     metric = find_metric("execution")
     cases = [GOOD, f"So:\n```python\n{GOOD}```", BAD, "no code here!", "```json\n{}\n```", "import os; os._exit(0)"]
@@ -93,7 +91,7 @@ def test_tests_are_a_field_of_a_row(tmp_path: Path) -> None:
         assert len(load_rows(file)) == 2  # only where they are run
 
 
-@needs_sandbox
+@pytest.mark.sandbox
 @pytest.mark.parametrize("style", ["answer", "think"])
 def test_a_filter_runs_the_answers(tmp_path: Path, style: str) -> None:
     block = "<think>\nAdd them, of course.\n</think>\n" if style == "think" else ""
@@ -132,7 +130,7 @@ def test_a_filter_runs_the_answers(tmp_path: Path, style: str) -> None:
     assert seen == [(n, 5) for n in range(1, 6)]  # the same text of a row runs once
 
 
-@needs_sandbox
+@pytest.mark.sandbox
 def test_plan_wants_tests_and_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_recipe("quickstart", tmp_path / "quickstart")
     rows: list[dict[str, Any]] = [
