@@ -141,9 +141,11 @@ class Filter(Stage):
             for one in carried:
                 file.write(json.dumps(one, ensure_ascii=False) + "\n")
             for row in self.rows:
+                chosen = self.chosen(alive[row.id])
+                weights = {a["text"]: a["weight"] for a in chosen if "weight" in a}
                 texts = [
                     (a["text"], a.get("source") or a.get("by") or self.writer(), a["row"])
-                    for a in self.chosen(alive[row.id])
+                    for a in chosen
                 ]
                 first = dict((text, by) for text, by, _ in reversed(texts))  # what several wrote is the first one's
                 texts = [one for one in texts if first[one[0]] == one[1]]
@@ -168,6 +170,7 @@ class Filter(Stage):
                     line |= {"tools": list(row.tools)} if row.tools else {}
                     line |= {"trace": row.trace} if row.trace else {}
                     line |= {"guidance": row.guidance} if row.guidance else {}
+                    line |= {"prompt": row.id, "weight": weights[text]} if text in weights else {}
                     lessons = self.lessons(line)
                     if number == 0:
                         corrections = self.corrections(lessons[0], wrong.get(row.id, []))
