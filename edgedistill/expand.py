@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from edgedistill.compare import step_of
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
-from edgedistill.evals.metrics import AFTER_THINKING
+from edgedistill.evals.metrics import AFTER_THINKING, LABEL
 from edgedistill.expand_draft import DraftSteps
 from edgedistill.expand_rounds import RoundSteps
 from edgedistill.expand_text import TextSteps
@@ -378,6 +378,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
                 kind, self.llama
             ),
             isa="" if served else self.isa,
+            labels=self._labels(specs),
             rows=suites,
             server=server if served else None,
             folder=self.inputs.path.parent,
@@ -390,6 +391,11 @@ class _Expander(TextSteps, RoundSteps, DraftSteps):
             memory=4 * params + bool(references) * 2 * (self.t_params + self.s_params) + RUNTIME_MIB * MIB,
             disk=sum(len(rows) for rows in suites.values()) * 400,
         )
+
+    def _labels(self, suites: Iterable[SuiteSpec]) -> tuple[str, ...]:
+        """Return the labels, where one of the suites is scored by them."""
+        labels = self.recipe.labels
+        return labels.names if labels and any(suite.metric == LABEL for suite in suites) else ()
 
     def _grammar(self, suite: Suite) -> str | None:
         if suite.grammar is None:

@@ -19,9 +19,9 @@ ANY_LABEL = ("format", "refusals", "pii", "language", "decontaminate")
 
 
 class Labels(Section):
-    """A closed set of answers. What the student learns of a prompt is a distribution over them: ``by`` "samples" it is the shares of
-    the teacher's answers (``generate.samples``), so that a teacher without logits gives soft targets, too; by "majority" the most
-    frequent answer alone. Each label is a row with its share as its weight, which makes the loss the cross-entropy of the
+    """A closed set of answers. What the student learns of a prompt is a distribution over them: ``by`` "samples" it is the shares
+    of the teacher's answers (``generate.samples``), so that a teacher without logits gives soft targets, too; by "majority" the
+    most frequent answer alone. Each label is a row with its share as its weight, which makes the loss the cross-entropy of the
     distribution over whole answers. Suites with metric = "label" are scored by these names.
     """
 
@@ -66,7 +66,9 @@ def refuse_labels(recipe: Recipe) -> None:
                 f"leave it out ({', '.join(ANY_LABEL)} may stay)",
             )
         if one.otherwise == "hedge":
-            raise key_error(f"filter.{at}.otherwise", 'a hedge is no label: take "gold", or make it one of labels.names')
+            raise key_error(
+                f"filter.{at}.otherwise", 'a hedge is no label: take "gold", or make it one of labels.names'
+            )
     wrong = {
         "generate.style": recipe.generate.style != "answer" and 'a label is a whole answer: set style = "answer"',
         "round": bool(recipe.round) and "a round keeps single answers, not their shares: leave it out",

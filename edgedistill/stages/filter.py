@@ -143,10 +143,7 @@ class Filter(Stage):
             for row in self.rows:
                 chosen = self.chosen(alive[row.id])
                 weights = {a["text"]: a["weight"] for a in chosen if "weight" in a}
-                texts = [
-                    (a["text"], a.get("source") or a.get("by") or self.writer(), a["row"])
-                    for a in chosen
-                ]
+                texts = [(a["text"], a.get("source") or a.get("by") or self.writer(), a["row"]) for a in chosen]
                 first = dict((text, by) for text, by, _ in reversed(texts))  # what several wrote is the first one's
                 texts = [one for one in texts if first[one[0]] == one[1]]
                 if not texts and row.id in gold and row.reference and row.id not in out:

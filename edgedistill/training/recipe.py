@@ -88,8 +88,8 @@ def load_kept(
 
     ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). A token of thinking, or of
     a rationale that is a task of its own, counts ``think_weight`` in the loss. The turns of one trace become one example where
-    their tokens allow it (``training/traces.py``). A row that is one of several labels of its prompt has its share as its weight. With ``guide`` prompts hold what the teacher alone is told. Raises
-    UsageError for a row that is longer than the model's context.
+    their tokens allow it (``training/traces.py``). A row that is one of several labels of its prompt has its share as its weight.
+    With ``guide`` prompts hold what the teacher alone is told. Raises UsageError for a row that is longer than the model's context.
     """
     from transformers import AutoTokenizer
 

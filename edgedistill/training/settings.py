@@ -203,7 +203,8 @@ def check_settings(
         raise UsageError(f"batch_size is {settings.batch_size}: it must be at least 1")
     if settings.curriculum != "none" and any(one.group for one in examples):
         raise UsageError(
-            "a curriculum orders single rows, and some rows are the answers to one prompt", hint="set curriculum = 'none'"
+            "a curriculum orders single rows, and some rows are the answers to one prompt",
+            hint="set curriculum = 'none'",
         )
     if settings.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer = {settings.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")

@@ -71,7 +71,9 @@ def test_smoothing_gives_every_label_a_share_of_what_was_answered(tmp_path: Path
 
 
 def test_the_majority_is_one_row_of_each_prompt(tmp_path: Path) -> None:
-    _, read = run(tmp_path, stage("x", "y", by="majority"), [*SAMPLES[:4], ("y", "a", "stop"), ("y", "billing", "stop")])
+    _, read = run(
+        tmp_path, stage("x", "y", by="majority"), [*SAMPLES[:4], ("y", "a", "stop"), ("y", "billing", "stop")]
+    )
     assert [(one["text"], one["weight"]) for one in read("kept.jsonl")] == [("Billing", 1.0), ("a", 1.0)]
     assert most_frequent(["b", "a", "a", "b"]) == "b"  # of equals the one drawn first
 

@@ -1,4 +1,4 @@
-"""Rows that are the answers to one prompt, weighed by their shares: the loss is the cross-entropy of a distribution over answers."""
+"""Rows that are the answers to one prompt, weighed by their shares: the loss is a cross-entropy over whole answers."""
 
 from __future__ import annotations
 
