@@ -4,9 +4,10 @@
 
 Some wordings belong to one queue. Others are ambiguous: "I was charged and nothing came" is a matter of payment to some who sort
 messages and of delivery to others. The generator knows the share of each queue; the reference is drawn from it, as the label of one
-person would be, and the shares stand in the row as ``shares``, which nothing is trained on. So the best accuracy is under 1, and a
-student that is sure of ambiguous messages is too sure. ``train``, ``dev`` and ``holdout`` share their wordings and differ in things,
-days, names and numbers; ``ood`` has wordings that train never saw. No message stands in two files. The same seed makes the same bytes.
+person would be, and the shares stand in the row as ``shares``, which nothing is trained on. So the best accuracy is under 1, and
+a student that is sure of ambiguous messages is too sure. ``train``, ``dev`` and ``holdout`` share their wordings and differ in
+things, days, names and numbers; ``ood`` has wordings that train never saw. No message stands in two files. The same seed makes the
+same bytes.
 """
 
 from __future__ import annotations
