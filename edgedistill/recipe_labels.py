@@ -69,7 +69,7 @@ def refuse_labels(recipe: Recipe) -> None:
             raise key_error(
                 f"filter.{at}.otherwise", 'a hedge is no label: take "gold", or make it one of labels.names'
             )
-    wrong = {
+    wrong: dict[str, str | bool] = {
         "generate.style": recipe.generate.style != "answer" and 'a label is a whole answer: set style = "answer"',
         "round": bool(recipe.round) and "a round keeps single answers, not their shares: leave it out",
         "distill.on_policy": recipe.distill.on_policy > 0 and "what the student writes has no share: set it to 0",
@@ -81,4 +81,4 @@ def refuse_labels(recipe: Recipe) -> None:
     }
     for key, why in wrong.items():
         if why:
-            raise key_error(key, why)
+            raise key_error(key, str(why))

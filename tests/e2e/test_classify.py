@@ -18,10 +18,10 @@ from edgedistill.session import Session, prepare
 from edgedistill.store import Store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-ROWS, PROMPTS, SAMPLES = 16, 16, 4  # rows of each suite
+ROWS, PROMPTS, SAMPLES = 8, 12, 4  # rows of each suite
 ARM = "most frequent label"
 REDUCED: dict[str, Any] = {
-    **{"adapt.rows": 160, "adapt.epochs": 1.0, "heal.rows": 32, "prompts.rows": PROMPTS, "generate.samples": SAMPLES},
+    **{"adapt.rows": 96, "adapt.epochs": 1.0, "heal.rows": 16, "prompts.rows": PROMPTS, "generate.samples": SAMPLES},
     **{"student.ffn": None, "distill.epochs": 1.0, "calibrate.rows": 8, "gates": {}},
 }
 

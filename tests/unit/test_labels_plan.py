@@ -67,7 +67,8 @@ def test_what_labels_change(folder: Path) -> None:
     assert isinstance(evaluation, Evaluate)
     assert evaluation.labels == stage.labels
     untouched = {"adapt", "evaluate/teacher", "generate", "shape", "heal"}
-    for keys in ({"labels__by": "majority"}, {"labels__smoothing": 0.5}):
+    ways: tuple[dict[str, Any], ...] = ({"labels__by": "majority"}, {"labels__smoothing": 0.5})
+    for keys in ways:
         found = changed(plan, make(folder, **keys))
         assert {"filter", "distill/1", "evaluate/student"} <= found
         assert not untouched & found
@@ -75,7 +76,7 @@ def test_what_labels_change(folder: Path) -> None:
     names = [*stage.labels[:-1], "cancel", "other"]
     found = changed(plan, make(folder, labels__names=names))
     assert {"evaluate/teacher", "filter"} <= found
-    assert not {"generate", "adapt"} & (found - {"generate"})
+    assert "adapt" not in found
 
 
 def test_other_recipes_have_no_labels_in_their_keys(tmp_path: Path) -> None:
