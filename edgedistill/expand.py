@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from edgedistill.compare import step_of
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
-from edgedistill.evals.metrics import AFTER_THINKING
+from edgedistill.evals.metrics import AFTER_THINKING, LABEL
 from edgedistill.expand_draft import DraftSteps
 from edgedistill.expand_quantize import QuantizeSteps
 from edgedistill.expand_rounds import RoundSteps
@@ -302,6 +302,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
                 kind, self.llama
             ),
             isa="" if served else self.isa,
+            labels=self._labels(specs),
             rows=suites,
             server=server if served else None,
             folder=self.inputs.path.parent,
@@ -314,6 +315,11 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             memory=4 * params + bool(references) * 2 * (self.t_params + self.s_params) + RUNTIME_MIB * MIB,
             disk=sum(len(rows) for rows in suites.values()) * 400,
         )
+
+    def _labels(self, suites: Iterable[SuiteSpec]) -> tuple[str, ...]:
+        """Return the labels, where one of the suites is scored by them."""
+        labels = self.recipe.labels
+        return labels.names if labels and any(suite.metric == LABEL for suite in suites) else ()
 
     def _grammar(self, suite: Suite) -> str | None:
         if suite.grammar is None:

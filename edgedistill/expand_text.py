@@ -15,6 +15,7 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.stages.analyse import Analyse
 from edgedistill.stages.filter import Filter, ThinkingFilter
 from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateRecovery
+from edgedistill.stages.label_filter import LabelFilter
 
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
@@ -112,10 +113,13 @@ class TextSteps(PromptSteps, GradeSteps):
         return tuple(sorted({tag for one in self.recipe.teachers for tag in one.tags}))
 
     def _filter(self, name: str, fields: dict[str, Any]) -> Key:
-        style, rows = self.recipe.generate.style, self.inputs.prompts
+        style, labels, rows = self.recipe.generate.style, self.recipe.labels, self.inputs.prompts
+        stage = ThinkingFilter(**fields, style=style) if style in BLOCKS else Filter(**fields)
+        if labels is not None:
+            stage = LabelFilter(**fields, labels=labels.names, by=labels.by, smoothing=labels.smoothing)
         return self.graph.add(
             name,
-            ThinkingFilter(**fields, style=style) if style in BLOCKS else Filter(**fields),
+            stage,
             Work(kind="bytes", amount=len(rows) * 1000.0),
             disk=len(rows) * 800,
         )

@@ -145,6 +145,8 @@ def _lost(session: Session) -> list[str]:
         found.append(f"think_weight = {distill.think_weight:g}: all tokens of a completion count the same")
     if distill.features and distill.features.on:
         found.append("features: hidden states and relations that are drawn to the teacher's")
+    if recipe.labels is not None:
+        found.append('labels: a prompt has a row for each label, and their shares ("weight") are not used')
     if recipe.round:
         found.append("[[round]]: these are the rows of the first distillation")
     if distill.keep:

@@ -1,8 +1,8 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
 Every default lives in these classes, once (``recipe_base.py``: what the tables share; ``recipe_teacher.py``,
-``recipe_prompts.py``, ``recipe_filter.py`` and ``recipe_distill.py``: who teaches, what is asked, what is kept, how the student is
-taught). A key that is not built does
+``recipe_prompts.py``, ``recipe_filter.py``, ``recipe_labels.py`` and ``recipe_distill.py``: who teaches, what is asked, what is
+kept, how the student is taught). A key that is not built does
 not exist, and is refused with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints
 this as JSON Schema for editors.
 """
@@ -19,6 +19,7 @@ from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Given, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Tabled, Training
 from edgedistill.recipe_distill import Distill, Loss, Round
 from edgedistill.recipe_filter import Filter
+from edgedistill.recipe_labels import Labels, refuse_labels
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts, refuse_backend, refuse_several
@@ -289,6 +290,7 @@ class Recipe(Section):
     student: Student
     prompts: Prompts
     generate: Generate = Generate()
+    labels: Labels | None = None
     filter: tuple[Filter, ...] = ()
     judge: Judge | None = None
     score: Score = Score()
@@ -324,6 +326,7 @@ class Recipe(Section):
         refuse_backend(self)
         refuse_several(self)
         refuse_accounts(self)
+        refuse_labels(self)
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, WithJsonSchema
 
-from edgedistill.evals.metrics import METRICS
+from edgedistill.evals.metrics import LABEL, METRICS
 from edgedistill.evals.own_metric import PREFIX
 from edgedistill.toml_source import did_you_mean
 
@@ -37,7 +37,9 @@ def _schema(names: tuple[str, ...]) -> dict[str, Any]:
     return {"anyOf": [{"enum": list(names), "type": "string"}, {"pattern": f"^{OWN}$", "type": "string"}]}
 
 
-_ANSWERS = tuple(name for name, metric in METRICS.items() if metric.kind == "text" and not metric.waits)
+_ANSWERS = tuple(
+    name for name, metric in METRICS.items() if metric.kind == "text" and not metric.waits and name != LABEL
+)
 AnswerMetric = Annotated[str, AfterValidator(_among(_ANSWERS)), WithJsonSchema(_schema(_ANSWERS))]
 """A metric of answers."""
 SuiteMetric = Annotated[str, AfterValidator(_among(tuple(METRICS))), WithJsonSchema(_schema(tuple(METRICS)))]

@@ -17,7 +17,7 @@ SERVED = "openai:"
 """Before the name of a model that stands behind a server."""
 OWN_BODY = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "n", "stream", "logprobs")
 """What a request for an answer holds anyway."""
-WRITERS = ("teacher", "student", "gold", "hedge", "review")
+WRITERS = ("teacher", "student", "gold", "hedge", "review", "smoothing")
 """What kept rows call those who wrote them, beside the names of ``[[teachers]]``."""
 MOST_SCORED = 100
 """Best tokens of a position that it is sensible to ask a server for; vLLM gives 20 unless it is told otherwise."""

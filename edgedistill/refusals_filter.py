@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edgedistill.data.labels import read_label
 from edgedistill.data.language import LANGUAGES
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import mathematics
-from edgedistill.evals.metrics import METRICS
+from edgedistill.evals.metrics import LABEL, METRICS
 from edgedistill.inputs import Inputs, keyed_metric
 from edgedistill.models import labels_of
 from edgedistill.pooling import pooling_of
 
 
 def refuse_metrics(inputs: Inputs) -> None:
-    """Refuse math-verify without the library, functions of the user's that are not there, and references without a number."""
+    """Refuse math-verify without the library, functions of the user's that are not there, and references that cannot be read."""
     for key, metric, rows in _metrics(inputs):
         keyed_metric(inputs, metric, key)
         if metric == "math-verify" and not mathematics.installed():
             raise RecipeError("math-verify is not installed", mathematics.INSTALL, key=key, file=inputs.path)
+        for row in rows if metric == LABEL else ():
+            if inputs.recipe.labels is None or read_label(row.reference or "", inputs.recipe.labels.names) is None:
+                raise RecipeError(
+                    f"row {row.id!r}: the reference {row.reference!r} is none of labels.names",
+                    "add it there, or correct the row",
+                    key=key,
+                    file=inputs.path,
+                )
         for row in rows if metric == "numeric" else ():
             try:
                 METRICS[metric]("", split(row.reference or "").answer)

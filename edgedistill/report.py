@@ -66,6 +66,10 @@ class SuiteLine:
     engine: str = ""
     hedged: Figure | None = None  # share of rows, where the recipe teaches a hedge
     answered: Figure | None = None  # score of the other rows
+    labels: dict[str, Figure] = field(default_factory=dict)
+    """Of a suite of labels: ``macro_f1``, and of the labels' probabilities ``error`` (ECE), ``gap``, ``brier`` and ``nll``."""
+    by_label: dict[str, dict[str, float]] = field(default_factory=dict)  # precision, recall, f1 and n
+    unnamed: int = 0  # answers that are no label
     thinking: dict[str, float] | None = None  # n, share with a block, share of empty ones, median words (evals.suites)
 
 
@@ -141,7 +145,8 @@ class Round:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Whether what the recipe does helps: the score of its student minus that of another one, paired by row. ``other`` is the id
-    of that model, ``keys`` what its arm sets otherwise; ``verdict``: helped, hurt or undecided, by the interval.
+    of that model, ``keys`` what its arm sets otherwise; ``verdict``: helped, hurt or undecided, by the interval. With ``measure``
+    "brier" it is by how much the Brier score of the labels' probabilities is lower: above 0 is better there, too.
     """
 
     name: str
@@ -150,6 +155,7 @@ class Comparison:
     suite: str
     figure: Figure
     verdict: str
+    measure: str = "score"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -256,7 +256,7 @@ def _share(part: int | None, whole: int | None) -> Figure | None:
 def _comparisons(data: ReportData) -> Iterator[Finding]:
     """Say so where an arm does better than the recipe; references only have a finding of their own."""
     for name in dict.fromkeys(one.name for one in data.comparisons if one.keys):
-        lines = [one for one in data.comparisons if one.name == name]
+        lines = [one for one in data.comparisons if one.name == name and one.measure == "score"]
         verdicts = {one.verdict for one in lines}
         if "hurt" in verdicts and "helped" not in verdicts:
             yield Finding(

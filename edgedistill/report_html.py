@@ -22,6 +22,7 @@ from edgedistill.report_sheets import (
     divergence_sheet,
     forgetting_sheet,
     gates_sheet,
+    labels_sheet,
     missing_note,
     models_sheet,
     rounds_sheet,
@@ -486,6 +487,8 @@ def _details(data: ReportData) -> list[Html]:
         "distill.keep is to the student before training, paired by row.",
         temper_sheet: "On rows that neither student nor temperature was fitted on; greedy answers are the same.",
         divergence_sheet: "On the same tokens: mean KL divergence, and how often both choose the same next token.",
+        labels_sheet: "Probabilities of the labels given the prompt, over their sum; macro-F1 is of what is written freely. "
+        "Intervals are bootstraps over rows; the calibration error is biased upwards where rows are few. Below 0 is too modest",
         calibration_sheet: "On the references of the first scored suite, token by token; below 0 is too modest.",
     }
     parts = []

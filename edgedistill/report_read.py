@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from edgedistill.target import Target
 
 
+LABELLED = ("macro_f1", "error", "gap", "brier", "nll", "top")
+"""The figures of a suite of labels (``evals/labels.py``)."""
+
+
 class _Reader:
     """The entries of one plan by step id, each loaded once. What is stale counts as missing: its figures are of other
     bytes.
@@ -81,6 +85,23 @@ class _Reader:
                 found = {row["id"]: (float(row["score"]), str(row["text"])) for row in rows}
             self._answers[name, suite] = found
         return self._answers[name, suite]
+
+    def briers(self, name: str, suite: str) -> dict[str, float]:
+        """Return row id -> Brier score of the labels' probabilities in one evaluation; {} where it has none."""
+        from edgedistill.evals.labels import brier, named
+
+        entry, labels = self.entry(f"evaluate/{name}"), self.session.recipe.labels
+        path = entry.path / "answers" / f"{suite}.jsonl" if entry else None
+        if labels is None or path is None or not path.is_file():
+            return {}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not rows or any("probabilities" not in row["details"] for row in rows):
+            return {}
+        import numpy as np
+
+        wanted = named([row["reference"] for row in rows], labels.names)
+        found = brier(np.asarray([row["details"]["probabilities"] for row in rows]), wanted)
+        return {row["id"]: value for row, value in zip(rows, found.tolist(), strict=True)}
 
     def paired(self, a: tuple[str, str], b: tuple[str, str]) -> tuple[list[float], list[float]] | None:
         """Return two evaluations' scores on the rows that they share; None unless all rows pair up."""
@@ -329,6 +350,9 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         shared=shared if mine and teacher and name != "teacher" else None,
         hedged=hedged,
         answered=answered,
+        labels={key: f for key in LABELLED if (f := Figure.read(facts.get("labels", {}).get(key)))},
+        by_label=dict(facts.get("labels", {}).get("by_label", {})),
+        unnamed=int(facts.get("labels", {}).get("unnamed", 0)),
         thinking=facts.get("thinking"),
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
@@ -505,6 +529,17 @@ def _comparisons(reader: _Reader) -> list[Comparison]:
                 found.append(
                     Comparison(name=name, other=other, keys=keys, suite=suite, figure=figure, verdict=estimate.verdict)
                 )
+            mine, theirs = reader.briers("student", suite), reader.briers(other, suite)
+            if mine and mine.keys() == theirs.keys():
+                estimate = paired_difference([theirs[row] for row in mine], list(mine.values()))
+                figure = Figure.read(estimate)
+                assert figure is not None
+                found.append(
+                    Comparison(
+                        name=name, other=other, keys=keys, suite=suite, figure=figure, verdict=estimate.verdict,
+                        measure="brier",
+                    )
+                )  # fmt: skip
     return found
 
 

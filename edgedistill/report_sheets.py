@@ -102,7 +102,8 @@ def verdict_notes(data: ReportData) -> list[str]:
     """Say in a line for each arm whether the recipe's way helped against it."""
     by: dict[str, list[str]] = {}
     for one in data.comparisons:
-        by.setdefault(one.name, []).append(f"{one.suite} {signed(one.figure)}, n = {one.figure.n}: {one.verdict}")
+        what = one.suite + (", Brier score lower by" if one.measure == "brier" else "")
+        by.setdefault(one.name, []).append(f"{what} {signed(one.figure)}, n = {one.figure.n}: {one.verdict}")
     return [f"against {name}: {'; '.join(lines)}" for name, lines in by.items()]
 
 
@@ -117,7 +118,7 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     """Lay out everything; a sheet without rows is left out, that of the models never."""
     sheets = [models_sheet(data), gates_sheet(data), comparisons_sheet(data), rounds_sheet(data)]
     sheets += [differences_sheet(data), details_sheet(data), forgetting_sheet(data), divergence_sheet(data)]
-    sheets += [calibration_sheet(data), temper_sheet(data)]
+    sheets += [labels_sheet(data), calibration_sheet(data), temper_sheet(data)]
     sheets += [filters_sheet(data.data, list(spent_notes(data.data))), difficulty_sheet(data.data)]
     sheets += [functions_sheet(data, suite) for suite in data.suites]
     sheets += [
@@ -155,10 +156,12 @@ def comparisons_sheet(data: ReportData) -> Sheet:
     """Lay out whether what the recipe does helps: its student beside each arm's, paired by row."""
     rows = []
     for one in data.comparisons:
-        scores = [model.suites[one.suite].score if model else None for model in map(data.model, ("student", one.other))]
+        lines = [model.suites[one.suite] if model else None for model in map(data.model, ("student", one.other))]
+        brier = one.measure == "brier"
+        scores = [(line.labels.get("brier") if brier else line.score) if line else None for line in lines]
         told = ", ".join(f"{key} = {_toml(value)}" for key, value in one.keys.items())
         cells = [*map(text, scores), signed(one.figure), count(one.figure.n), one.verdict, told]
-        rows.append([one.name, one.suite, *cells])
+        rows.append([one.name, one.suite + ", Brier (less is better)" * brier, *cells])
     columns = ("against", "suite", "this recipe", "that one", "difference", "n", "verdict", "set there")
     return filled(Sheet(title="does it help?", columns=columns, rows=rows, right=frozenset({2, 3, 4, 5})))
 
@@ -265,6 +268,29 @@ def _power(estimate: Mapping[str, Any]) -> Figure | None:
     """Turn nats a token into a perplexity, a difference of them into a ratio: exp is monotone, and takes the interval along."""
     found = {key: math.exp(estimate[key]) for key in ("value", "low", "high") if estimate.get(key) is not None}
     return Figure.read({**found, "n": estimate["n"]})
+
+
+def labels_sheet(data: ReportData) -> Sheet:
+    """Lay out how well each model names labels, and how sure it is of them."""
+    rows = []
+    for model in data.models:
+        for suite, line in model.suites.items():
+            if line.labels:
+                cells = [text(line.labels.get(name)) for name in ("macro_f1", "error", "gap", "brier", "nll")]
+                found = line.labels["macro_f1"].n
+                rows.append([model.label, suite, text(line.score), *cells, str(line.unnamed), count(found)])
+    columns = (
+        *("model", "suite", "accuracy", "macro-F1", "expected calibration error", "confidence above accuracy"),
+        *("Brier score", "nats a row", "answers that are no label", "n"),
+    )
+    notes, taught = [], data.yields.get("labels")
+    if rows and taught:
+        by = {"samples": "the shares of their answers", "majority": "the most frequent answer"}[taught["by"]]
+        notes.append(
+            f"taught: {by}, of {taught['prompts']} prompts; {taught['split']} have answers of more than one label, "
+            f"{taught['answers']:.1f} answers a prompt are labels, mean entropy of the targets {taught['entropy']:.3f} nats"
+        )
+    return filled(Sheet(title="labels", columns=columns, rows=rows, right=frozenset(range(2, 10)), notes=notes))
 
 
 def calibration_sheet(data: ReportData) -> Sheet:

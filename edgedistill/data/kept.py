@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-CARRIED = ("tools", "evolution", "source", "task", "trace")
+CARRIED = ("tools", "evolution", "source", "task", "trace", "weight")
 """Fields of a kept line that stay beside its row."""
 
 

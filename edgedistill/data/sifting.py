@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 from edgedistill.data.answers import Answer, Answers, blocks
 from edgedistill.data.prompts import Row
@@ -41,13 +41,23 @@ class Sifted(NamedTuple):
     shown: dict[str, str]
 
 
+class Passed(Protocol):
+    """Counts something over the answers that passed."""
+
+    def add(self, passed: list[Answer]) -> None:
+        """Take the answers to one prompt."""
+
+
 class Tally(NamedTuple):
-    """How many answers there were, to how many prompts, of how many prompts one passed, and how many rows were carried over."""
+    """How many answers there were, to how many prompts, of how many prompts one passed, and how many rows were carried over;
+    ``passed`` was told of those that passed, where a filter wants to know.
+    """
 
     answers: int
     prompts: int
     good: int
     carried: int
+    passed: Passed | None = None
 
 
 def sift(

@@ -19,9 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from edgedistill.data.labels import label_key
 from edgedistill.data.thinking import split
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals import mathematics, own_metric
+
+LABEL = "label"
+"""The metric of suites whose references are of ``[labels]``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +244,11 @@ def normalised(answer: str, reference: str) -> Score:
     return Score(value=float(one == other if other else answer.strip() == reference.strip()))
 
 
+def label(answer: str, reference: str) -> Score:
+    """Score 1 if the answer is the label that the reference is, but for case, punctuation and spacing."""
+    return Score(value=float(label_key(answer) == label_key(reference)))
+
+
 def numeric(answer: str, reference: str) -> Score:
     """Score 1 if the last number of the answer is the last one of the reference. Details: ``number``, the answer's. Raises
     UsageError for a reference without a number.
@@ -275,6 +284,9 @@ METRICS: dict[str, Metric] = {
             kind="text",
             summary="equal text but for case, punctuation, articles and spacing",
             function=normalised,
+        ),
+        Metric(
+            name=LABEL, kind="text", summary="the same one of [labels], with macro-F1 and calibration", function=label
         ),
         Metric(name="numeric", kind="text", summary="the same last number", function=numeric),
         Metric(

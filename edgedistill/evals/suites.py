@@ -15,6 +15,7 @@ from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.errors import UsageError
 from edgedistill.evals import likelihood, statistics
+from edgedistill.evals.labels import DIGITS, label_figures, label_probabilities
 from edgedistill.evals.metrics import Metric, find_metric
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate
@@ -66,6 +67,7 @@ class SuiteResult:
     suite: str  # digest of the rows
     rows: tuple[RowResult, ...]
     thinking: dict[str, Any] | None = None  # of answers that may think first: see _thinking
+    labels: dict[str, Any] | None = None  # of a suite of labels: see labels.label_figures
 
     @property
     def n(self) -> int:
@@ -75,8 +77,9 @@ class SuiteResult:
     def summary(self) -> dict[str, Any]:
         """Return a plain dict without the rows."""
         out: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "rows"}
-        if self.thinking is None:
-            del out["thinking"]
+        for name in ("thinking", "labels"):
+            if out[name] is None:
+                del out[name]
         out["n"] = self.n
         out["score"] = self.score.to_json()
         out["valid_json"] = self.valid_json.to_json() if self.valid_json else None
@@ -162,12 +165,15 @@ def evaluate(
     *,
     max_new_tokens: int = 128,
     grammar: str | None = None,
+    labels: Sequence[str] = (),
+    sure: bool = True,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Answer the rows greedily and score the answers; or measure the references' perplexity, for a likelihood metric.
 
-    ``grammar`` is GBNF text. Raises UsageError for rows without a reference and for references that the metric cannot
-    read, before anything is decoded.
+    ``grammar`` is GBNF text. With ``labels`` (the metric "label") their probabilities are taken, too, unless the runner cannot
+    give any (``sure`` false), and what they are stands in the details of each row. Raises UsageError for rows without a reference
+    and for references that the metric cannot read, before anything is decoded.
     """
     metric = find_metric(metric) if isinstance(metric, str) else metric
     if not rows:
@@ -181,11 +187,15 @@ def evaluate(
 
     answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
     results = []
+    probabilities = label_probabilities(runner, rows, labels, progress=progress) if labels and sure else None
     scores = metric.score_all(
         (row.id, (answer.text, reference, row.problem))
         for row, reference, answer in zip(rows, references, answers, strict=True)
     )
-    for row, reference, answer, score in zip(rows, references, answers, scores, strict=True):
+    more: list[dict[str, Any]] = [{} for _ in rows]
+    if probabilities is not None:
+        more = [{"probabilities": [round(one, DIGITS) for one in found]} for found in probabilities.tolist()]
+    for row, reference, answer, score, further in zip(rows, references, answers, scores, more, strict=True):
         results.append(
             RowResult(
                 id=row.id,
@@ -197,7 +207,7 @@ def evaluate(
                 tokens=answer.tokens,
                 seconds=answer.seconds,
                 finish=answer.finish,
-                details={key: value for key, value in score.details.items() if key != "valid_json"},
+                details={**{key: value for key, value in score.details.items() if key != "valid_json"}, **further},
             )
         )
     tags = {tag: [r.score for r in results if tag in r.tags] for tag in sorted({t for r in results for t in r.tags})}
@@ -221,6 +231,9 @@ def evaluate(
         grammar=hashlib.sha256(grammar.encode()).hexdigest() if grammar is not None else None,
         rows=tuple(results),
         thinking=_thinking(results),
+        labels=label_figures(labels, references, [answer.text for answer in answers], probabilities)
+        if labels
+        else None,
     )
 
 

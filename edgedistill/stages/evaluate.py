@@ -48,6 +48,7 @@ class Evaluate(Stage):
     references: Mapping[str, Key]  # "student" and "teacher": entries with a model.gguf
     build: str
     isa: str
+    labels: tuple[str, ...] = later(())  # of suites whose metric is "label"
     template: str = later("")  # digest of that which makes text of a server's calls
     rows: Mapping[str, tuple[Row, ...]] = unkeyed()
     server: Server | None = unkeyed(default=None)  # that of a teacher whose weights are not here
@@ -56,7 +57,7 @@ class Evaluate(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Answer, score, compare distributions."""
-        from edgedistill.evals.metrics import find_metric
+        from edgedistill.evals.metrics import LABEL, find_metric
         from edgedistill.evals.suites import evaluate
 
         facts: dict[str, Any] = {"suites": {}, "likelihood": {}}
@@ -76,6 +77,8 @@ class Evaluate(Stage):
                         find_metric(suite.metric, self.folder),
                         max_new_tokens=suite.max_new_tokens,
                         grammar=grammar,
+                        labels=self.labels if suite.metric == LABEL and not grammar else (),
+                        sure=self.server is None,
                         progress=lambda done, total, note, label=label: ctx.progress(done, total, label),
                     )
                     file = f"{suite.name}{'.grammar' if grammar else ''}.jsonl"

@@ -46,6 +46,7 @@ from edgedistill.data.sifting import (
     Block,
     Judge,
     Judged,
+    Passed,
     Sieve,
     Sifted,
     Tally,
@@ -114,7 +115,7 @@ class Filter(Stage):
             files.enter_context(answers)
             files.enter_context(failed)
             watched = self.watch(a["text"] for row in self.rows for a in answers.of(row.id) if a["finish"] == "stop")
-            rejected = [files.enter_context(nameless(ctx.out)) for _ in range(1 + len(self.filters))]
+            rejected = [files.enter_context(nameless(ctx.out)) for _ in range(1 + len(self.filters) + len(self.last()))]
             yields, sifted = self.sift(
                 answers, ctx.path, ctx.progress, lambda at, answer: rejected[at].write(as_line(answer)), ctx.out
             )
@@ -141,6 +142,7 @@ class Filter(Stage):
         written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
         recovery = {name: {"asked": 0, "good": 0} for name, _ in self.recovered}
         from_gold = hedged = edited = corrected = carried = prompts = good = asked = 0
+        passed = self.tallying()
         with ExitStack() as files:
             file = files.enter_context((ctx.out / "kept.jsonl").open("w", encoding="utf-8"))
             shown = files.enter_context((ctx.out / SHOWN).open("w", encoding="utf-8")) if self.estimates else None
@@ -155,10 +157,11 @@ class Filter(Stage):
                     count["good"] += any(a.get("by") == name for a in one.alive)
                 if shown is not None:
                     shown.writelines(self._shown(one))
-                texts = [
-                    (a["text"], a.get("source") or a.get("by") or self.writer(), a["row"])
-                    for a in self.chosen(one.alive)
-                ]
+                if passed is not None:
+                    passed.add(one.alive)
+                chosen = self.chosen(one.alive)
+                weights = {a["text"]: a["weight"] for a in chosen if "weight" in a}
+                texts = [(a["text"], a.get("source") or a.get("by") or self.writer(), a["row"]) for a in chosen]
                 first = dict((text, by) for text, by, _ in reversed(texts))  # what several wrote is the first one's
                 texts = [found for found in texts if first[found[0]] == found[1]]
                 if not texts and one.found and gold and row.reference and not one.out:
@@ -170,7 +173,9 @@ class Filter(Stage):
                     edited += source == "review"
                     if source in written:
                         written[source] += 1
-                    lessons = self.lessons(taught_line(row, number, text, source, key))
+                    line = taught_line(row, number, text, source, key)
+                    line |= {"prompt": row.id, "weight": weights[text]} if text in weights else {}
+                    lessons = self.lessons(line)
                     if number == 0 and most:
                         wrong = wrong_answers([*failed.of(row.id), *one.wrong], most, self.shown)
                         corrections = self.corrections(lessons[0], wrong.get(row.id, []))
@@ -183,7 +188,7 @@ class Filter(Stage):
         kept |= {"edited": edited} if edited else {}
         kept |= {"corrections": corrected} if corrected else {}
         kept |= {"recovery": recovery} if recovery else {}
-        return {**kept, "tally": Tally(asked, prompts, good, carried)}
+        return {**kept, "tally": Tally(asked, prompts, good, carried, passed)}
 
     def sift(
         self,
@@ -209,7 +214,15 @@ class Filter(Stage):
                 sieves.append(Sieve("review", self.judge(spec), verdicts=self.reviews[spec["file"]]))
             else:
                 sieves.append(Sieve(spec["kind"], self.judge(spec, folder)))
-        return sift(self.rows, answers, sieves, reject, self.reviewable)
+        return sift(self.rows, answers, [*sieves, *self.last()], reject, self.reviewable)
+
+    def last(self) -> list[Sieve]:
+        """Return what answers go through behind the recipe's filters."""
+        return []
+
+    def tallying(self) -> Passed | None:
+        """Return what is told of each prompt's answers that passed, for ``counted``."""
+        return None
 
     def ended(self, row: Row, found: list[Answer]) -> Judged:
         """Judge whether something is an answer at all."""

@@ -28,7 +28,8 @@ class Example:
     """One prompt with its completion, as token ids; the completion ends with the token that ends a turn.
 
     ``weight`` is the row's in the loss, ``weights`` those of its completion tokens (empty: 1 each); a token counts by their
-    product. ``evolution`` is the round of evolution that made the prompt, 0 for a seed (``curriculum.py``).
+    product. ``evolution`` is the round of evolution that made the prompt, 0 for a seed (``curriculum.py``). Rows of one ``group``
+    are the answers to one prompt, weighed by their shares: an optimiser step takes all of them, or none.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Example:
     weight: float = 1.0
     weights: tuple[float, ...] = ()
     evolution: int = 0
+    group: str = ""
 
     def __post_init__(self) -> None:
         if self.weights and len(self.weights) != len(self.completion_ids):
@@ -129,6 +131,7 @@ def encode_example(
     context: int | None = None,
     weight: float = 1.0,
     evolution: int = 0,
+    group: str = "",
 ) -> Example:
     """Encode one row; ``context`` is the longest sequence in tokens that the model takes.
 
@@ -145,7 +148,22 @@ def encode_example(
             f"row {id!r}: {len(prompt)} prompt and {len(answer)} completion tokens do not fit a context of {context}",
             hint="shorten or remove the row, or raise the context length",
         )
-    return Example(id=id, prompt_ids=tuple(prompt), completion_ids=tuple(answer), weight=weight, evolution=evolution)
+    return Example(
+        id=id,
+        prompt_ids=tuple(prompt),
+        completion_ids=tuple(answer),
+        weight=weight,
+        evolution=evolution,
+        group=group,
+    )
+
+
+def groups_of(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the row indices of each group, in the order of their first rows; a row without a group is one by itself."""
+    found: dict[str | int, list[int]] = {}
+    for at, example in enumerate(examples):
+        found.setdefault(example.group or at, []).append(at)
+    return list(found.values())
 
 
 def make_batches(

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,18 +88,15 @@ def load_kept(
 
     ``text`` is the field that is learnt: "text" (what the filters kept) or "reference" (gold). A token of thinking, or of
     a rationale that is a task of its own, counts ``think_weight`` in the loss. The turns of one trace become one example where
-    their tokens allow it (``training/traces.py``). With ``guide`` prompts hold what the teacher alone is told. Raises
-    UsageError for a row that is longer than the model's context.
+    their tokens allow it (``training/traces.py``). A row that is one of several labels of its prompt has its share as its weight.
+    With ``guide`` prompts hold what the teacher alone is told. Raises UsageError for a row that is longer than the model's context.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     context = json.loads((model / "config.json").read_text()).get("max_position_embeddings")
     examples: list[tuple[str | None, Example]] = []
-    for number, line in enumerate(json_lines(kept)):
-        if limit is not None and number >= limit:
-            break
-        row = json.loads(line)
+    for row in itertools.islice(_kept_lines(kept, text), limit):
         if row[text]:
             one = encode_example(
                 tokenizer,
@@ -109,6 +106,8 @@ def load_kept(
                 id=row["id"],
                 context=context,
                 evolution=row.get("evolution", 0),
+                weight=row.get("weight", 1.0),
+                group=row.get("prompt", ""),
             )
             if think_weight != 1.0:
                 rationale = row.get("task") == "rationale"
@@ -126,9 +125,22 @@ def _whole_traces(examples: Iterable[tuple[str | None, Example]]) -> list[Exampl
     return found
 
 
+def _kept_lines(kept: Path, text: str) -> Iterator[dict[str, Any]]:
+    """Yield the kept rows. Of references a prompt has one, however many labels the rows of it teach: it counts once, and whole."""
+    seen: set[str] = set()
+    for row in map(json.loads, json_lines(kept)):
+        if text == "reference" and "prompt" in row:
+            prompt = row.pop("prompt")
+            row.pop("weight")
+            if prompt in seen:
+                continue
+            seen.add(prompt)
+        yield row
+
+
 def kept_texts(kept: Path, *, text: str = "text") -> list[str]:
     """Return the completions of the rows that ``load_kept`` encodes, in their order."""
-    return [row[text] for row in map(json.loads, json_lines(kept)) if row[text]]
+    return [row[text] for row in _kept_lines(kept, text) if row[text]]
 
 
 def weigh_thinking(tokenizer: Any, example: Example, text: str, weight: float, *, whole: bool) -> Example:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training.checkpoint import State
-from edgedistill.training.data import Example, eased_batches, make_batches
+from edgedistill.training.data import Example, eased_batches, groups_of, make_batches
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.objectives import FeatureTerms, problem
@@ -49,7 +49,8 @@ class KeepSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How to train. ``batch_size`` rows make one optimiser step, computed ``micro_batch`` rows at a time.
+    """How to train. ``batch_size`` rows (prompts, where several rows are the answers to one) make one optimiser step, computed
+    ``micro_batch`` rows at a time.
 
     ``steps`` (optimiser steps) goes before ``epochs``. ``warmup`` is a share of the steps. ``dtype`` is the type of the
     computation; weights in training are kept in float32 beside it. ``hidden`` is the weight of the hidden states' mean
@@ -154,15 +155,19 @@ def learning_rate(settings: TrainSettings, step: int, total: int) -> float:
 
 def steps_per_epoch(examples: Sequence[Example], settings: TrainSettings) -> int:
     """Return how many optimiser steps take every row once."""
-    return math.ceil(len(examples) / settings.batch_size)
+    return math.ceil(len(groups_of(examples)) / settings.batch_size)
 
 
 def plan_steps(
     examples: Sequence[Example], settings: TrainSettings, difficulty: Sequence[float] | None = None
 ) -> list[list[int]]:
     """Return the rows of every optimiser step: a pure function of lengths, batch size, seed and number of steps, and of how hard
-    each row is, where the first epoch goes from easy to hard.
+    each row is, where the first epoch goes from easy to hard. Rows of one group are in one step: what their weights add up to is
+    what the step's loss is divided by, and a step of unlikely answers alone would count as much as one of likely ones.
     """
+    groups = groups_of(examples)
+    if len(groups) < len(examples):
+        return [[row for group in step for row in groups[group]] for step in _plan_groups(examples, groups, settings)]
     per_epoch = steps_per_epoch(examples, settings)
     total = settings.steps if settings.steps is not None else max(1, round(settings.epochs * per_epoch))
     plan: list[list[int]] = []
@@ -174,6 +179,14 @@ def plan_steps(
         plan += make_batches(examples, batch_size=settings.batch_size, seed=settings.seed, epoch=epoch)
         epoch += 1
     return plan[:total]
+
+
+def _plan_groups(
+    examples: Sequence[Example], groups: Sequence[Sequence[int]], settings: TrainSettings
+) -> list[list[int]]:
+    """Return the groups of every optimiser step, planned as if each were one row as long as its longest."""
+    whole = [max((examples[row] for row in group), key=lambda one: one.length) for group in groups]
+    return plan_steps([replace(one, group="") for one in whole], settings)
 
 
 def check_settings(
@@ -188,6 +201,11 @@ def check_settings(
         raise UsageError("there is nothing to train on: no example is left", hint="look at the yield of the filters")
     if settings.batch_size < 1:
         raise UsageError(f"batch_size is {settings.batch_size}: it must be at least 1")
+    if settings.curriculum != "none" and any(one.group for one in examples):
+        raise UsageError(
+            "a curriculum orders single rows, and some rows are the answers to one prompt",
+            hint="set curriculum = 'none'",
+        )
     if settings.optimizer not in OPTIMIZERS:
         raise UsageError(f"optimizer = {settings.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
     if settings.method == "qlora":
@@ -280,6 +298,8 @@ def run_digest(
             digest.update(repr(example.weights).encode())
         if settings.curriculum == "evolution":
             digest.update(repr(example.evolution).encode())
+        if example.group:
+            digest.update(example.group.encode())
     for one in targets or ():
         digest.update(one.ids.tobytes())
         digest.update(one.counts.tobytes())

@@ -76,9 +76,29 @@ class Runner(Protocol):
         """Yield per row the log-probabilities of the token *after* each position: float32 [positions, vocabulary]."""
         ...
 
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per prompt the log-probability of each of the ``tails`` (token ids) as what follows it: float64 [tails]."""
+        ...
+
     def close(self) -> None:
         """Free the model. May be called twice."""
         ...
+
+
+def continued_by_rows(
+    runner: Runner, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]
+) -> Iterator[np.ndarray]:
+    """Do what ``continued`` does by whole rows of prompt and tail: each prompt is read once for every tail."""
+    import numpy as np
+
+    for prompt in prompts:
+        positions = [range(len(prompt) - 1, len(prompt) + len(tail) - 1) for tail in tails]
+        found = runner.logprobs([[*prompt, *tail] for tail in tails], positions)
+        sums = [
+            float(one[np.arange(len(tail)), list(tail)].sum(dtype=np.float64))
+            for one, tail in zip(found, tails, strict=True)
+        ]
+        yield np.asarray(sums)
 
 
 @functools.lru_cache(maxsize=16)

@@ -355,6 +355,59 @@ class GgufRunner:
         finally:
             session.close()
 
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per prompt the log-probability of each of the ``tails`` as what follows it: float64 [tails].
+
+        What all prompts share is read once, the rest of each once, and its cache is copied for every tail. Raises UsageError for a
+        prompt that leaves no room.
+        """
+        if not prompts:
+            return
+        depth = max(map(len, prompts)) + max(map(len, tails))
+        if depth > self.context_limit:
+            raise UsageError(
+                f"a row has {depth} tokens, the model's context {self.context_limit}", "Shorten it, or leave it out."
+            )
+        shared = _common_prefix(prompts)
+        room = CACHE_BYTES // (_padded(depth) * self._cell_bytes()) - 2
+        together = max(1, min(self.parallel, len(tails), room))
+        session = _Session(self, sequences=together + 2, depth=depth, batch=max(BATCH, depth))
+        try:
+            session.prefill([(0, prompts[0][:shared], 0)])
+            for prompt in prompts:
+                session.forget(1)
+                session.copy(0, 1)
+                first = log_softmax(session.prefill([(1, prompt[shared:], shared)]))[0]
+                sums = np.asarray([float(first[tail[0]]) for tail in tails])
+                for start in range(0, len(tails), together):
+                    part = range(start, min(start + together, len(tails)))
+                    for sequence, at in enumerate(part, 2):
+                        if len(tails[at]) > 1:
+                            session.forget(sequence)
+                            session.copy(1, sequence)
+                    for at, added in zip(
+                        part, self._tails(session, [tails[at] for at in part], len(prompt)), strict=True
+                    ):
+                        sums[at] += added
+                yield sums
+        finally:
+            session.close()
+
+    def _tails(self, session: _Session, tails: Sequence[Sequence[int]], start: int) -> list[float]:
+        """Return what the tokens after the first of each tail add to its log-probability; tail i is read in sequence i + 2."""
+        added = [0.0] * len(tails)
+        items = [
+            (number, token, start + offset)
+            for number, tail in enumerate(tails)
+            for offset, token in enumerate(tail[:-1])
+        ]
+        for low in range(0, len(items), min(LOGIT_ROWS, session.batch_size)):
+            part = items[low : low + min(LOGIT_ROWS, session.batch_size)]
+            found = log_softmax(session.step([(number + 2, token, position) for number, token, position in part]))
+            for (number, _, position), row in zip(part, found, strict=True):
+                added[number] += float(row[tails[number][position - start + 1]])
+        return added
+
 
 class _Session:
     """One llama.cpp context with a batch: sequences of up to ``depth`` tokens each, every one with a cache of its own.

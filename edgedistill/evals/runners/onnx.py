@@ -17,7 +17,7 @@ import numpy as np
 
 from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.evals.runners.base import Answer, Finish, Progress
+from edgedistill.evals.runners.base import Answer, Finish, Progress, continued_by_rows
 from edgedistill.evals.runners.gguf import log_softmax
 
 BATCH = 16
@@ -205,6 +205,10 @@ class OnnxRunner:
         """Yield per row float32 [len(positions[i]), vocabulary]: the distribution of the token after each position."""
         for tokens, wanted in zip(token_rows, positions, strict=True):
             yield log_softmax(self.logits(tokens)[list(wanted)])
+
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per prompt the log-probability of each of the ``tails`` as what follows it: float64 [tails]."""
+        return continued_by_rows(self, prompts, tails)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the logits after every token by plain onnxruntime: float32 [tokens, vocabulary]."""

@@ -100,6 +100,10 @@ class ServedRunner:
         """Refuse: a server gives no whole distribution."""
         _refuse()
 
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Refuse: the server's tokens are its own."""
+        _refuse()
+
     def close(self) -> None:
         """Close the connections. May be called twice."""
         self.teacher.close()

@@ -133,3 +133,34 @@ class TransformersRunner:
                 logits = found.logits[0, :, : self._teacher.vocab_size].float()
                 row = torch.log_softmax(logits, dim=-1).cpu().numpy()
             yield row  # outside: what the reader does between two rows must not run in inference mode
+
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield per prompt the log-probability of each of the ``tails`` as what follows it: float64 [tails].
+
+        A prompt is read once, and its keys and values are copied for every tail.
+        """
+        import torch
+
+        model, size = self._teacher.model, self._teacher.vocab_size
+        longest = max(len(tail) for tail in tails)
+        known = torch.tensor([[*tail, *[0] * (longest - len(tail))] for tail in tails], device=model.device)
+        inside = torch.tensor([[at < len(tail) for at in range(longest)] for tail in tails], device=model.device)
+        for prompt in prompts:
+            if len(prompt) + longest > self._teacher.context:
+                raise UsageError(
+                    f"a row has {len(prompt) + longest} tokens, the model's context {self._teacher.context}",
+                    "Shorten it, or leave it out.",
+                )
+            with torch.inference_mode():
+                read = model(
+                    input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=True, logits_to_keep=1
+                )
+                logits = read.logits[:, :, :size].expand(len(tails), 1, size)
+                if longest > 1:
+                    cache = read.past_key_values
+                    cache.batch_repeat_interleave(len(tails))
+                    more = model(input_ids=known[:, :-1], past_key_values=cache, use_cache=True).logits[..., :size]
+                    logits = torch.cat([logits, more], dim=1)
+                each = torch.log_softmax(logits.float(), -1).gather(-1, known[..., None])[..., 0].double()
+                sums = torch.where(inside, each, 0.0).sum(-1).cpu().numpy()
+            yield sums

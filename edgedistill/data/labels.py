@@ -1,0 +1,50 @@
+"""Labels: a closed set of answers, and what several answers to one prompt say of them as a distribution.
+
+Where a teacher gives no logits, so many samples of each prompt are an empirical distribution over the labels. The cross-entropy of
+that distribution q under the student is the sum over labels of q(label) x the negative log-likelihood of the label as a whole
+answer: each label is a row of its own, and q(label) is the row's weight in the loss. That is exact, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d\u2013\u2014\u2026")
+
+
+def label_key(text: str) -> str:
+    """Return a text without case, punctuation and spaces beyond one between words; one of nothing else as it is. Unlike
+    ``normalised_text`` it keeps articles: "a" may be a label.
+    """
+    plain = " ".join(text.casefold().translate(_NO_PUNCTUATION).split())
+    return plain or text.strip()
+
+
+def read_label(text: str, names: Sequence[str]) -> str | None:
+    """Return which label a text is; None where it is none."""
+    wanted = label_key(text)
+    return next((name for name in names if label_key(name) == wanted), None)
+
+
+def shares(found: Sequence[str], names: Sequence[str], smoothing: float = 0.0) -> dict[str, float]:
+    """Return the distribution that samples give: (count + smoothing) / (samples + smoothing x labels), in the order of ``names``;
+    labels without a share are left out. {} where there are no samples: what is smoothed then is nothing.
+    """
+    if not found:
+        return {}
+    counts, total = Counter(found), len(found) + smoothing * len(names)
+    return {name: (counts[name] + smoothing) / total for name in names if counts[name] + smoothing > 0}
+
+
+def most_frequent(found: Sequence[str]) -> str:
+    """Return the label that most samples have; among equals the one that was drawn first, which is a fair draw."""
+    counts = Counter(found)
+    return max(dict.fromkeys(found), key=lambda name: counts[name])
+
+
+def entropy(distribution: Mapping[str, float]) -> float:
+    """Return the entropy in nats."""
+    return -math.fsum(share * math.log(share) for share in distribution.values() if share > 0)
