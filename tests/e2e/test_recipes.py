@@ -58,7 +58,8 @@ def reduced(name: str, folder: Path) -> Path:
 
 
 def test_every_recipe_is_built_here() -> None:
-    assert set(packaged()) == {"quickstart", "draft", "sweep", *REDUCED}  # test_build.py, test_draft_recipe.py, below
+    # test_build.py, test_draft_recipe.py, below; test_code_reasoning.py
+    assert set(packaged()) == {"quickstart", "draft", "sweep", "code", "reasoning", *REDUCED}
 
 
 @pytest.mark.parametrize("name", sorted(REDUCED))

@@ -2,9 +2,10 @@
 
     python -m edgedistill.recipes.code.make_data [--check] [--out DIR]
 
-``prompts`` are more of what ``train`` has; ``dev`` and ``holdout`` have pairs of steps that train has not, and functions and arguments of other names; ``ood`` has pairs that train
-has, in wordings that it has not. No prompt stands in two files. What a test expects was computed by other code than the reference's
-(``steps.py``), and a row's tests tell its task from one with a step less. The same seed makes the same bytes.
+``prompts`` are more of what ``train`` has; ``dev`` and ``holdout`` have pairs of steps that these have not, and functions and
+arguments of other names; ``ood`` has their pairs in wordings that they have not. No prompt stands in two files. What a test
+expects was computed by other code than the reference's (``steps.py``), and a row's tests tell its task from one with a step less.
+The same seed makes the same bytes.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m edgedistill.recipes.reasoning.make_data [--check] [--out DIR]
 
-reasoning-gym's rows have an answer and no way to it. These tasks are solved by one sum after the other, which ``solve_*`` write down:
-that is the ``rationale`` of ``train``, and of no other file. ``prompts`` are more problems for the teacher to solve by itself, ``dev``
-and ``holdout`` new ones like them; ``ood`` has longer ones, and a task that train has not. No prompt stands in two files.
-The same seeds make the same bytes with reasoning-gym 0.1.25 (``pip install 'edgedistill[reasoning]'``).
+reasoning-gym's rows have an answer and no way to it. These tasks are solved by one sum after the other, which ``solve_*`` write
+down: that is the ``rationale`` of ``train``, and of no other file. ``prompts`` are more problems, for the teacher to solve by
+itself; ``dev`` and ``holdout`` new ones like them; ``ood`` has longer ones, and a task that train has not. No prompt stands in two
+files. The same seeds make the same bytes with reasoning-gym 0.1.25 (``pip install 'edgedistill[reasoning]'``).
 """
 
 from __future__ import annotations

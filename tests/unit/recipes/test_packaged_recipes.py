@@ -11,7 +11,6 @@ from edgedistill.fingerprint import file_digest
 from edgedistill.recipes import HERE, copy_recipe, packaged, taken
 from tests.unit.test_plan import make
 
-
 NEEDED = {"reasoning": pytest.mark.reasoning}  # what a recipe cannot be planned without
 
 
