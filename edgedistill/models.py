@@ -15,7 +15,7 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,7 +265,9 @@ def _content_digest(path: Path, models: Path) -> str:
 def _facts(path: Path, content: str, models: Path, task: Task = "text") -> ModelFacts:
     memo = models / "facts" / (f"{content}.json" if task == "text" else f"{content}.{task}.json")
     if memo.is_file():
-        return ModelFacts(**json.loads(memo.read_text()))
+        known = json.loads(memo.read_text())
+        if known.keys() == {one.name for one in fields(ModelFacts)}:  # else written by another version
+            return ModelFacts(**known)
     if path.is_file() and task == "classification":
         raise UsageError(f"{path}: a GGUF file is no sequence classifier here", "give the folder of a checkpoint")
     facts = _gguf_facts(path) if path.is_file() else folder_facts(path, task)
