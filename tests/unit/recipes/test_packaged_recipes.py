@@ -11,8 +11,10 @@ from edgedistill.fingerprint import file_digest
 from edgedistill.recipes import HERE, copy_recipe, packaged, taken
 from tests.unit.test_plan import make
 
+NEEDED = {"reasoning": pytest.mark.reasoning}  # what a recipe cannot be planned without
 
-@pytest.mark.parametrize("name", packaged())
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=NEEDED.get(name, ())) for name in packaged()])
 def test_init_writes_all_that_the_recipe_needs(name: str, tmp_path: Path) -> None:
     folder = copy_recipe(name, tmp_path / name)
     plan = make(folder)  # reads every file that the recipe names, and refuses leaks between them
