@@ -14,6 +14,7 @@ from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_cells import machine_notes
 from edgedistill.report_plots import Line, Point, bars, curves, marker, scatter
 from edgedistill.report_sheets import (
+    FORMS,
     calibration_sheet,
     comparisons_sheet,
     details_sheet,
@@ -24,6 +25,8 @@ from edgedistill.report_sheets import (
     missing_note,
     models_sheet,
     rounds_sheet,
+    stances_sheet,
+    tags_sheet,
     temper_sheet,
 )
 from edgedistill.report_work import drafts_sheet, speeds_sheet, training_sheet, types_sheet
@@ -157,6 +160,7 @@ def page(data: ReportData) -> str:
         *_section("What each stage cost or brought", _differences(data)),
         *_section("Rounds", [_table(rounds_sheet(data))] if data.rounds else []),
         *_section("By function", _functions(data)),
+        *_section("Helps, refuses, asks back", _stances(data)),
         *_section("More on the answers", _details(data)),
         *_section("Training", _training(data)),
         *_section("Quantization", [_table(types_sheet(data))] if data.fallbacks else []),
@@ -367,6 +371,17 @@ def _functions(data: ReportData) -> list[Html]:
     for suite in data.suites:
         if any(model.suites[suite].functions for model in data.models if suite in model.suites):
             parts += [h("h3", suite), _heat(data, suite)]
+    return parts
+
+
+def _stances(data: ReportData) -> list[Html]:
+    sheet = stances_sheet(data)
+    if not sheet.rows:
+        return []
+    parts = [_table(sheet), h("p", f"With n and Wilson's 95 % interval; {FORMS}.", cls="note")]
+    for suite in data.suites:
+        if (by_tag := tags_sheet(data, suite)).rows:
+            parts += [h("h3", f"{suite}, right by tag"), _table(by_tag)]
     return parts
 
 

@@ -12,7 +12,7 @@ from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_reviews, student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
-from edgedistill.report_entries import curve, fallbacks, hops, sources
+from edgedistill.report_entries import curve, fallbacks, hops, sources, stances
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -328,6 +328,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         hedged=hedged,
         answered=answered,
         thinking=facts.get("thinking"),
+        **stances(facts),
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.errors import UsageError
-from edgedistill.evals import likelihood, statistics
+from edgedistill.evals import likelihood, stance, statistics
 from edgedistill.evals.metrics import Metric, find_metric
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate
@@ -66,6 +66,7 @@ class SuiteResult:
     suite: str  # digest of the rows
     rows: tuple[RowResult, ...]
     thinking: dict[str, Any] | None = None  # of answers that may think first: see _thinking
+    stances: dict[str, Any] | None = None  # of metric "stance": see evals/stance.py
 
     @property
     def n(self) -> int:
@@ -75,8 +76,9 @@ class SuiteResult:
     def summary(self) -> dict[str, Any]:
         """Return a plain dict without the rows."""
         out: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "rows"}
-        if self.thinking is None:
-            del out["thinking"]
+        for name in ("thinking", "stances"):
+            if out[name] is None:
+                del out[name]
         out["n"] = self.n
         out["score"] = self.score.to_json()
         out["valid_json"] = self.valid_json.to_json() if self.valid_json else None
@@ -221,6 +223,7 @@ def evaluate(
         grammar=hashlib.sha256(grammar.encode()).hexdigest() if grammar is not None else None,
         rows=tuple(results),
         thinking=_thinking(results),
+        stances=_stances(results),
     )
 
 
@@ -245,6 +248,12 @@ def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:
         "empty": sum(one < LEAST_WORDS for one in blocks) / len(blocks) if blocks else 0.0,
         "median_words": median(blocks) if blocks else 0,
     }
+
+
+def _stances(results: Sequence[RowResult]) -> dict[str, Any] | None:
+    """Return how often answers help, refuse and ask back, by what is right and by tag; None where that was not judged."""
+    found = [(one.details["stance"], one.details["took"], one.tags) for one in results if "stance" in one.details]
+    return stance.rates(found) if found else None
 
 
 def _reference(row: Row, metric: Metric) -> str:
