@@ -80,14 +80,14 @@ def sources(inputs: Inputs) -> list[dict[str, Any]]:
     ]
 
 
-def stances(facts: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Figure]]]:
-    """Return how often answers help, refuse and ask back, by what is right and by tag; nothing where that was not judged."""
-    found = facts.get("stances")
-    if not found:
-        return {}
+def stances(facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:
+    """Return how often answers to a suite help, refuse and ask back, by what is right and by tag; nothing where that was not
+    judged.
+    """
+    found = facts.get("stances") or {"wanted": {}, "tags": {}}
 
     def read(shares: Mapping[str, Any]) -> dict[str, Figure]:
         return {name: figure for name, share in shares.items() if (figure := Figure.read(share))}
 
     tags = {tag: read({**shares, "right": facts["by_tag"].get(tag)}) for tag, shares in found["tags"].items()}
-    return {"stances": {name: read(shares) for name, shares in found["wanted"].items()}, "tags": tags}
+    return {name: read(shares) for name, shares in found["wanted"].items()}, tags

@@ -314,6 +314,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
     shared = sum(teacher.get(row, (1.0, ""))[0] < 1 and teacher[row][1] == (mine or {})[row][1] for row in errors)
     runner = facts.get("runner", {})
     hedged, answered = _hedges(reader, mine)
+    by_kind, by_tag = stances(facts)
     return SuiteLine(
         metric=str(facts.get("metric", "")),
         score=Figure.read(facts.get("score")),
@@ -328,7 +329,8 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         hedged=hedged,
         answered=answered,
         thinking=facts.get("thinking"),
-        **stances(facts),
+        stances=by_kind,
+        tags=by_tag,
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
 

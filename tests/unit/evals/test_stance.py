@@ -107,16 +107,16 @@ def test_rates_of_each_kind_have_their_n_and_wilsons_interval(tmp_path: Path) ->
     result.save(tmp_path)
     assert SuiteResult.load(tmp_path).stances == result.stances
 
-    read = stances(result.summary())
-    assert read["stances"]["refuse"]["refuse"] == Figure.read(wanted["refuse"]["refuse"])
-    assert read["tags"]["fun"]["right"] == Figure.read(result.by_tag["fun"])
-    assert read["tags"]["theft"]["right"].value == 0.8
+    by_kind, by_tag = stances(result.summary())
+    assert by_kind["refuse"]["refuse"] == Figure.read(wanted["refuse"]["refuse"])
+    assert by_tag["fun"]["right"] == Figure.read(result.by_tag["fun"])
+    assert by_tag["theft"]["right"].value == 0.8
 
 
 def test_other_metrics_say_nothing_of_stances() -> None:
     rows = [Row(id="a", messages=({"role": "user", "content": "x"},), reference=HELP)]
     summary = evaluate(Table([HELP]), rows, "exact").summary()
-    assert "stances" not in summary and stances(summary) == {}
+    assert "stances" not in summary and stances(summary) == ({}, {})
 
 
 def test_equal_stances_are_no_agreement(tmp_path: Path) -> None:
