@@ -14,6 +14,7 @@ import pytest
 
 from edgedistill.data.augmenters import REFUSING
 from edgedistill.data.filters import refuses
+from edgedistill.evals.stance import stance_of
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect
 from edgedistill.report_sheets import stances_sheet, verdict_notes
@@ -80,7 +81,8 @@ def test_a_balanced_recipe_tells_how_often_each_kind_is_taken_the_right_way(
     kept = read_jsonl(filtered.path / "kept.jsonl")
     assert kept
     for line in kept:  # what is taught refuses where it should, and only there
-        assert refuses(line["text"]) == (REFUSING in tags[line["id"].partition("#")[0]]), line
+        of = tags[line["id"].partition("#")[0]]
+        assert stance_of(line["text"]) in of and (REFUSING in of or not refuses(line["text"])), line
     assert {"help", "refuse"} <= {tag for line in kept for tag in tags[line["id"].partition("#")[0]]}
     only_help = read_jsonl(entry("filter@helpful rows alone").path / "kept.jsonl")
     assert all("help" in tags[line["id"].partition("#")[0]] for line in only_help)
