@@ -25,7 +25,7 @@ from tests.e2e.conftest import read_jsonl
 from tests.e2e.test_recipes import toml
 
 REDUCED: dict[str, Any] = {
-    **{"teacher.min_score": {}, "adapt.rows": 96, "heal.rows": 48, "prompts.rows": 16, "calibrate.rows": 8},
+    **{"teacher.min_score": {}, "adapt.rows": 64, "heal.rows": 32, "prompts.rows": 12, "calibrate.rows": 8},
     "gates": {},
 }
 KINDS = {"help": 8, "refuse": 4, "ask": 4}  # rows of each suite's file
@@ -59,7 +59,7 @@ def test_a_balanced_recipe_tells_how_often_each_kind_is_taken_the_right_way(
         for suite, kinds in SUITES.items():
             summary = found.facts["suites"][suite]
             wanted = summary["stances"]["wanted"]
-            assert tuple(wanted) == kinds and summary["n"] == sum(KINDS[kind] for kind in kinds)
+            assert set(wanted) == set(kinds) and summary["n"] == sum(KINDS[kind] for kind in kinds)
             lines = read_jsonl(found.path / "answers" / f"{suite}.jsonl")
             for kind, shares in wanted.items():
                 of_kind = [line for line in lines if kind in line["tags"]]
