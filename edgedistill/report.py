@@ -71,6 +71,10 @@ class SuiteLine:
     by_label: dict[str, dict[str, float]] = field(default_factory=dict)  # precision, recall, f1 and n
     unnamed: int = 0  # answers that are no label
     thinking: dict[str, float] | None = None  # n, share with a block, share of empty ones, median words (evals.suites)
+    stances: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    """Of metric "stance": what is right (help, refuse, ask) -> what answers do -> their share (evals.stance)."""
+    tags: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    """The same by tag of the rows, and under "right" the score of these rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.inputs import Inputs
+from edgedistill.report import Figure
 from edgedistill.store import Entry
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
@@ -77,3 +78,16 @@ def sources(inputs: Inputs) -> list[dict[str, Any]]:
             ("student", inputs.student),
         )
     ]
+
+
+def stances(facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:
+    """Return how often answers to a suite help, refuse and ask back, by what is right and by tag; nothing where that was not
+    judged.
+    """
+    found = facts.get("stances") or {"wanted": {}, "tags": {}}
+
+    def read(shares: Mapping[str, Any]) -> dict[str, Figure]:
+        return {name: figure for name, share in shares.items() if (figure := Figure.read(share))}
+
+    tags = {tag: read({**shares, "right": facts["by_tag"].get(tag)}) for tag, shares in found["tags"].items()}
+    return {name: read(shares) for name, shares in found["wanted"].items()}, tags

@@ -15,6 +15,7 @@ from edgedistill.report_cells import machine_notes
 from edgedistill.report_data import difficulty_sheet, filters_sheet, share, spent_notes
 from edgedistill.report_plots import Line, Point, Span, bars, curves, marker, scatter, spans
 from edgedistill.report_sheets import (
+    FORMS,
     calibration_sheet,
     comparisons_sheet,
     details_sheet,
@@ -26,6 +27,8 @@ from edgedistill.report_sheets import (
     missing_note,
     models_sheet,
     rounds_sheet,
+    stances_sheet,
+    tags_sheet,
     temper_sheet,
 )
 from edgedistill.report_work import drafts_sheet, speeds_sheet, training_sheet, types_sheet
@@ -159,6 +162,7 @@ def page(data: ReportData) -> str:
         *_section("What each stage cost or brought", _differences(data)),
         *_section("Rounds", [_table(rounds_sheet(data))] if data.rounds else []),
         *_section("By function", _functions(data)),
+        *_section("Helps, refuses, asks back", _stances(data)),
         *_section("More on the answers", _details(data)),
         *_section("What there was to learn from", _data(data)),
         *_section("Training", _training(data)),
@@ -402,6 +406,17 @@ def _data(data: ReportData) -> list[Html]:
     )
     if rows:
         parts += [_figure(caption, svg), _table(replace(difficulty_sheet(found), notes=[])), h("p", note, cls="note")]
+    return parts
+
+
+def _stances(data: ReportData) -> list[Html]:
+    sheet = stances_sheet(data)
+    if not sheet.rows:
+        return []
+    parts = [_table(sheet), h("p", f"With n and Wilson's 95 % interval; {FORMS}.", cls="note")]
+    for suite in data.suites:
+        if (by_tag := tags_sheet(data, suite)).rows:
+            parts += [h("h3", f"{suite}, right by tag"), _table(by_tag)]
     return parts
 
 

@@ -13,7 +13,7 @@ from edgedistill.data_stats import step_figures
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_reviews, student_facts
 from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
-from edgedistill.report_entries import curve, fallbacks, hops, sources
+from edgedistill.report_entries import curve, fallbacks, hops, sources, stances
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -337,6 +337,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
     shared = sum(teacher.get(row, (1.0, ""))[0] < 1 and teacher[row][1] == (mine or {})[row][1] for row in errors)
     runner = facts.get("runner", {})
     hedged, answered = _hedges(reader, mine)
+    by_kind, by_tag = stances(facts)
     return SuiteLine(
         metric=str(facts.get("metric", "")),
         score=Figure.read(facts.get("score")),
@@ -354,6 +355,8 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
         by_label=dict(facts.get("labels", {}).get("by_label", {})),
         unnamed=int(facts.get("labels", {}).get("unnamed", 0)),
         thinking=facts.get("thinking"),
+        stances=by_kind,
+        tags=by_tag,
         engine=" ".join(str(v) for v in (runner.get("engine"), runner.get("dtype")) if v),
     )
 

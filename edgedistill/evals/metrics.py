@@ -23,6 +23,7 @@ from edgedistill.data.labels import label_key
 from edgedistill.data.thinking import split
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals import mathematics, own_metric
+from edgedistill.evals.stance import NONE, stance_of
 
 LABEL = "label"
 """The metric of suites whose references are of ``[labels]``."""
@@ -267,6 +268,16 @@ def math_verify(answer: str, reference: str) -> Score:
     return Score(value=float(mathematics.same_mathematics(answer, reference)))
 
 
+def stance(answer: str, reference: str) -> Score:
+    """Score 1 if the answer helps, refuses or asks back as the reference does (``evals/stance.py`` says what cannot be seen).
+    Details: ``stance``, that of the reference; ``took``, that of the answer. Raises UsageError for a reference without a word.
+    """
+    wanted, took = stance_of(reference), stance_of(answer)
+    if wanted == NONE:
+        raise UsageError("stance: the reference has no word", "Write how one would help, refuse or ask back.")
+    return Score(value=float(took == wanted), details={"stance": wanted, "took": took})
+
+
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -297,6 +308,13 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="tool-calls", kind="text", summary="the same calls, or none where none are due", function=tool_calls
+        ),
+        Metric(
+            name="stance",
+            kind="text",
+            summary="helps, refuses or asks back as the reference does",
+            function=stance,
+            compares=False,
         ),
         Metric(
             name="reasoning-gym",

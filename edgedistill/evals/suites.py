@@ -14,7 +14,7 @@ from typing import Any
 from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import LEAST_WORDS
 from edgedistill.errors import UsageError
-from edgedistill.evals import likelihood, statistics
+from edgedistill.evals import likelihood, stance, statistics
 from edgedistill.evals.labels import DIGITS, label_figures, label_probabilities
 from edgedistill.evals.metrics import Metric, find_metric
 from edgedistill.evals.runners.base import Progress, Runner
@@ -68,6 +68,7 @@ class SuiteResult:
     rows: tuple[RowResult, ...]
     thinking: dict[str, Any] | None = None  # of answers that may think first: see _thinking
     labels: dict[str, Any] | None = None  # of a suite of labels: see labels.label_figures
+    stances: dict[str, Any] | None = None  # of metric "stance": see evals/stance.py
 
     @property
     def n(self) -> int:
@@ -77,7 +78,7 @@ class SuiteResult:
     def summary(self) -> dict[str, Any]:
         """Return a plain dict without the rows."""
         out: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k != "rows"}
-        for name in ("thinking", "labels"):
+        for name in ("thinking", "labels", "stances"):
             if out[name] is None:
                 del out[name]
         out["n"] = self.n
@@ -234,6 +235,7 @@ def evaluate(
         labels=label_figures(labels, references, [answer.text for answer in answers], probabilities)
         if labels
         else None,
+        stances=_stances(results),
     )
 
 
@@ -258,6 +260,12 @@ def _thinking(results: Sequence[RowResult]) -> dict[str, Any] | None:
         "empty": sum(one < LEAST_WORDS for one in blocks) / len(blocks) if blocks else 0.0,
         "median_words": median(blocks) if blocks else 0,
     }
+
+
+def _stances(results: Sequence[RowResult]) -> dict[str, Any] | None:
+    """Return how often answers help, refuse and ask back, by what is right and by tag; None where that was not judged."""
+    found = [(one.details["stance"], one.details["took"], one.tags) for one in results if "stance" in one.details]
+    return stance.rates(found) if found else None
 
 
 def _reference(row: Row, metric: Metric) -> str:
