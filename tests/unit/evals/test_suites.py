@@ -14,7 +14,7 @@ import pytest
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals import likelihood
-from edgedistill.evals.runners.base import Answer, Progress
+from edgedistill.evals.runners.base import Answer, Progress, continued_by_rows
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.evals.suites import SuiteResult, compare, evaluate, load_scores
 
@@ -53,6 +53,9 @@ class Table:
             )
             for row, text in zip(rows, self.texts, strict=True)
         ]
+
+    def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        return continued_by_rows(self, prompts, tails)
 
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         self.readings += 1
