@@ -28,11 +28,30 @@ def calibration(runner: GgufRunner, rows: Sequence[Row]) -> tuple[list[list[int]
 
 def divergences(path: Path, reference: Path, rows: Sequence[Row]) -> np.ndarray:
     """Return the mean KLD of every row, nats a token."""
-    with GgufRunner(path) as candidate, GgufRunner(reference) as whole:
-        tokens = token_rows(candidate, rows)
-        ids, positions = [one.ids for one in tokens], [one.positions for one in tokens]
-        pairs = zip(candidate.logprobs(ids, positions), whole.logprobs(ids, positions), strict=True)
-        return np.array([kl_divergence(other, own)[0].mean() for own, other in pairs])
+    return Reference(reference, {"": list(rows)}).divergences(path)[""]
+
+
+class Reference:
+    """A full-precision file's distributions over the answers of some sets of rows: run once, in memory."""
+
+    def __init__(self, path: Path, sets: dict[str, list[Row]]) -> None:
+        with GgufRunner(path) as whole:
+            tokens = {name: token_rows(whole, rows) for name, rows in sets.items()}
+            self.places = {
+                name: ([one.ids for one in of], [one.positions for one in of]) for name, of in tokens.items()
+            }
+            self.own = {name: list(whole.logprobs(*places)) for name, places in self.places.items()}
+
+    def divergences(self, path: Path) -> dict[str, np.ndarray]:
+        """Return the mean KLD of every row of each set, nats a token."""
+        with GgufRunner(path) as candidate:
+            return {
+                name: np.array([
+                    kl_divergence(own, other)[0].mean()
+                    for own, other in zip(self.own[name], candidate.logprobs(*places), strict=True)
+                ])
+                for name, places in self.places.items()
+            }  # fmt: skip
 
 
 def ratio(ours: np.ndarray, peer: np.ndarray) -> tuple[float, float, float]:

@@ -12,12 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 from _common import finish, machine_line, parser, say, table
+from _kld import calibration, divergences, ratio
 from _recipe import build, entry_of, recipe_folder
 
-from edgedistill.data.prompts import Row, load_rows
-from edgedistill.evals.likelihood import kl_divergence, token_rows
+from edgedistill.data.prompts import load_rows
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf.imatrix import collect
 from edgedistill.formats.gguf.quantize import quantize
@@ -34,28 +33,6 @@ def bring(quick: bool) -> tuple[Session, Path]:
     return session, entry_of(session, step).path / "model.gguf"
 
 
-def calibration(runner: GgufRunner, rows: list[Row]) -> list[list[int]]:
-    """Encode prompts with their references, as the calibrate step does."""
-    return [[*runner.encode(row), *runner.encode_text(row.reference or ""), runner.end_token()] for row in rows]
-
-
-def divergences(path: Path, reference: Path, rows: list[Row]) -> np.ndarray:
-    """Return the mean KLD of every row, nats a token."""
-    with GgufRunner(path) as candidate, GgufRunner(reference) as whole:
-        tokens = token_rows(candidate, rows)
-        ids, positions = [one.ids for one in tokens], [one.positions for one in tokens]
-        pairs = zip(candidate.logprobs(ids, positions), whole.logprobs(ids, positions), strict=True)
-        return np.array([kl_divergence(other, own)[0].mean() for own, other in pairs])
-
-
-def ratio(ours: np.ndarray, peer: np.ndarray) -> tuple[float, float, float]:
-    """Return ours over peer, means over the rows, with the 95 % interval of a bootstrap."""
-    rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(ours), (2000, len(ours)))
-    low, high = np.quantile(ours[picks].mean(1) / peer[picks].mean(1), [0.025, 0.975])
-    return float(ours.mean() / peer.mean()), float(low), float(high)
-
-
 def main() -> None:
     """Quantize both ways, compare, print."""
     options = parser(__doc__ or "", quick="the base model, IQ4_NL, 16 rows to calibrate, 8 of each set to compare")
@@ -70,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         imatrix = Path(folder) / "imatrix.gguf"
         with GgufRunner(source) as runner:
-            text = calibration(runner, calibrated)
+            text, _ = calibration(runner, calibrated)
         collect(source, text, imatrix)
         for type_ in TYPES[:1] if given.quick else TYPES:
             paths = {name: Path(folder) / f"{type_}-{name}.gguf" for name in ("peer", "ours")}

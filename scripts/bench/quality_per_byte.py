@@ -1,0 +1,164 @@
+"""A type for every matrix against llama.cpp's mixes: same model, same calibration text, same bytes.
+
+The model is SmolLM2-135M, its weights moved within their cells (what a package ships came from 4-bit blocks), once for each seed.
+llama.cpp's own quantizer makes its types with the importance matrix of the calibration text. Ours chooses the types of the matrices
+for a file of the same size (``formats/gguf/allocate.py``); a further arm rounds with feedback on top (``rounding.py`` there),
+one keeps to Q4_0's blocks, and one looks for Q4_K_M's KLD in fewer bytes. Compared is the KLD from the f16 file on the answers of
+rows that were not calibrated on: in the domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a
+bootstrap over the rows of all seeds.
+
+Not here: AutoRound's files, a model whose columns are multiples of 256, quantization-aware distillation.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from _common import cache_folder, finish, machine_line, parser, say, table
+from _kld import Reference, calibration, dither, ratio
+from _recipe import build, entry_of, recipe_folder
+
+from edgedistill.data.prompts import Row, load_rows
+from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.formats.gguf import sensitivity
+from edgedistill.formats.gguf.allocate import overhead, solve
+from edgedistill.formats.gguf.dequantize import gguf_to_hf
+from edgedistill.formats.gguf.imatrix import collect
+from edgedistill.formats.gguf.quantize import named_after, quantize
+from edgedistill.formats.gguf.read import read_info
+
+TYPES = ("Q4_K_M", "IQ4_XS", "Q4_0")
+SETS = {"in domain": "dev", "out of domain": "dev-ood", "ordinary chat": "general"}
+FEWER = 0.8  # of Q4_K_M's bytes
+Found = dict[tuple[str, str, str], list[np.ndarray]]  # (type, arm, set): KLD of each row, by seed
+
+
+def one_seed(
+    base: Path,
+    seed: int,
+    text: tuple[list[list[int]], list[int]],
+    sets: dict[str, list[Row]],
+    quick: bool,
+    found: Found,
+) -> dict[str, tuple[int, int]]:
+    """Quantize one model every way; add the KLD of every row to ``found``. Returns {type: (bytes of llama.cpp's, of ours)}."""
+    sizes: dict[str, tuple[int, int]] = {}
+    with tempfile.TemporaryDirectory(dir=cache_folder("quality_per_byte")) as name:
+        folder = Path(name)
+        source, checkpoint, stock = folder / "f16.gguf", folder / "checkpoint", folder / "stock.gguf"
+        (folder / "table").mkdir()
+        dither(base, source, seed)
+        gguf_to_hf(source, checkpoint)
+        rows, starts = text
+        collect(source, rows, stock)
+        tokens = 1024 if quick else sensitivity.TOKENS
+        report = sensitivity.measure(source, checkpoint, rows, starts, folder / "table", tokens=tokens)
+        say(
+            f"seed {seed}: table of {report.costs} costs in {report.seconds:.0f} s, gradients on {report.tokens} tokens"
+        )
+        costs = json.loads((folder / "table" / "table.json").read_text())["costs"]
+        beside = overhead(read_info(source), costs)
+        reference = Reference(source, sets)
+
+        def judge(type_: str, arm: str, path: Path) -> int:
+            for where, klds in reference.divergences(path).items():
+                found.setdefault((type_, arm, where), []).append(klds)
+            size = path.stat().st_size
+            path.unlink()
+            return size
+
+        def ours(type_: str, arm: str, size: int, feedback: list[list[int]] | None = None) -> int:
+            chosen, out = solve(costs, size - beside).types, folder / "ours.gguf"
+            quantize(
+                source,
+                out,
+                named_after(chosen),
+                imatrix=folder / "table" / "imatrix.gguf",
+                types=chosen,
+                feedback=feedback,
+            )
+            return judge(type_, arm, out)
+
+        for type_ in TYPES[:1] if quick else TYPES:
+            started = time.monotonic()
+            quantize(source, folder / "stock-file.gguf", type_, imatrix=stock)
+            size = judge(type_, "llama.cpp", folder / "stock-file.gguf")
+            sizes[type_] = size, ours(type_, "types", size)
+            if not quick:
+                ours(type_, "types, rounding", size, rows)
+            if type_ == "Q4_K_M":
+                ours(type_, "types, rounding, fewer bytes", round(FEWER * size), None if quick else rows)
+            if type_ == "Q4_0":
+                quantize(source, folder / "same.gguf", type_, imatrix=stock, feedback=rows)
+                judge(type_, "rounding alone", folder / "same.gguf")
+            say(f"seed {seed}: {type_} in {time.monotonic() - started:.0f} s")
+    return sizes
+
+
+def main() -> None:
+    """Quantize every way, compare, print."""
+    options = parser(
+        __doc__ or "", quick="one seed, Q4_K_M, 1,024 tokens of gradients, 8 rows of each set, no rounding"
+    )
+    options.add_argument("--seeds", type=int, default=3, help="how many models")
+    given = options.parse_args()
+    seeds = 1 if given.quick else given.seeds
+    session = build(recipe_folder("rounding", "recipe"), ["convert/base"])
+    base, data = entry_of(session, "convert/base").path / "model.gguf", session.path.parent / "data"
+    calibrated = load_rows(data / "train.jsonl")[: 32 if given.quick else 128]
+    sets = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 48] for name, file in SETS.items()}
+    with GgufRunner(base) as runner:
+        text = calibration(runner, calibrated)
+    found: Found = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for seed in range(seeds):
+        sizes = one_seed(base, seed, text, sets, given.quick, found)
+    lines, ratios = [], {}
+    for (type_, arm, where), klds in found.items():
+        ours, peer = np.concatenate(klds), np.concatenate(found[type_, "llama.cpp", where])
+        value, low, high = ratio(ours, peer)
+        ratios[f"{type_}, {arm}, {where}"] = [round(one, 4) for one in (value, low, high)]
+        pairs = zip(klds, found[type_, "llama.cpp", where], strict=True)
+        each = " ".join(f"{one.mean() / other.mean():.2f}" for one, other in pairs)
+        told = "" if arm == "llama.cpp" else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(
+            [type_, arm, where, str(len(ours)), f"{ours.mean():.5f}", told, "" if arm == "llama.cpp" else each]
+        )
+    columns = ["bytes of", "arm", "text", "rows", "KLD", "over llama.cpp's", "by seed"]
+    table("KLD from the f16 file, nats a token", columns, lines)
+    print("bytes: " + ", ".join(f"{name}: llama.cpp {peer:,}, ours {ours:,}" for name, (peer, ours) in sizes.items()))
+    print(machine_line())
+    best = "types" if given.quick else "types, rounding"
+
+    def at(type_: str, arm: str, where: str) -> float:
+        return ratios[f"{type_}, {arm}, {where}"][0]
+
+    wanted = {"Q4_K_M at most 0.5": max(at("Q4_K_M", best, where) for where in ("in domain", "out of domain")) <= 0.5}
+    wanted["20 % fewer bytes at Q4_K_M's KLD"] = at("Q4_K_M", "types, rounding, fewer bytes", "in domain") <= 1
+    if not given.quick:
+        wanted["IQ4_XS at most 0.5"] = max(at("IQ4_XS", best, where) for where in ("in domain", "out of domain")) <= 0.5
+        wanted["Q4_0's blocks at most 0.35 in the domain"] = at("Q4_0", "rounding alone", "in domain") <= 0.35
+        wanted["Q4_0's blocks at most 0.6 out of it"] = at("Q4_0", "rounding alone", "out of domain") <= 0.6
+    for what, holds in wanted.items():
+        print(f"{what}: {'holds' if holds else 'does not hold'}")
+    first = "Q4_K_M", best, "in domain"
+    finish(
+        name="quality_per_byte",
+        ours=round(float(np.concatenate(found[first]).mean()), 6),
+        peer=round(float(np.concatenate(found["Q4_K_M", "llama.cpp", "in domain"]).mean()), 6),
+        ratio=ratios[", ".join(first)][0],
+        unit="KLD in domain, nats a token, bytes of Q4_K_M",
+        n=sum(map(len, found[first])),
+        wanted="; ".join(wanted),
+        holds=all(wanted.values()),
+        ratios=ratios,
+        seeds=seeds,
+    )
+
+
+if __name__ == "__main__":
+    main()
