@@ -419,11 +419,12 @@ def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:
     from edgedistill.formats.gguf.types import smallest_choice, smallest_type
 
     limit, (best, least) = target.auto_size, smallest_type(config)
+    told = f"the smallest, {best}, makes"
     if target.quantize.type == AUTO:
-        best, least = "choice", smallest_choice(config)
+        told, least = "the smallest types make", smallest_choice(config)
     if limit is not None and least > limit:
         raise RecipeError(
-            f"no type brings {who} under {format_size(limit)}: the smallest, {best}, makes about {format_size(least)}",
+            f"no type brings {who} under {format_size(limit)}: {told} about {format_size(least)}",
             "take fewer layers or a smaller student, or raise the limit",
             file=target.path,
             key="quantize.size" if limit == target.quantize.size else "limits.file_size",
