@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,12 @@ def folder(tmp_path: Path) -> Path:
     return copy_recipe("quickstart", tmp_path / "quickstart")
 
 
-def auto(name: str, size: str) -> dict[str, object]:
+def auto(name: str, size: str) -> dict[str, Any]:
     return {f"quantize__{name}__type": "auto", f"quantize__{name}__size": size, f"quantize__{name}__imatrix": True}
 
 
 def test_targets_share_the_table_and_a_size_reruns_the_choice(folder: Path) -> None:
-    phone = {"quantize__phone-midrange__embedding_type": None, **auto("phone-midrange", "60 MiB")}
+    phone: dict[str, Any] = {"quantize__phone-midrange__embedding_type": None, **auto("phone-midrange", "60 MiB")}
     plan = make(folder, **phone, **auto("laptop-x86", "80 MiB"))
     (table,) = plan.match("sensitivity")
     merged, gguf = plan.match("merge")[0].key, plan.match("convert/student")[0].key
