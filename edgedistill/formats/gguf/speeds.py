@@ -126,7 +126,8 @@ def counted(name: str, shapes: Shapes) -> list[str]:
     prefill leaves out the head, and an embedding is looked up.
     """
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
-    return [matrix for matrix in shapes if matrix.startswith("blk.") or (TESTS[name] == "tg" and matrix == head)]
+    matrices = [matrix for matrix, shape in shapes.items() if len(shape) == 2]
+    return [matrix for matrix in matrices if matrix.startswith("blk.") or (TESTS[name] == "tg" and matrix == head)]
 
 
 def rest(of: Figures, shapes: Shapes) -> float:
