@@ -13,6 +13,7 @@ from edgedistill import __version__
 from edgedistill.cli_data import app as data_app
 from edgedistill.cli_exchange import app as exchange_app
 from edgedistill.cli_review import app as review_app
+from edgedistill.cli_targets import app as targets_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +22,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Build small language models for a device: distil, merge, quantize, and verify before it ships.",
 )
-targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Hardware profiles.")
 store_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The build store.")
 app.add_typer(targets_app, name="targets")
 app.add_typer(store_app, name="store")
@@ -360,53 +360,7 @@ def _chat() -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in asked * 4]
 
 
-# ── targets, store, machine ──
-
-
-@targets_app.command("list")
-def targets_list(as_json: JsonOption = False) -> None:
-    """List the packaged profiles."""
-    from edgedistill.tables import print_table, targets_table
-    from edgedistill.target import list_targets
-
-    found = list_targets()
-    if as_json:
-        _print_json([{"name": target.name, **target.model_dump(mode="json")} for target in found])
-    else:
-        print_table(targets_table(found))
-
-
-@targets_app.command("show")
-def targets_show(name: str, as_json: JsonOption = False) -> None:
-    """Print one profile."""
-    from edgedistill.target import find_target, to_toml
-
-    target = find_target(name, Path())
-    if as_json:
-        _print_json({"name": target.name, **target.model_dump(mode="json")})
-    else:
-        typer.echo(target.path.read_text() if target.path else to_toml(target), nl=False)
-
-
-@targets_app.command("check")
-def targets_check(path: Path) -> None:
-    """Check a profile of your own."""
-    from edgedistill.target import check_target
-
-    target = check_target(path)
-    typer.echo(f"{path}: fine ({target.summary})")
-
-
-@targets_app.command("detect")
-def targets_detect(as_json: JsonOption = False) -> None:
-    """Print a profile of this machine's class, to be saved under targets/."""
-    from edgedistill.target import detect, to_toml
-
-    target = detect()
-    if as_json:
-        _print_json(target.model_dump(mode="json"))
-    else:
-        typer.echo(to_toml(target), nl=False)
+# ── store, machine ──
 
 
 @store_app.command("verify")

@@ -10,6 +10,7 @@ from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.plan import package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
+from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.quantize import Quantize
@@ -65,7 +66,13 @@ class QuantizeSteps(TrainingSteps):
     def _allocate(self, name: str, gguf: Key, sensitivity: Key, target: Target) -> Key:
         size = target.auto_size
         assert size is not None  # the target's check
-        stage = Allocate(model=gguf, sensitivity=sensitivity, size=size, tool=f"scipy {package_version('scipy')}")
+        stage = Allocate(
+            model=gguf,
+            sensitivity=sensitivity,
+            size=size,
+            tool=f"scipy {package_version('scipy')}",
+            speeds=speeds_of(target),
+        )
         return self.graph.add(name, stage, Work(kind="bytes", amount=3e8), memory=300 * MIB, disk=MIB)
 
     def _quantize(

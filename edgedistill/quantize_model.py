@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from edgedistill.fingerprint import Key, digest
 from edgedistill.models import KINDS, Resolved, resolve
 from edgedistill.plan import Graph, Plan, package_version
 from edgedistill.rates import MIB, Work, sensitivity_work
+from edgedistill.refusals_auto import speeds_of
 from edgedistill.runner import Reporter, Runner
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.base import Base
@@ -83,8 +84,10 @@ def quantize_model(
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
     resolved = resolve(source, store.root, note=reporter.note)
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
+    speeds: dict[str, Any] = {}
     for name in targets:
         target = find_target(name, Path())
+        speeds[name] = speeds_of(target)
         auto = target.auto_size if target.quantize.type == AUTO else None
         wanted.append((name, target.runtime.format, target.quantize.model_copy(update={"size": auto})))
     for name in types:
@@ -116,7 +119,7 @@ def quantize_model(
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
             )
-    plan, keys = _plan(resolved, wanted, calibration, store)
+    plan, keys = _plan(resolved, wanted, calibration, store, speeds)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
     if calibration is None and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted):
@@ -132,7 +135,11 @@ def quantize_model(
 
 
 def _plan(
-    resolved: Resolved, wanted: list[tuple[str, str, Types]], calibration: Path | None, store: Store
+    resolved: Resolved,
+    wanted: list[tuple[str, str, Types]],
+    calibration: Path | None,
+    store: Store,
+    speeds: Mapping[str, Any],
 ) -> tuple[Plan, list[Key]]:
     graph, params = Graph(), resolved.facts.params()
     llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
@@ -170,7 +177,9 @@ def _plan(
         if choice.type == AUTO:
             assert sensitivity is not None and choice.size is not None
             solver = f"scipy {package_version('scipy')}"
-            stage = Allocate(model=model, sensitivity=sensitivity, size=choice.size, tool=solver)
+            stage = Allocate(
+                model=model, sensitivity=sensitivity, size=choice.size, tool=solver, speeds=speeds.get(name)
+            )
             types = graph.add(f"allocate/{name}", stage, Work(kind="bytes", amount=3e8), disk=MIB)
         stage = Quantize(
             model=model,
@@ -229,6 +238,10 @@ def _choice(store: Store, plan: Plan, name: str) -> tuple[dict[str, Any], list[s
     return found, [
         f"predicted KLD {found['predicted_kld']:.3g} nats a token: {chosen}",
         f"predicted KLD at other sizes: {front}",
+        *(
+            f"{test}: {of['predicted']:.4g} tokens/s predicted, {of['limit']:g} asked"
+            for test, of in found.get("speeds", {}).items()
+        ),
     ]
 
 

@@ -26,6 +26,7 @@ from edgedistill.inputs import (
 )
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
+from edgedistill.refusals_auto import refuse_auto
 from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
 from edgedistill.refusals_prompts import refuse_prompts
@@ -416,27 +417,16 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
 
 def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:
     """Refuse a size that nothing can meet."""
-    from edgedistill.formats.gguf.types import smallest_choice, smallest_type
+    from edgedistill.formats.gguf.types import smallest_type
 
-    limit, (best, least) = target.auto_size, smallest_type(config)
-    told = f"the smallest, {best}, makes"
-    if target.quantize.type == AUTO:
-        told, least = "the smallest types make", smallest_choice(config)
+    limit, (best, least) = target.limits.file_size, smallest_type(config)
     if limit is not None and least > limit:
         raise RecipeError(
-            f"no type brings {who} under {format_size(limit)}: {told} about {format_size(least)}",
+            f"no type brings {who} under {format_size(limit)}: the smallest, {best}, makes about {format_size(least)}",
             "take fewer layers or a smaller student, or raise the limit",
             file=target.path,
-            key="quantize.size" if limit == target.quantize.size else "limits.file_size",
+            key="limits.file_size",
         )
-
-
-def _unheeded(target: Target) -> list[str]:
-    """Say which limits "auto" does not look at: they are measured, and a miss is a miss."""
-    names = [name for name in ("pp512", "tg128", "peak_rss", "ttft_p95_ms") if getattr(target.limits, name) is not None]
-    return [
-        f'type = "auto" chooses by size alone, not by {", ".join(names)}: measuring tells whether they hold'
-    ] * bool(names)
 
 
 def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
@@ -456,8 +446,7 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     config = facts.config()
     wanted = target.quantize.type
     if wanted == AUTO:
-        _must_fit(target, who, config)
-        return [f"{name}: {unheeded}" for unheeded in _unheeded(target)]
+        return [f"{name}: {warning}" for warning in refuse_auto(target, who, config)]
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
     size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
     if limit is not None and size > limit:

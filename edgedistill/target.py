@@ -82,6 +82,11 @@ class Runtime(_Table):
     engine: Literal["llama.cpp", "onnxruntime-genai"]
     threads: int = Field(ge=1, le=1024, description="threads that decode and prefill run on")
     context: int = Field(ge=128, le=1_048_576, description="tokens of context that memory is provided for")
+    kernels: str | None = Field(
+        default=None,
+        min_length=1,
+        description='GGUF: what `targets kernels` measured on the device, so that "auto" keeps to speeds; a path from this file',
+    )
 
 
 class Types(_Table):
@@ -156,6 +161,8 @@ class Target(_Table):
         engine, format_ = self.runtime.engine, self.runtime.format
         if engine != ENGINES[format_]:
             raise key_error("runtime.engine", f'"{engine}" runs no {format_} files; write "{ENGINES[format_]}"')
+        if self.runtime.kernels is not None and format_ != "gguf":
+            raise key_error("runtime.kernels", f"kernels are measured for gguf files, not for {format_}")
         check_types(self.quantize, format_, "quantize")
         if self.quantize.type == AUTO and self.auto_size is None:
             raise key_error("quantize.type", '"auto" needs a size to keep to: write limits.file_size, or quantize.size')
@@ -166,9 +173,19 @@ class Target(_Table):
         """Return the most bytes that a file of type "auto" may have; None where nothing limits it."""
         return min((size for size in (self.quantize.size, self.limits.file_size) if size is not None), default=None)
 
+    @property
+    def kernels_path(self) -> Path | None:
+        """Return the file of the kernels' costs; None where the profile names none."""
+        if self.runtime.kernels is None:
+            return None
+        return (self.path.parent if self.path else Path()) / self.runtime.kernels
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, as a package's key and manifest have them: without a size that is not given."""
+        """Return plain values, as a package's key and manifest have them: without a size that is not given, and without the path
+        of the kernels' costs, whose figures are in the key of ``allocate``.
+        """
         value = self.model_dump(mode="json")
+        del value["runtime"]["kernels"]
         if self.quantize.size is None:
             del value["quantize"]["size"]
         return value

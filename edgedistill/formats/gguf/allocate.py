@@ -25,11 +25,25 @@ Table = Mapping[str, Mapping[str, Sequence[float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """``total`` is the most that the sum over the matrices of ``of[type] * weights`` may be, for the types of ``of``."""
+    """``total`` is the most that the sum over the matrices of ``of[type] * weights`` may be, for the types of ``of``.
+
+    Only the matrices ``among`` count where it is given; the others may have any type. ``beside`` is what no type changes, outside
+    ``total``: seconds a token, of which a message makes tokens/s.
+    """
 
     what: str
     of: Mapping[str, float]
     total: float
+    among: frozenset[str] | None = None
+    beside: float = 0.0
+
+    def counts(self, name: str) -> bool:
+        """Tell whether a matrix counts."""
+        return self.among is None or name in self.among
+
+    def used(self, name: str, type_name: str, shape: Sequence[int]) -> float:
+        """Return what a matrix of ``shape`` takes in a type."""
+        return self.of[type_name] * shape[0] * shape[1] if self.counts(name) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,68 +64,117 @@ def solve(
 ) -> Allocation:
     """Return the best types whose matrices have ``nbytes`` bytes at most and keep the further ``limits``.
 
-    ``shapes`` gives the weights of each matrix, for ``limits``. Raises UsageError where nothing fits, saying which limit.
+    ``shapes`` gives the weights of each matrix, for ``limits``. Raises UsageError where nothing fits, saying which limit, and how
+    near the fastest choice comes to it.
     """
-    import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     least = sum(min(size for size, _ in types.values()) for types in table.values())
     if least > nbytes:
         raise UsageError(
             f"no choice of types brings the matrices under {nbytes:,} bytes: the smallest has {int(least):,}",
             "raise the limit, or take a smaller model",
         )
-    # Without other limits a type that is no smaller and no better than another one is never chosen.
-    choices = [
-        (name, type_name, size, cost)
-        for name, types in table.items()
-        for type_name, (size, cost) in types.items()
-        if all(not limit.of or type_name in limit.of for limit in limits)
-        and (limits or not any(_better(other, (size, cost)) for other in types.values()))
-    ]
-    names = list(table)
-    if missing := sorted(set(names) - {name for name, *_ in choices}):
+    choices = _choices(table, limits, shapes)
+    if missing := sorted(set(table) - {one.name for one in choices}):
         raise UsageError(
-            f"{missing[0]} has no type whose speed is known", "measure more types: edgedistill targets detect"
+            f"{missing[0]} has no type whose speed is known",
+            "measure more types: edgedistill targets kernels -o FILE.json",
         )
-    place = {name: at for at, name in enumerate(names)}
-    count = len(choices)
-    one_each = csr_array(
-        (np.ones(count), ([place[name] for name, *_ in choices], range(count))), shape=(len(names), count)
+    totals = [float(nbytes), *(limit.total for limit in limits)]
+    chosen, ended = None, False
+    if all(total > 0 for total in totals):
+        chosen, ended = _search(choices, [one.cost for one in choices], [one.uses for one in choices], totals)
+    if chosen is None and ended:
+        raise UsageError(
+            f"no choice of types that keeps all limits was found within {_SECONDS:.0f} s", "loosen one of the limits"
+        )
+    if chosen is None:
+        named = ", ".join(["size", *(limit.what for limit in limits)])
+        raise UsageError(
+            f"no choice of types keeps all limits at once: {named}{_nearest(choices, limits, totals)}",
+            "loosen one of them",
+        )
+    return Allocation(
+        types={one.name: one.type for one in chosen},
+        nbytes=int(sum(one.uses[0] for one in chosen)),
+        kld=float(sum(one.cost for one in chosen)),
     )
-    constraints = [
-        LinearConstraint(one_each, 1, 1),
-        LinearConstraint(np.array([[size for *_, size, _ in choices]]) / nbytes, -np.inf, 1),
-    ]
-    for limit in limits:
-        assert shapes is not None
-        used = [limit.of[type_name] * shapes[name][0] * shapes[name][1] for name, type_name, *_ in choices]
-        constraints.append(LinearConstraint(np.array([used]) / limit.total, -np.inf, 1))
-    cost = np.array([cost for *_, cost in choices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """One type for one matrix; ``uses`` are its bytes, and what it takes of each further limit."""
+
+    name: str
+    type: str
+    cost: float
+    uses: tuple[float, ...]
+
+    def better(self, other: _Choice) -> bool:
+        """Tell whether this is nowhere more than ``other``, and not the same everywhere."""
+        one, two = (self.cost, *self.uses), (other.cost, *other.uses)
+        return one != two and all(a <= b for a, b in zip(one, two, strict=True))
+
+
+def _choices(table: Table, limits: Sequence[Limit], shapes: Mapping[str, Sequence[int]] | None) -> list[_Choice]:
+    """Return the types of each matrix that may be chosen: not those that another one is better than in everything."""
+    found: list[_Choice] = []
+    for name, types in table.items():
+        shape = shapes[name] if shapes else ()
+        some = [
+            _Choice(
+                name=name,
+                type=type_name,
+                cost=cost,
+                uses=(size, *(limit.used(name, type_name, shape) for limit in limits)),
+            )
+            for type_name, (size, cost) in types.items()
+            if all(type_name in limit.of or not limit.counts(name) for limit in limits)
+        ]
+        found += [one for one in some if not any(other.better(one) for other in some)]
+    return found
+
+
+def _search(
+    choices: Sequence[_Choice], costs: Sequence[float], uses: Sequence[Sequence[float]], totals: Sequence[float]
+) -> tuple[list[_Choice] | None, bool]:
+    """Return the cheapest choices, one a matrix, that use ``totals`` at most (None: there are none), and whether time ran out."""
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    count = len(choices)
+    place = {name: at for at, name in enumerate(dict.fromkeys(one.name for one in choices))}
+    one_each = csr_array(
+        (np.ones(count), ([place[one.name] for one in choices], range(count))), shape=(len(place), count)
+    )
+    weights = np.array(costs, dtype=float)
     found = milp(
-        cost / max(float(cost.max()), 1e-30),
+        weights / max(float(weights.max()), 1e-30),
         integrality=np.ones(count),
         bounds=Bounds(0, 1),
-        constraints=constraints,
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.array(uses, dtype=float).T / np.array(totals)[:, None], -np.inf, 1),
+        ],
         options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
     )
     if found.x is None:
-        raise UsageError(
-            "no choice of types keeps all limits at once: " + ", ".join(["size", *(limit.what for limit in limits)]),
-            "loosen one of them",
-        )
-    chosen = [choices[at] for at in np.flatnonzero(found.x > 0.5)]
-    return Allocation(
-        types={name: type_name for name, type_name, *_ in chosen},
-        nbytes=int(sum(size for *_, size, _ in chosen)),
-        kld=float(sum(cost for *_, cost in chosen)),
-    )
+        return None, found.status == 1
+    return [choices[at] for at in np.flatnonzero(found.x > 0.5)], False
 
 
-def _better(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Tell whether a type is no larger and no worse than another, and not the same in both."""
-    return one[0] <= other[0] and one[1] <= other[1] and tuple(one) != tuple(other)
+def _nearest(choices: Sequence[_Choice], limits: Sequence[Limit], totals: Sequence[float]) -> str:
+    """Say how fast a file of the size could be, by each limit alone."""
+    told = []
+    for at, limit in enumerate(limits, 1):
+        quickest, _ = _search(choices, [one.uses[at] for one in choices], [one.uses[:1] for one in choices], totals[:1])
+        if quickest is not None and limit.beside + limit.total > 0:
+            best = 1 / (sum(one.uses[at] for one in quickest) + limit.beside)
+            need = 1 / (limit.beside + limit.total)
+            told.append(
+                f"{limit.what}: the fastest choice of that size is predicted at {best:.4g}, and {need:.4g} is needed"
+            )
+    return "".join(f"; {one}" for one in told)
 
 
 def overhead(info: GgufInfo, table: Table) -> int:
