@@ -39,6 +39,6 @@ def test_targets_share_the_table_and_a_size_reruns_the_choice(folder: Path) -> N
 
 def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
     with pytest.raises(
-        RecipeError, match=r"no type brings this student under 20 MiB: the smallest types make about \d+"
+        RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
     ):
         make(folder, **auto("laptop-x86", "20 MiB"))
