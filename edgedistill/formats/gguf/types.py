@@ -412,7 +412,8 @@ def estimate_size(shapes: Mapping[str, tuple[int, ...]], type_name: str, **optio
 
 def _header_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     vocab = shapes.get("token_embd.weight", (0,))[0]
-    return 39 * vocab + 64 * len(shapes) + 4096
+    # Gemma's vocabulary is SentencePiece's: no merges, but a score.
+    return (24 if "blk.0.post_ffw_norm.weight" in shapes else 39) * vocab + 64 * len(shapes) + 4096
 
 
 def estimate_file_size(
