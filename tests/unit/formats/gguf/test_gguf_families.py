@@ -19,6 +19,7 @@ from edgedistill.formats.gguf.moments import collect
 from edgedistill.formats.gguf.quantize import dry_run, quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.formats.gguf.types import estimate_file_size, plan_tensors, tensor_shapes
+from edgedistill.models import folder_facts
 
 Tiny = Callable[..., Path]
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -190,3 +191,10 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
     with pytest.raises(UsageError, match=words):
         convert(folder, tmp_path / "out.gguf")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_the_plan_knows_the_size_from_the_facts(family: str, tiny: Tiny) -> None:
+    folder = tiny(**SMALL[family])
+    config = json.loads((folder / "config.json").read_text())
+    assert tensor_shapes(folder_facts(folder).config()) == tensor_shapes(config)
