@@ -47,3 +47,23 @@ def check_trimmable(folder: Path) -> None:
             f"{path}: a {model.get('type', 'missing')} tokenizer; only a byte-level BPE vocabulary can be trimmed",
             "leave student.vocabulary out",
         )
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the names that Llama's has, and with what its family takes for granted where it is silent.
+
+    GPT-2 has names of its own (n_embd, n_layer, …), and its FFN is four times as wide where none is given.
+    """
+    found = dict(config)
+    if found.get("model_type") == "gpt2":
+        names = {
+            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        }  # fmt: skip
+        found |= {name: found[theirs] for name, theirs in names.items() if found.get(theirs) is not None}
+        if "n_embd" in found:
+            found["intermediate_size"] = found.get("n_inner") or 4 * int(found["n_embd"])
+            found |= {"num_key_value_heads": found.get("num_attention_heads"), "head_dim": None}
+    if found.get("model_type") in ("gpt2", "gemma3_text"):
+        found.setdefault("tie_word_embeddings", True)
+    return found

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgedistill.errors import UsageError
+from edgedistill.families import plain_config
 from edgedistill.fingerprint import digest, file_digest
 from edgedistill.store import write_atomic
 
@@ -73,6 +74,8 @@ class ModelFacts:
     def config(self) -> dict[str, Any]:
         """Return the config.json keys that size estimates and adapter checks read."""
         return {
+            "model_type": self.architecture,
+            "max_position_embeddings": self.context,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -411,7 +414,7 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
     """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what does another task: an encoder where text
     is to be written, a language model where a sequence classifier scores.
     """
-    config = json.loads((path / "config.json").read_text())
+    config = plain_config(json.loads((path / "config.json").read_text()))
     architectures = config.get("architectures") or []
     if task == "classification" and not any("ForSequenceClassification" in name for name in architectures):
         raise UsageError(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf.architectures import rope_of
 from edgedistill.formats.gguf.checkpoint import read_config
-from edgedistill.formats.gguf.convert import rope_of
-from edgedistill.formats.gguf.read import read_info
+from edgedistill.formats.gguf.read import GgufInfo, read_info
 from edgedistill.formats.gguf.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def compare_config(model_dir: Path | str, gguf: Path | str) -> dict[str, Any]:
             info.of_arch("attention.head_count_kv", heads),
         ),
         "rope_theta": (float(rope_of(config)["rope_theta"]), float(info.of_arch("rope.freq_base", 10000.0))),
-        "rms_norm_eps": (float(config["rms_norm_eps"]), float(info.of_arch("attention.layer_norm_rms_epsilon", 0.0))),
+        **_epsilon(config, info),
         "tie_word_embeddings": (bool(config.get("tie_word_embeddings", False)), tied),
     }
     for key in ("bos", "eos"):
@@ -151,6 +151,15 @@ def compare_config(model_dir: Path | str, gguf: Path | str) -> dict[str, Any]:
                 "convert the model again",
             )
     return {key: got for key, (_, got) in pairs.items() if key != "chat_template"} | {"chat_template": bool(template)}
+
+
+def _epsilon(config: dict[str, Any], info: GgufInfo) -> dict[str, tuple[Any, Any]]:
+    """Return what the norms add under the root, as config.json and as the GGUF have it; GPT-2's norms have a mean."""
+    ours, theirs = (
+        ("layer_norm", "layer_norm") if config.get("model_type") == "gpt2" else ("rms_norm", "layer_norm_rms")
+    )
+    key = f"{ours}_epsilon" if ours == "layer_norm" else f"{ours}_eps"
+    return {key: (float(config[key]), float(info.of_arch(f"attention.{theirs}_epsilon", 0.0)))}
 
 
 def _template(folder: Path) -> str:

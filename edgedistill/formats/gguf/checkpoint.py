@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
+from edgedistill.families import plain_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}
 _KEYS = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps",
+    "max_position_embeddings",
 )  # fmt: skip
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
@@ -51,7 +52,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and refuse what is no text generator in full precision. Raises UsageError in plain words."""
+    """Read config.json under Llama's names (``plain_config``); refuse what is no text generator in full precision.
+
+    Raises UsageError in plain words.
+    """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such model folder", "check the path")
     if not (folder / "config.json").is_file():
@@ -65,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(
             f"{folder}: {name} is an encoder-decoder model; only decoder models (…ForCausalLM) can be built"
         )
-    if not name.endswith("ForCausalLM"):
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
         raise UsageError(
             f"{folder}: {name} is an encoder or another kind of model that writes no text; only decoder models "
             "(…ForCausalLM) can be built",
@@ -74,12 +78,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantization := config.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UsageError(f"{folder}: the weights are already quantized ({method})", "use the full-precision checkpoint")
-    return config
+    return plain_config(config)
 
 
 def require_keys(config: dict[str, Any], path: Path) -> None:
     """Require that ``config`` has the numbers that describe a decoder. Raises UsageError naming the key."""
-    for key in _KEYS:
+    for key in (*_KEYS, "layer_norm_epsilon" if config.get("model_type") == "gpt2" else "rms_norm_eps"):
         if not isinstance(config.get(key), int | float) or config[key] <= 0:
             raise UsageError(f"{path}: {key} is {config.get(key)!r}; a positive number was expected")
 

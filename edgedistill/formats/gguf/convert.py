@@ -1,6 +1,6 @@
 """Convert a Hugging Face folder (safetensors) to GGUF: our own converter for a closed list of families.
 
-Families are closed because each has traps of its own (FAMILIES says which); everything else is refused by name. After
+Families are closed because each has traps of its own (``architectures`` says which); everything else is refused by name. After
 writing, llama.cpp reads the file back and its token ids must equal the tokenizer's on a set of hard texts.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.formats.gguf.architectures import Family, check_settings, family_of, rope_of, rope_tables, write_config
 from edgedistill.formats.gguf.checkpoint import Entry, open_checkpoint, read_config, read_entry, require_keys
-from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES
+from edgedistill.formats.gguf.types import FILE_TYPES, GGML_TYPES, tensor_shapes
 from edgedistill.formats.gguf.vocabulary import load_tokenizer, read_vocabulary, write_vocabulary
 
 if TYPE_CHECKING:
@@ -27,22 +28,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one architecture of transformers becomes one of llama.cpp's. ``permute``: q/k rows are reordered (RoPE in
-    pairs).
-    """
-
-    arch: str
-    permute: bool
-
-
-FAMILIES = {
-    "LlamaForCausalLM": Family(arch="llama", permute=True),
-    "MistralForCausalLM": Family(arch="llama", permute=True),
-    "Qwen2ForCausalLM": Family(arch="qwen2", permute=False),
-}
 _DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_PHI3_TOKENS = ("</s>", "<s>", "<unk>", "<|endoftext|>")  # llama-vocab.cpp changes their attributes by the model's name
 # Hard texts for every tokenizer: digits, contractions, white space of all kinds, scripts, emoji, code, markup.
 PROBES = (
     "Set an alarm for 7:45 and call 555-0199 on 12/03/2025.", "I'm sure it's Bob's, they'll've DON'T WE'RE",
@@ -76,17 +63,6 @@ class ConvertReport:
         return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
 
 
-def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """Return how to convert this config's architecture. Raises UsageError naming the supported ones."""
-    name = (config.get("architectures") or [config.get("model_type", "unnamed")])[0]
-    if name not in FAMILIES:
-        raise UsageError(
-            f"{where}: {name} cannot be converted to GGUF; supported: {', '.join(FAMILIES)}",
-            "convert it with llama.cpp's convert_hf_to_gguf.py, then pass the f16 .gguf file",
-        )
-    return FAMILIES[name]
-
-
 def convert(
     model_dir: Path | str, out: Path | str, *, dtype: str = "f16", name: str = "", license: str = "",
     progress: Progress | None = None,
@@ -106,10 +82,9 @@ def convert(
     config = read_config(model_dir)
     family = family_of(config, f"{model_dir}/config.json")
     require_keys(config, model_dir / "config.json")
-    entries = open_checkpoint(model_dir)
+    check_settings(config, family, f"{model_dir}/config.json")
     notes: list[str] = []
-    layers = int(config["num_hidden_layers"])
-    plan = _plan(model_dir, config, family, entries, dtype, layers)
+    plan = _plan(model_dir, config, family, _open(model_dir, family), dtype)
     vocabulary = read_vocabulary(
         model_dir, int(config["vocab_size"]), _first(config, "bos_token_id"), _first(config, "eos_token_id")
     )
@@ -117,31 +92,39 @@ def convert(
         notes.append(
             f"the tokenizer normalizes text to {vocabulary.normalizer}, llama.cpp does not: normalize prompts before"
         )
+    title = name or model_dir.resolve().name
+    if any(part in title.lower() for part in ("phi-3", "phi3")) and not set(_PHI3_TOKENS) <= set(vocabulary.tokens):
+        raise UsageError(
+            f"{model_dir}: by the name {title!r} llama.cpp expects Phi-3's own tokens ({', '.join(_PHI3_TOKENS)}), and the "
+            "tokenizer has others",
+            "give the model a name without phi-3 or phi3",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, family.arch)
     try:
         writer.add_type("model")
-        writer.add_name(name or model_dir.resolve().name)
+        writer.add_name(title)
         if license:
             writer.add_license(license)
-        _write_config(writer, config, model_dir, notes)
+        write_config(writer, config, family, model_dir, notes)
         writer.add_file_type(FILE_TYPES[_DTYPES[dtype]].number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         special = write_vocabulary(writer, vocabulary)
-        factors = _rope_factors(config)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        tables = rope_tables(config)
+        for target, factors in tables.items():
+            writer.add_tensor_info(target, factors.shape, factors.dtype, factors.nbytes)
         for target, (entry, type_name) in plan.items():
             kind = GGML_TYPES[type_name]
             nbytes = math.prod(entry.shape) * kind.bytes
+            shape = family.shape(target, entry.shape)
             writer.add_tensor_info(
-                target, entry.shape, _numpy_type(type_name), nbytes, raw_dtype=gguf.GGMLQuantizationType[type_name]
+                target, shape, _numpy_type(type_name), nbytes, raw_dtype=gguf.GGMLQuantizationType[type_name]
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
+        for factors in tables.values():
             writer.write_tensor_data(factors)
         for done, (target, (entry, type_name)) in enumerate(plan.items()):
             writer.write_tensor_data(_tensor(target, entry, type_name, config, family))
@@ -159,7 +142,7 @@ def convert(
         partial.unlink(missing_ok=True)
     return ConvertReport(
         path=out, architecture=family.arch, dtype=dtype, size=out.stat().st_size, sha256=file_digest(out),
-        tensors=len(plan) + (factors is not None), parameters=sum(math.prod(entry.shape) for entry, _ in plan.values()),
+        tensors=len(plan) + len(tables), parameters=sum(math.prod(entry.shape) for entry, _ in plan.values()),
         probe_tokens=probe_tokens, echo={**_echo(config), **special}, notes=tuple(notes),
         seconds=time.monotonic() - started,
     )  # fmt: skip
@@ -172,19 +155,19 @@ def places(model_dir: Path) -> dict[str, tuple[str, Callable[[np.ndarray], np.nd
     """
     config = read_config(model_dir)
     family = family_of(config, f"{model_dir}/config.json")
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    entries = open_checkpoint(model_dir)
+    entries = _open(model_dir, family)
     found: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {}
     names = {id(entry): name for name, entry in entries.items()}
-    for target, (entry, _) in _plan(
-        model_dir, config, family, entries, "f16", int(config["num_hidden_layers"])
-    ).items():
-        turned = family.permute and (".attn_q." in target or ".attn_k." in target)
-        count = heads if ".attn_q." in target else kv_heads
-        order = functools.partial(permute, heads=count) if turned else _as_it_is
+    for target, (entry, _) in _plan(model_dir, config, family, entries, "f16").items():
+        order = functools.partial(permute, heads=_heads(target, config)) if family.is_turned(target) else _as_it_is
         found[names[id(entry)]] = target, order
     return found
+
+
+def _heads(target: str, config: dict[str, Any]) -> int:
+    """Return the heads of a query or key matrix."""
+    heads = int(config["num_attention_heads"])
+    return heads if ".attn_q." in target else int(config.get("num_key_value_heads") or heads)
 
 
 def _as_it_is(values: np.ndarray) -> np.ndarray:
@@ -229,36 +212,50 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _open(model_dir: Path, family: Family) -> dict[str, Entry]:
+    """Index the checkpoint under the names that transformers has, without what it computes itself."""
+    skipped = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # GPT-2's causal mask
+    return {
+        name if name.startswith((family.prefix, "lm_head.")) else family.prefix + name: entry
+        for name, entry in open_checkpoint(model_dir).items()
+        if not name.endswith(skipped)
+    }
+
+
 def _plan(
-    model_dir: Path, config: dict[str, Any], family: Family, entries: dict[str, Entry], dtype: str, layers: int
+    model_dir: Path, config: dict[str, Any], family: Family, entries: dict[str, Entry], dtype: str
 ) -> dict[str, tuple[Entry, str]]:
     """Map GGUF tensor names to (where, type), in the order of the layers. Raises UsageError when a tensor has no
     place.
     """
     import gguf
 
+    layers = int(config["num_hidden_layers"])
     arch = next(number for number, known in gguf.MODEL_ARCH_NAMES.items() if known == family.arch)
     names = gguf.get_tensor_name_map(arch, layers)
     tied = bool(config.get("tie_word_embeddings", False))
+    wanted = tensor_shapes(config)
     plan: dict[str, tuple[Entry, str]] = {}
     for name in sorted(entries, key=_layer_order):
-        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):
-            continue  # llama.cpp computes the one and reads the embedding for the other
+        if tied and name == "lm_head.weight":
+            continue  # llama.cpp reads the embedding for it
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if target is None:
+        if target is None or (family.whole and target not in wanted):
             raise UsageError(f"{model_dir}: tensor {name!r} has no place in a {family.arch} GGUF of {layers} layers")
         entry = entries[name]
-        plan[target] = (entry, _DTYPES[dtype] if len(entry.shape) > 1 else "F32")
-    wanted = {"token_embd.weight", "output_norm.weight"} | ({"output.weight"} if not tied else set())
-    parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-    wanted |= {f"blk.{layer}.{part}.weight" for layer in range(layers) for part in parts}
-    if missing := sorted(wanted - set(plan)):
+        matrix = len(entry.shape) > 1 and not target.startswith("position_embd.")  # positions stay float32, as upstream
+        plan[target] = (entry, _DTYPES[dtype] if matrix else "F32")
+    if missing := sorted(set(wanted) - set(plan)):
         raise UsageError(f"{model_dir}: the checkpoint lacks {len(missing)} tensors, {missing[0]} among them")
     rows = plan["token_embd.weight"][0].shape[0]
     if rows != int(config["vocab_size"]):
         raise UsageError(
             f"{model_dir}/config.json: vocab_size is {config['vocab_size']}, the embedding has {rows} rows"
         )
+    for target, shape in wanted.items():
+        found = family.shape(target, plan[target][0].shape)
+        if found != shape:
+            raise UsageError(f"{model_dir}: {target} has shape {found}, where config.json makes it {shape}")
     return plan
 
 
@@ -278,10 +275,12 @@ def _tensor(target: str, entry: Entry, type_name: str, config: dict[str, Any], f
     import numpy as np
 
     weights = read_entry(entry)
-    if family.permute and (".attn_q." in target or ".attn_k." in target):
-        heads = int(config["num_attention_heads"])
-        kv_heads = int(config.get("num_key_value_heads") or heads)
-        weights = permute(weights, heads if ".attn_q." in target else kv_heads)
+    if family.is_turned(target):
+        weights = permute(weights, _heads(target, config))
+    if family.transposed and target.startswith("blk."):
+        weights = weights.T
+    if family.gain and target.endswith("norm.weight"):
+        weights = weights.astype(np.float32) + np.float32(family.gain)
     if type_name == "F16":
         with np.errstate(over="ignore"):
             stored = weights.astype(np.float16)
@@ -310,76 +309,6 @@ def _first(config: dict[str, Any], key: str) -> int | None:
     value = config.get(key)
     value = value[0] if isinstance(value, list) and value else value
     return int(value) if isinstance(value, int) else None
-
-
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return RoPE's parameters in transformers 5's form (rope_type, rope_theta, …) from either form of config.json."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    return rope
-
-
-def _write_config(writer: Any, config: dict[str, Any], model_dir: Path, notes: list[str]) -> None:
-    import gguf
-
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    if config.get("hidden_act", "silu") != "silu":
-        raise UsageError(
-            f"{model_dir}/config.json: hidden_act {config['hidden_act']!r}; llama.cpp computes silu in this family"
-        )
-    context = int(config["max_position_embeddings"])
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", True) and int(window) < context:
-        notes.append(f"context cut from {context} to the sliding window of {window}, where both engines agree")
-        context = int(window)
-    rope = rope_of(config)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise UsageError(
-            f"{model_dir}/config.json: RoPE scaling {rope['rope_type']!r} cannot be converted; known: linear, llama3"
-        )
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise UsageError(
-            f"{model_dir}/config.json: partial_rotary_factor is not 1; llama.cpp rotates all of a head here"
-        )
-    writer.add_vocab_size(int(config["vocab_size"]))
-    writer.add_context_length(context)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(int(config["num_hidden_layers"]))
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
-
-
-def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Return llama3's divisors of the RoPE frequencies, shape (head_dim / 2,), or None for other kinds.
-
-    The formula is transformers' ``_compute_llama3_parameters``; llama.cpp divides each frequency by its factor.
-    """
-    import numpy as np
-
-    rope = rope_of(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-    frequencies = float(rope["rope_theta"]) ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    old = float(rope["original_max_position_embeddings"])
-    waves = 2 * math.pi / frequencies
-    smooth = (old / waves - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(waves < old / high, 1.0, np.where(waves > old / low, factor, between))
-    return factors.astype(np.float32)
 
 
 def _echo(config: dict[str, Any]) -> dict[str, Any]:

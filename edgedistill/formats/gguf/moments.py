@@ -126,22 +126,37 @@ def collect(
 
 def _groups(model: Any, memory: int) -> list[range]:
     """Cut the layers into runs whose second moments fit ``memory``, one layer at least in each; the last layers first."""
-    import torch
-
-    layers = model.get_decoder().layers
+    layers = _layers(model)
     groups: list[range] = []
     end = len(layers)
     while end:
         start, left = end, memory
         while start:
-            matrices = [one for one in layers[start - 1].modules() if isinstance(one, torch.nn.Linear)]
-            need = sum(4 * one.in_features**2 for one in matrices)
+            need = sum(4 * _columns(one) ** 2 for one in _matrices(layers[start - 1]))
             if start < end and need > left:
                 break
             start, left = start - 1, left - need
         groups.append(range(start, end))
         end = start
     return groups
+
+
+def _layers(model: Any) -> Any:
+    """Return the decoder's layers; GPT-2 calls them h."""
+    decoder = model.get_decoder()
+    return decoder.h if hasattr(decoder, "h") else decoder.layers
+
+
+def _matrices(layer: Any) -> list[Any]:
+    """Return the matrices of a layer: torch's, and GPT-2's Conv1D, whose weights lie columns first."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return [one for one in layer.modules() if isinstance(one, torch.nn.Linear | Conv1D)]
+
+
+def _columns(matrix: Any) -> int:
+    return matrix.in_features if hasattr(matrix, "in_features") else matrix.weight.shape[0]
 
 
 def _batches(rows: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
@@ -167,15 +182,15 @@ class _Pass:
         self.weights: dict[str, float] = {}
         self.shared: dict[str, tuple[float, float]] = {}
         self.predicted = 0
-        decoder = model.get_decoder()
+        every = _layers(model)
         self.named = {module: name for name, module in model.named_modules()}
-        self.matrices = [
-            module for at in layers for module in decoder.layers[at].modules() if isinstance(module, torch.nn.Linear)
-        ]
-        self.first = decoder.layers[layers.start]  # gradients go no deeper
+        self.matrices = [module for at in layers for module in _matrices(every[at])]
+        self.first = every[layers.start]  # gradients go no deeper
         self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.looked_up = torch.zeros(self.embedding.num_embeddings) if layers.start == 0 else None
         self.columns = torch.zeros(self.embedding.embedding_dim)
+        # Gemma's embedding multiplies what it looks up, so that an error of the weights counts as many times more.
+        self.scale = float(getattr(self.embedding, "embed_scale", 1.0))
 
     def run(self, batches: Iterator[Any], seed: int, tell: Callable[[int, int], None], total: int) -> None:
         import torch
@@ -216,6 +231,8 @@ class _Pass:
         import torch
 
         assert self.looked_up is not None
+        if self.scale != 1:
+            gradient = gradient * self.scale
         for ids, one in zip(self.tokens, gradient, strict=True):
             seen, place = ids.unique(return_inverse=True)
             square = torch.zeros(len(seen), one.shape[-1]).index_add_(0, place, one).square_()

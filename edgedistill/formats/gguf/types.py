@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedistill.errors import UsageError
+from edgedistill.families import plain_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +206,9 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def allows_quantization(name: str, shape: tuple[int, ...]) -> bool:
-    """Say whether llama.cpp quantizes a tensor at all: matrices that are no norm and end in ``weight``."""
+    """Say whether llama.cpp quantizes a tensor at all: matrices that are no norm and no positions and end in ``weight``."""
+    if name == "position_embd.weight":
+        return False
     return sum(size > 1 for size in shape) >= 2 and name.endswith("weight") and not name.endswith("_norm.weight")
 
 
@@ -228,7 +231,7 @@ def plan_tensors(
     layers = 1 + max((_order(name)[0] for name in shapes), default=-1)
     tied = "output.weight" not in shapes
     head = "token_embd.weight" if tied else "output.weight"
-    n_attn_v = sum(1 for name in shapes if name.endswith("attn_v.weight"))
+    n_attn_v = sum(1 for name in shapes if name.endswith(("attn_v.weight", "attn_qkv.weight")))
     seen = {"attn_v": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
     plans: list[TensorPlan] = []
     for name in sorted(shapes, key=_order):
@@ -279,7 +282,7 @@ def _mix(
         if kind in ("IQ2_S", "IQ2_M", "IQ3_XXS"):
             return "IQ3_S"
         return "Q4_K" if kind in ("TQ1_0", "TQ2_0", "Q2_0") else base
-    role = name.split(".")[-2]
+    role = name.split(".")[-2].replace("attn_qkv", "attn_v")  # one matrix of all three has the rules of values
     i = seen.get(role, 0)
     if role in seen:
         seen[role] += 1
@@ -352,11 +355,12 @@ def predict_type(type_name: str, tensor_name: str, columns: int) -> str:
 
 
 def tensor_shapes(config: Mapping[str, Any], layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Return GGUF tensor names and shapes of a llama-family model from its config.json (``layers`` overrides the
-    depth).
+    """Return GGUF tensor names and shapes (rows first) of a decoder from its config.json, or from llama.cpp's name of the
+    architecture in ``model_type`` (``layers`` overrides the depth). Families that are not told apart count as Llama.
 
     Raises UsageError naming the key that config.json lacks.
     """
+    config = plain_config(config)
     try:
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         inner, vocab = int(config["intermediate_size"]), int(config["vocab_size"])
@@ -365,27 +369,35 @@ def tensor_shapes(config: Mapping[str, Any], layers: int | None = None) -> dict[
         raise UsageError(f"config.json lacks {error.args[0]!r}: not a llama-family model") from None
     kv_heads = int(config.get("num_key_value_heads") or heads)
     head_dim = int(config.get("head_dim") or hidden // heads)
-    bias = bool(config.get("attention_bias")) or config.get("model_type") == "qwen2"
+    kind = str(config.get("model_type", "")).removesuffix("_text")
+    queries, keys = heads * head_dim, kv_heads * head_dim
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (vocab, hidden), "output_norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings", False):
         shapes["output.weight"] = (vocab, hidden)
-    for layer in range(depth):
-        block = f"blk.{layer}"
-        shapes |= {
-            f"{block}.attn_norm.weight": (hidden,), f"{block}.ffn_norm.weight": (hidden,),
-            f"{block}.attn_q.weight": (heads * head_dim, hidden),
-            f"{block}.attn_k.weight": (kv_heads * head_dim, hidden),
-            f"{block}.attn_v.weight": (kv_heads * head_dim, hidden),
-            f"{block}.attn_output.weight": (hidden, heads * head_dim),
-            f"{block}.ffn_gate.weight": (inner, hidden), f"{block}.ffn_up.weight": (inner, hidden),
-            f"{block}.ffn_down.weight": (hidden, inner),
+    parts: dict[str, tuple[int, ...]] = {
+        "attn_norm.weight": (hidden,), "ffn_norm.weight": (hidden,), "attn_output.weight": (hidden, queries),
+        "ffn_down.weight": (hidden, inner),
+    }  # fmt: skip
+    if kind in ("phi3", "gpt2"):
+        parts["attn_qkv.weight"] = (queries + 2 * keys, hidden)
+        parts["ffn_up.weight"] = ((2 if kind == "phi3" else 1) * inner, hidden)  # Phi-3's gate and up lie in one
+    else:
+        parts |= {
+            "attn_q.weight": (queries, hidden), "attn_k.weight": (keys, hidden), "attn_v.weight": (keys, hidden),
+            "ffn_gate.weight": (inner, hidden), "ffn_up.weight": (inner, hidden),
         }  # fmt: skip
-        if bias:
-            shapes |= {
-                f"{block}.attn_q.bias": (heads * head_dim,), f"{block}.attn_k.bias": (kv_heads * head_dim,),
-                f"{block}.attn_v.bias": (kv_heads * head_dim,),
-            }  # fmt: skip
-    return shapes
+    if config.get("attention_bias") or kind == "qwen2":
+        parts |= {"attn_q.bias": (queries,), "attn_k.bias": (keys,), "attn_v.bias": (keys,)}
+    if kind in ("qwen3", "gemma3"):
+        parts |= {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+    if kind == "gemma3":
+        parts |= {"post_attention_norm.weight": (hidden,), "post_ffw_norm.weight": (hidden,)}
+    if kind == "gpt2":
+        parts |= {f"{part.removesuffix('weight')}bias": shape[:1] for part, shape in parts.items()}
+        shapes |= {
+            "output_norm.bias": (hidden,), "position_embd.weight": (int(config.get("max_position_embeddings", 0)), hidden)
+        }  # fmt: skip
+    return shapes | {f"blk.{layer}.{part}": shape for layer in range(depth) for part, shape in parts.items()}
 
 
 def estimate_size(shapes: Mapping[str, tuple[int, ...]], type_name: str, **options: Any) -> int:
@@ -400,7 +412,8 @@ def estimate_size(shapes: Mapping[str, tuple[int, ...]], type_name: str, **optio
 
 def _header_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     vocab = shapes.get("token_embd.weight", (0,))[0]
-    return 39 * vocab + 64 * len(shapes) + 4096
+    # Gemma's vocabulary is SentencePiece's: no merges, but a score.
+    return (24 if "blk.0.post_ffw_norm.weight" in shapes else 39) * vocab + 64 * len(shapes) + 4096
 
 
 def estimate_file_size(

@@ -73,7 +73,7 @@ def test_a_forgotten_permutation_is_caught(tiny: Tiny, tmp_path: Path, monkeypat
 
 
 def test_forgotten_llama3_factors_are_caught(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_rope_factors", lambda config: None)
+    monkeypatch.setattr(module, "rope_tables", lambda config: {})
     options = KINDS["llama3"]
     convert(tiny(**options), tmp_path / "bad.gguf")
     with pytest.raises(StepFailed, match="logits differ"):
