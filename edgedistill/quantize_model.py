@@ -4,6 +4,7 @@ store.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -96,7 +97,10 @@ def quantize_model(
         imatrix = name == AUTO or file_type(name).imatrix != "no"
         wanted.append((name, "gguf", Types(type=name, imatrix=imatrix, size=most if name == AUTO else None)))
     if most is not None and AUTO not in types:
-        raise UsageError("--size is for the type auto: every other type has the size that it has", "--types auto")
+        raise UsageError(
+            "--size is for --types auto: other types have the size that they have, targets quantize.size",
+            "--types auto",
+        )
     if dry_run and any(choice.type != AUTO for _, _, choice in wanted):
         raise UsageError("--dry-run shows what auto chooses", "--types auto --size '90 MiB' --dry-run")
     is_gguf = resolved.path.is_file()
@@ -119,6 +123,9 @@ def quantize_model(
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
             )
+    for name, format_, choice in wanted:
+        if format_ == "gguf" and choice.type == AUTO:
+            _refuse_choice(resolved, name, choice, reporter if name in targets else None)
     plan, keys = _plan(resolved, wanted, calibration, store, speeds)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
@@ -132,6 +139,34 @@ def quantize_model(
     if dry_run:
         return [_chosen(store, plan, line) for line in wanted]
     return [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+
+
+def _refuse_choice(resolved: Resolved, name: str, choice: Types, reporter: Reporter | None) -> None:
+    """Raise UsageError where the types of ``resolved`` cannot be chosen, or nothing meets the limits. ``name`` is a target's where
+    there is a ``reporter`` for its warnings.
+    """
+    from edgedistill.formats.gguf.types import smallest_choice
+    from edgedistill.refusals_auto import refuse_auto
+
+    if resolved.path.is_file() and resolved.kind != "pypi":
+        # Gradients are taken by transformers: the file must become a checkpoint first.
+        from edgedistill.formats.gguf.dequantize import hf_config, hf_tensor_name, tokenizer_json
+        from edgedistill.formats.gguf.read import read_info
+
+        info = read_info(resolved.path)
+        names = [hf_tensor_name(tensor.name) for tensor in info.tensors]
+        hf_config(info, dtype="float32", tied="lm_head.weight" not in names)
+        tokenizer_json(info)
+    config = resolved.facts.config()
+    if reporter is not None:
+        for warning in refuse_auto(find_target(name, Path()), "this model", config):
+            reporter.note(warning)
+    elif choice.size is not None and (least := smallest_choice(config)) > choice.size:
+        raise UsageError(
+            f"no choice of types brings this model under {format_size(choice.size)}: the smallest makes about "
+            f"{format_size(least)}",
+            "give a larger --size, or a smaller model",
+        )
 
 
 def _plan(
@@ -251,9 +286,12 @@ def _measured(entry: Entry) -> list[str]:
         return []
     found = entry.facts["measured"]
     kld = found["kld"]
+    interval = (
+        f" [{kld['low']:.3g}, {kld['high']:.3g}]" if math.isfinite(kld["high"]) else ""
+    )  # of one text there is none
     return [
-        f"measured KLD {kld['value']:.3g} [{kld['low']:.3g}, {kld['high']:.3g}] nats a token, on {kld['n']} of the texts that the "
-        f"types were chosen by ({found['tokens']} tokens)"
+        f"measured KLD {kld['value']:.3g}{interval} nats a token, on {kld['n']} of the texts that the types were chosen by "
+        f"({found['tokens']} tokens)"
     ]
 
 

@@ -198,7 +198,8 @@ class Target(_Table):
         """
         kept = self.quantize.model_dump(exclude_unset=True)
         if "type" in changes:
-            kept = {key: value for key, value in kept.items() if key == "imatrix"}
+            same = changes["type"] == self.quantize.type == AUTO
+            kept = {key: value for key, value in kept.items() if key == "imatrix" or (same and key == "size")}
         try:
             types = Types.model_validate({**kept, **changes}, strict=True)
             check_types(types, self.runtime.format, f"quantize.{self.name}")

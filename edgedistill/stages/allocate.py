@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, later
+from edgedistill.target import format_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,13 @@ class Allocate(Stage):
         beside = overhead(read_info(ctx.path(self.model, "model.gguf")), costs)
         speeds = self.speeds or {}
         limits = [speed_limit(name, of, shapes) for name, of in speeds.items()]
+        least = sum(min(size for size, _ in types.values()) for types in costs.values())
+        if least + beside > self.size:
+            raise UsageError(
+                f"no choice of types makes a file of {format_size(self.size)}: the smallest has "
+                f"{format_size(least + beside)}",
+                "raise the size, or take a smaller model",
+            )
         chosen = solve(costs, self.size - beside, limits, shapes)
         others = front(costs)
         (ctx.out / "types.json").write_text(json.dumps(chosen.types, indent=1))
@@ -47,6 +56,7 @@ class Allocate(Stage):
                 "size": chosen.nbytes + beside,
                 "limit": self.size,
                 "predicted_kld": chosen.kld,
+                "proved": chosen.proved,
                 "groups": groups(chosen.types, shapes),
                 "front": [[one.nbytes + beside, one.kld] for one in others],
                 "speeds": {

@@ -141,7 +141,7 @@ class Filter(Stage):
         most = max((spec.get("corrections", 0) for spec in self.filters), default=0)
         written = dict.fromkeys((self.writer(), *(name for name, _ in (*self.others, *self.recovered))), 0)
         recovery = {name: {"asked": 0, "good": 0} for name, _ in self.recovered}
-        from_gold = hedged = edited = corrected = carried = prompts = good = asked = 0
+        from_gold = hedged = edited = smoothed = corrected = carried = prompts = good = asked = 0
         passed = self.tallying()
         with ExitStack() as files:
             file = files.enter_context((ctx.out / "kept.jsonl").open("w", encoding="utf-8"))
@@ -170,6 +170,7 @@ class Filter(Stage):
                     texts = [(hedge, "hedge", "")]
                 for number, (text, source, key) in enumerate(dict.fromkeys(texts)):
                     from_gold, hedged = from_gold + (source == "gold"), hedged + (source == "hedge")
+                    smoothed += source == "smoothing"
                     edited += source == "review"
                     if source in written:
                         written[source] += 1
@@ -182,10 +183,11 @@ class Filter(Stage):
                         corrected += len(corrections)
                         lessons += corrections
                     file.writelines(map(as_line, lessons))
-        kept: dict[str, Any] = {"kept": sum(written.values()) + from_gold + hedged + edited, **written}
+        kept: dict[str, Any] = {"kept": sum(written.values()) + from_gold + hedged + edited + smoothed, **written}
         kept |= {"gold": from_gold}
         kept |= {"hedged": hedged} if hedge is not None else {}
         kept |= {"edited": edited} if edited else {}
+        kept |= {"smoothing": smoothed} if smoothed else {}
         kept |= {"corrections": corrected} if corrected else {}
         kept |= {"recovery": recovery} if recovery else {}
         return {**kept, "tally": Tally(asked, prompts, good, carried, passed)}

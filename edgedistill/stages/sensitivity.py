@@ -39,7 +39,7 @@ class Sensitivity(Stage):
         from edgedistill.evals.calibration_text import encode_kept
         from edgedistill.evals.runners.gguf import GgufRunner
         from edgedistill.formats.gguf.dequantize import gguf_to_hf
-        from edgedistill.formats.gguf.read import read_info
+        from edgedistill.formats.gguf.read import first_token, read_info
         from edgedistill.formats.gguf.sensitivity import measure
 
         gguf = ctx.path(self.model, "model.gguf")
@@ -49,7 +49,8 @@ class Sensitivity(Stage):
                 token_rows, starts = encode_kept(runner, [json.loads(line) for line in lines])
             else:
                 most = min(512, int(read_info(gguf).of_arch("context_length", 512)))
-                token_rows = [runner.encode_text(piece)[:most] for piece in self.text]
+                bos = first_token(gguf)  # without it a model that was taught with it is another one
+                token_rows = [[*bos, *runner.encode_text(piece)][:most] for piece in self.text]
                 starts = [1] * len(token_rows)
         if self.checkpoint is not None:
             folder = ctx.path(self.checkpoint, "model")

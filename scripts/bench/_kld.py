@@ -55,10 +55,15 @@ class Reference:
 
 
 def ratio(ours: np.ndarray, peer: np.ndarray) -> tuple[float, float, float]:
-    """Return ours over peer, means over the rows, with the 95 % interval of a bootstrap."""
+    """Return ours over peer, means over the rows, with the 95 % interval of a bootstrap over the rows.
+
+    Both are [rows], or [seeds, rows]: the rows are the same for all seeds, and drawn once.
+    """
     rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(ours), (2000, len(ours)))
-    low, high = np.quantile(ours[picks].mean(1) / peer[picks].mean(1), [0.025, 0.975])
+    rows = ours.shape[-1]
+    picks = rng.integers(0, rows, (2000, rows))
+    own, other = (one.reshape(-1, rows).mean(0)[picks].mean(1) for one in (ours, peer))
+    low, high = np.quantile(own / other, [0.025, 0.975])
     return float(ours.mean() / peer.mean()), float(low), float(high)
 
 

@@ -5,7 +5,7 @@ llama.cpp's own quantizer makes its types with the importance matrix of the cali
 for a file of the same size (``formats/gguf/allocate.py``); a further arm rounds with feedback on top (``rounding.py`` there),
 one keeps to Q4_0's blocks, and one looks for Q4_K_M's KLD in fewer bytes. Compared is the KLD from the f16 file on the answers of
 rows that were not calibrated on: in the domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a
-bootstrap over the rows of all seeds.
+bootstrap over the rows, each with all seeds.
 
 Not here: AutoRound's files, a model whose columns are multiples of 256, quantization-aware distillation.
 """
@@ -119,14 +119,14 @@ def main() -> None:
         sizes = one_seed(base, seed, text, sets, given.quick, found)
     lines, ratios = [], {}
     for (type_, arm, where), klds in found.items():
-        ours, peer = np.concatenate(klds), np.concatenate(found[type_, "llama.cpp", where])
+        ours, peer = np.stack(klds), np.stack(found[type_, "llama.cpp", where])
         value, low, high = ratio(ours, peer)
         ratios[f"{type_}, {arm}, {where}"] = [round(one, 4) for one in (value, low, high)]
         pairs = zip(klds, found[type_, "llama.cpp", where], strict=True)
         each = " ".join(f"{one.mean() / other.mean():.2f}" for one, other in pairs)
         told = "" if arm == "llama.cpp" else f"{value:.2f} [{low:.2f}, {high:.2f}]"
         lines.append(
-            [type_, arm, where, str(len(ours)), f"{ours.mean():.5f}", told, "" if arm == "llama.cpp" else each]
+            [type_, arm, where, str(ours.shape[1]), f"{ours.mean():.5f}", told, "" if arm == "llama.cpp" else each]
         )
     columns = ["bytes of", "arm", "text", "rows", "KLD", "over llama.cpp's", "by seed"]
     table("KLD from the f16 file, nats a token", columns, lines)

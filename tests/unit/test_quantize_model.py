@@ -104,7 +104,7 @@ def test_what_auto_chooses_is_shown_without_a_file(model: Path, text: Path, tmp_
         (["auto"], {}, "needs a size to keep to"),
         (["auto"], {"size": "80 KiB"}, "to choose types takes text of the task"),
         (["auto"], {"size": "large"}, "--size: expected a size"),
-        (["Q4_0"], {"size": "80 KiB"}, "--size is for the type auto"),
+        (["Q4_0"], {"size": "80 KiB"}, "--size is for --types auto"),
         (["Q4_0"], {"dry_run": True}, "--dry-run shows what auto chooses"),
     ],
 )
@@ -117,7 +117,7 @@ def test_what_cannot_be_chosen_is_refused_before_anything_runs(
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no choice of types brings the matrices under"):
+    with pytest.raises(UsageError, match="no choice of types brings this model under 20 KiB: the smallest makes about"):
         quantize_model(
             str(model),
             targets=[],

@@ -179,6 +179,8 @@ def test_a_choice_of_types_needs_text_and_a_size() -> None:
     smaller = target.with_types({"type": "auto", "size": "60 MiB"})
     assert smaller.auto_size == smaller.quantize.size == 60 * 2**20
     assert target.with_types({"type": "auto", "size": "60 GiB"}).auto_size == target.limits.file_size
+    again = smaller.with_types({"type": "auto", "rounding": "gptq"})
+    assert again.quantize.size == 60 * 2**20 and again.with_types({"type": "Q4_0"}).quantize.size is None
     for changes, said in (
         ({"imatrix": False}, 'type: "auto" needs the calibration set'),
         ({"embedding_type": "Q8_0"}, 'embedding_type: type = "auto" chooses it'),

@@ -6,17 +6,24 @@ multiple-choice knapsack. HiGHS solves it as a mixed-integer program through Sci
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgedistill.formats.gguf.read import GgufInfo
 
 GAP = 1e-3  # of the predicted KLD: predictions are not that good
 _SECONDS = 20.0
+_ROUNDS = 8
 _NOTES = 512  # bytes: what llama.cpp adds to the header of a quantized file
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]
@@ -53,10 +60,11 @@ class Allocation:
     types: dict[str, str]
     nbytes: int
     kld: float
+    proved: bool = True  # else time ran out before nothing better was known to exist
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"types": self.types, "nbytes": self.nbytes, "kld": self.kld}
+        return {"types": self.types, "nbytes": self.nbytes, "kld": self.kld, "proved": self.proved}
 
 
 def solve(
@@ -80,10 +88,10 @@ def solve(
             "measure more types: edgedistill targets kernels -o FILE.json",
         )
     totals = [float(nbytes), *(limit.total for limit in limits)]
-    chosen, ended = None, False
+    chosen, late = None, False
     if all(total > 0 for total in totals):
-        chosen, ended = _search(choices, [one.cost for one in choices], [one.uses for one in choices], totals)
-    if chosen is None and ended:
+        chosen, late = _search(choices, [one.cost for one in choices], [one.uses for one in choices], totals)
+    if chosen is None and late:
         raise UsageError(
             f"no choice of types that keeps all limits was found within {_SECONDS:.0f} s", "loosen one of the limits"
         )
@@ -97,6 +105,7 @@ def solve(
         types={one.name: one.type for one in chosen},
         nbytes=int(sum(one.uses[0] for one in chosen)),
         kld=float(sum(one.cost for one in chosen)),
+        proved=not late,
     )
 
 
@@ -137,30 +146,74 @@ def _choices(table: Table, limits: Sequence[Limit], shapes: Mapping[str, Sequenc
 def _search(
     choices: Sequence[_Choice], costs: Sequence[float], uses: Sequence[Sequence[float]], totals: Sequence[float]
 ) -> tuple[list[_Choice] | None, bool]:
-    """Return the cheapest choices, one a matrix, that use ``totals`` at most (None: there are none), and whether time ran out."""
+    """Return the cheapest choices, one a matrix, that use ``totals`` at most (None: there are none), and whether time ran out
+    before that was proved.
+
+    HiGHS's tolerances are absolute, so costs are scaled by the greatest. What alone costs more than a whole solution is in none
+    that is better: it is left out of the next search, until the scale is the solution's own.
+    """
+    import numpy as np
+
+    best: np.ndarray | None = None
+    weights, taken = np.array(costs, dtype=float), np.array(uses, dtype=float).T
+    left, late = np.arange(len(choices)), False
+    for _ in range(_ROUNDS):
+        found, late = _solved([choices[int(at)].name for at in left], weights[left], taken[:, left], np.array(totals))
+        if found is None:
+            break
+        picked = left[found]
+        if best is not None and weights[picked].sum() >= weights[best].sum() * (1 - GAP):
+            best = min(best, picked, key=lambda some: float(weights[some].sum()))
+            break
+        best = picked
+        kept = left[weights[left] <= weights[best].sum()]
+        if late or weights[kept].max() > weights[left].max() / 2:
+            break
+        left = kept
+    return (None if best is None else [choices[int(at)] for at in best]), late
+
+
+def _solved(names: Sequence[str], weights: np.ndarray, uses: np.ndarray, totals: np.ndarray) -> tuple[Any, bool]:
+    """Return the numbers of the choices that HiGHS takes, None where there are none, and whether time ran out."""
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    count = len(choices)
-    place = {name: at for at, name in enumerate(dict.fromkeys(one.name for one in choices))}
-    one_each = csr_array(
-        (np.ones(count), ([place[one.name] for one in choices], range(count))), shape=(len(place), count)
-    )
-    weights = np.array(costs, dtype=float)
-    found = milp(
-        weights / max(float(weights.max()), 1e-30),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.array(uses, dtype=float).T / np.array(totals)[:, None], -np.inf, 1),
-        ],
-        options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
-    )
-    if found.x is None:
-        return None, found.status == 1
-    return [choices[at] for at in np.flatnonzero(found.x > 0.5)], False
+    count = len(names)
+    place = {name: at for at, name in enumerate(dict.fromkeys(names))}
+    one_each = csr_array((np.ones(count), ([place[name] for name in names], range(count))), shape=(len(place), count))
+    for tight in (1.0, 1 - 4e-6):  # HiGHS lets a sum be over its limit by a millionth
+        with _away_from_stdout():
+            found = milp(
+                weights / max(float(weights.max()), 1e-300),
+                integrality=np.ones(count),
+                bounds=Bounds(0, 1),
+                constraints=[
+                    LinearConstraint(one_each, 1, 1),
+                    LinearConstraint(uses / totals[:, None], -np.inf, tight),
+                ],
+                options={"mip_rel_gap": GAP, "time_limit": _SECONDS},
+            )
+        if found.x is None:
+            return None, found.status == 1
+        picked = np.flatnonzero(found.x > 0.5)
+        if (uses[:, picked].sum(axis=1) <= totals).all():
+            return picked, found.status == 1
+    return None, False
+
+
+@contextmanager
+def _away_from_stdout() -> Iterator[None]:
+    """Let what HiGHS prints go to standard error: standard output is the command's."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _nearest(choices: Sequence[_Choice], limits: Sequence[Limit], totals: Sequence[float]) -> str:
@@ -188,7 +241,10 @@ def front(table: Table, points: int = 12) -> list[Allocation]:
     """Return the best choices for ``points`` sizes between the smallest and the largest that a table has."""
     sizes = [[size for size, _ in types.values()] for types in table.values()]
     least, most = sum(map(min, sizes)), sum(map(max, sizes))
-    found = [solve(table, round(least * (most / least) ** (at / (points - 1)))) for at in range(points)]
+    found: list[Allocation] = []
+    for at in range(points):
+        with suppress(UsageError):  # no answer in time: the front has a point less
+            found.append(solve(table, round(least * (most / least) ** (at / (points - 1)))))
     return [one for at, one in enumerate(found) if not at or one.nbytes > found[at - 1].nbytes]
 
 

@@ -305,6 +305,14 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
     return GgufInfo(path=path, size=size, version=version, metadata=metadata, tensors=tuple(tensors))
 
 
+def first_token(path: Path | str) -> list[int]:
+    """Return the token that a text of this file's begins with, [] where it begins with its own."""
+    metadata = read_info(path).metadata
+    wanted, bos = metadata.get("tokenizer.ggml.add_bos_token"), metadata.get("tokenizer.ggml.bos_token_id")
+    wanted = metadata.get("tokenizer.ggml.model") == "llama" if wanted is None else wanted  # llama.cpp's own default
+    return [int(bos)] if wanted and bos is not None else []
+
+
 def read_tensor(info: GgufInfo, name: str) -> np.ndarray:
     """Return one tensor dequantized to float32, in its numpy shape. Raises UsageError when the file has no such
     tensor.

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill.errors import StepFailed, UsageError
+import numpy as np
+
+from edgedistill.errors import UsageError
 from edgedistill.formats.gguf import ggml, imatrix
 from edgedistill.formats.gguf.moments import Moments, collect
 from edgedistill.formats.gguf.read import GgufInfo, read_info, read_tensor
@@ -21,6 +23,7 @@ from edgedistill.formats.gguf.types import GGML_TYPES, PALETTE, allows_quantizat
 
 Progress = Callable[[int, int, str], None]
 
+_LEAST = 1e-4  # of the mean importance of a matrix's columns, for each of them
 TOKENS = 8192  # of text that gradients are taken on: a backward pass costs what training does
 
 
@@ -55,8 +58,9 @@ def measure(
     """Write ``table.json``, ``imatrix.gguf`` (columns weighed by what their errors cost, the head's too) and ``text.json`` (the
     rows that were used: token ids, and where the answer starts) into ``out``.
 
-    ``checkpoint`` is the Hugging Face folder with the weights of ``source``. Of the rows, spread evenly, as many are used as
-    have ``tokens`` tokens. Raises as ``moments.collect``, and UsageError where file and checkpoint are not the same model.
+    ``checkpoint`` is the Hugging Face folder with the weights of ``source``. Of the rows that fit the model's context, spread
+    evenly, as many are used as have ``tokens`` tokens. Raises as ``moments.collect``, and UsageError where file and checkpoint
+    are not the same model.
     """
     started = time.monotonic()
     info = read_info(source)
@@ -65,7 +69,13 @@ def measure(
         for tensor in info.tensors
         if allows_quantization(tensor.name, tensor.shape) and len(tensor.shape) == 2
     }
-    rows = _spread(list(zip(token_rows, starts, strict=True)), tokens)
+    most = int(info.of_arch("context_length", 1 << 30))
+    rows = [(row, start) for row, start in zip(token_rows, starts, strict=True) if len(row) <= most]
+    if not rows:
+        raise UsageError(
+            f"every calibration row is longer than the model's context of {most} tokens", "give shorter text"
+        )
+    rows = _spread(rows, tokens)
     table: dict[str, dict[str, list[float]]] = {}
     sums: dict[str, tuple[Any, int]] = {}
     count = sum(len(row) for row, _ in rows)
@@ -76,15 +86,15 @@ def measure(
         if progress:
             progress(done, 2 * total, f"gradients: {told}")
 
-    for name, moments in _both(
-        collect(checkpoint, [r for r, _ in rows], [s for _, s in rows], threads=threads, progress=run)
-    ):
+    found = collect(checkpoint, [row for row, _ in rows], [start for _, start in rows], threads=threads, progress=run)
+    for name, moments in found:
         if name not in matrices:
             raise UsageError(f"{source}: has no matrix {name}, which {checkpoint} has: not the same model")
         if progress:
             progress(len(matrices) + len(table), 2 * len(matrices), f"errors of {name}")
-        table[name] = _costs(info, name, matrices[name], moments, palette, threads)
-        sums[name] = moments.importance() * count, count
+        importance = _importance(moments, matrices[name][1])
+        table[name] = _costs(info, name, matrices[name], moments, importance, palette, threads)
+        sums[name] = importance.astype(np.float64) * count, count
     if lost := sorted(set(matrices) - set(table)):
         raise UsageError(f"{checkpoint}: has no tensor for {lost[0]} of {source}: not the same model")
     (out / "table.json").write_text(json.dumps({"shapes": matrices, "costs": {name: table[name] for name in matrices}}))
@@ -99,15 +109,21 @@ def measure(
     )
 
 
-def _both(found: Iterator[tuple[str, Moments]]) -> Iterator[tuple[str, Moments]]:
-    for name, moments in found:
-        if not moments.importance().any():
-            raise StepFailed(f"{name} has no gradient at all: the text never uses it", "give more calibration text")
-        yield name, moments
+def _importance(moments: Moments, columns: int) -> np.ndarray:
+    """Return what an error of each column counts, float32 with a mean of 1.
+
+    A column that was always 0 on this text still counts for a little: ggml lets go of a block whose columns count for nothing,
+    and other text may need it.
+    """
+    found = moments.importance().astype(np.float64)
+    mean = float(found.mean())
+    if mean <= 0:  # such as the queries of a layer whose output matrix is 0
+        return np.ones(columns, dtype=np.float32)
+    return (found / mean).clip(min=_LEAST).astype(np.float32)
 
 
 def _spread(rows: list[tuple[Sequence[int], int]], tokens: int) -> list[tuple[Sequence[int], int]]:
-    """Return rows of ``tokens`` tokens in all, spread evenly over the list; all where there are no more."""
+    """Return rows of about ``tokens`` tokens in all, spread evenly over the list; all where there are no more, one at least."""
     whole = sum(len(row) for row, _ in rows)
     if whole <= tokens:
         return rows
@@ -115,19 +131,23 @@ def _spread(rows: list[tuple[Sequence[int], int]], tokens: int) -> list[tuple[Se
     owed = 0.0
     for row, start in rows:
         owed += tokens * len(row) / whole
-        if owed >= len(row) or not kept:
+        if owed >= len(row):
             kept.append((row, start))
             owed -= len(row)
-    return kept
+    return kept or [min(rows, key=lambda one: len(one[0]))]
 
 
 def _costs(
-    info: GgufInfo, name: str, shape: tuple[int, ...], moments: Moments, palette: Sequence[str], threads: int | None
+    info: GgufInfo,
+    name: str,
+    shape: tuple[int, ...],
+    moments: Moments,
+    importance: np.ndarray,
+    palette: Sequence[str],
+    threads: int | None,
 ) -> dict[str, list[float]]:
     """Return {type: [bytes, predicted KLD]} of one matrix, for the types that its rows fit."""
-    weights, importance = read_tensor(info, name), moments.importance()
-    # A column whose input was always 0 must still count for something: ggml divides by the sum over a block.
-    importance = importance.clip(min=max(float(importance.mean()) * 1e-4, 1e-30))
+    weights = read_tensor(info, name)
     found: dict[str, list[float]] = {}
     for type_name in palette:
         if shape[1] % GGML_TYPES[type_name].block == 0:
