@@ -160,7 +160,7 @@ def _search(
     )
     if found.x is None:
         return None, found.status == 1
-    return [choices[at] for at in np.flatnonzero(found.x > 0.5)], False
+    return [choices[at] for at in np.flatnonzero(found.x > 0.5).tolist()], False
 
 
 def _nearest(choices: Sequence[_Choice], limits: Sequence[Limit], totals: Sequence[float]) -> str:
