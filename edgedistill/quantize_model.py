@@ -26,7 +26,7 @@ from edgedistill.stages.convert import Convert
 from edgedistill.stages.import_gguf import ImportGguf
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
-from edgedistill.store import Store
+from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
@@ -245,6 +245,18 @@ def _choice(store: Store, plan: Plan, name: str) -> tuple[dict[str, Any], list[s
     ]
 
 
+def _measured(entry: Entry) -> list[str]:
+    """Say what the KLD of a file with types of its own came to."""
+    if "measured" not in entry.facts:
+        return []
+    found = entry.facts["measured"]
+    kld = found["kld"]
+    return [
+        f"measured KLD {kld['value']:.3g} [{kld['low']:.3g}, {kld['high']:.3g}] nats a token, on {kld['n']} of the texts that the "
+        f"types were chosen by ({found['tokens']} tokens)"
+    ]
+
+
 def _chosen(store: Store, plan: Plan, line: tuple[str, str, Types]) -> Quantized:
     """Describe the file that a dry run would make."""
     name, format_, choice = line
@@ -281,7 +293,7 @@ def _publish(store: Store, plan: Plan, key: Key, line: tuple[str, str, Types], o
         fallbacks=[
             f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]
         ],
-        notes=([report["warning"]] if report.get("warning") else []) + _choice(store, plan, name)[1],
+        notes=([report["warning"]] if report.get("warning") else []) + _choice(store, plan, name)[1] + _measured(entry),
     )
 
 

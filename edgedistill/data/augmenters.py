@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgedistill.data.filters import refuses, words_of
@@ -349,8 +349,9 @@ def red_team(settings: Mapping[str, Any], rows: Sequence[Row], seed: int, pool: 
         if why := malformed(text) or failed(last_said(ask.parent), text):
             pool.drop(ask.parent, text, why, ask.way)
         else:
-            tag = f"red-team:{stance}"
-            pool.offer(ask.parent, text, way=ask.way, guidance=GUIDANCE[stance], tags=(tag,))
+            # What was the right answer to the parent is none to the child: `refusals` would let a refusal of it pass.
+            parent = replace(ask.parent, tags=tuple(tag for tag in ask.parent.tags if not tag.startswith("red-team:")))
+            pool.offer(parent, text, way=ask.way, guidance=GUIDANCE[stance], tags=(f"red-team:{stance}",))
 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Sequence[Row], int, Pool], Asking]] = {

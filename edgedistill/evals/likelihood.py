@@ -148,6 +148,30 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
+def text_divergence(
+    candidate: Runner,
+    reference: Runner,
+    texts: Sequence[tuple[Sequence[int], int]],
+    *,
+    progress: Progress | None = None,
+) -> tuple[Estimate, int]:
+    """Return KL(reference || candidate), nats a token, over ``texts``: token ids, and from which of them on it counts; and how many
+    tokens counted.
+    """
+    ids = [tuple(row) for row, _ in texts]
+    positions = [range(start - 1, len(row) - 1) for row, start in texts]
+    sums: list[float] = []
+    counts: list[int] = []
+    pairs = zip(reference.logprobs(ids, positions), candidate.logprobs(ids, positions), strict=True)
+    for done, (whole, other) in enumerate(pairs, 1):
+        each, _ = kl_divergence(whole, other)
+        sums.append(float(each.sum()))
+        counts.append(len(each))
+        if progress is not None:
+            progress(done, len(ids), "divergence")
+    return clustered_mean(sums, counts)[0], sum(counts)
+
+
 def divergence(
     candidate: Runner, reference: Runner, rows: Sequence[Row], *, progress: Progress | None = None
 ) -> Divergence:

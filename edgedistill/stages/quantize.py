@@ -11,11 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
 from edgedistill.step import Context, Stage, later, unkeyed
+
+_TEXTS = 32  # that the KLD of a file with types of its own is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,23 @@ class Quantize(Stage):
             threads=ctx.threads,
             progress=ctx.progress,
         )
-        return {"quantize": report.to_json(), "size": out.stat().st_size, "type": self.type}
+        facts = {"quantize": report.to_json(), "size": out.stat().st_size, "type": self.type}
+        return facts | ({"measured": self._measured(ctx, source, out)} if self.sensitivity else {})
+
+    def _measured(self, ctx: Context, source: Path, out: Path) -> dict[str, Any]:
+        """Return the KLD of the file from the one that it was made from, beside the one that was predicted: on text that types were
+        chosen by, so that it tells whether predictions hold, and not what other text will show.
+        """
+        from edgedistill.evals.likelihood import text_divergence
+        from edgedistill.evals.runners.gguf import GgufRunner
+
+        assert self.sensitivity is not None and self.types is not None
+        texts = json.loads(ctx.path(self.sensitivity, "text.json").read_text())
+        texts = [(row, start) for row, start in texts[:: max(1, len(texts) // _TEXTS)]]
+        with GgufRunner(source, threads=ctx.threads) as whole, GgufRunner(out, threads=ctx.threads) as other:
+            kld, tokens = text_divergence(other, whole, texts, progress=ctx.progress)
+        predicted = ctx.facts(self.types)["allocate"]["predicted_kld"]
+        return {"kld": kld.to_json(), "tokens": tokens, "predicted": predicted}
 
     def _onnx(self, ctx: Context) -> Mapping[str, Any]:
         from edgedistill.formats.onnx.build import build

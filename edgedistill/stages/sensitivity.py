@@ -1,7 +1,8 @@
 """sensitivity: predict what each type would cost in each matrix of a model, on the task's own text.
 
 In: the converted full-precision GGUF, the checkpoint it came from, kept rows or plain text. Out: ``table.json`` (bytes
-and predicted KLD by matrix and type), ``imatrix.gguf`` (columns weighed by what their errors cost). Shared by every target.
+and predicted KLD by matrix and type), ``imatrix.gguf`` (columns weighed by what their errors cost), ``text.json`` (what was run).
+Shared by every target.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Sensitivity(Stage):
         from edgedistill.evals.calibration_text import encode_kept
         from edgedistill.evals.runners.gguf import GgufRunner
         from edgedistill.formats.gguf.dequantize import gguf_to_hf
+        from edgedistill.formats.gguf.read import read_info
         from edgedistill.formats.gguf.sensitivity import measure
 
         gguf = ctx.path(self.model, "model.gguf")
@@ -46,7 +48,8 @@ class Sensitivity(Stage):
                 lines = json_lines(ctx.path(self.kept, "kept.jsonl"))[: self.rows]
                 token_rows, starts = encode_kept(runner, [json.loads(line) for line in lines])
             else:
-                token_rows = [runner.encode_text(piece)[:512] for piece in self.text]
+                most = min(512, int(read_info(gguf).of_arch("context_length", 512)))
+                token_rows = [runner.encode_text(piece)[:most] for piece in self.text]
                 starts = [1] * len(token_rows)
         if self.checkpoint is not None:
             folder = ctx.path(self.checkpoint, "model")

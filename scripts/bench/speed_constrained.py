@@ -1,8 +1,8 @@
-"""A type for every matrix within the speeds of Q4_K_M: no slower in prefill and decoding, no larger, and nearer to f16.
+"""A type for every matrix within llama.cpp's own speeds: as fast as Q4_K_M in prefill and decoding, no larger, and nearer to f16.
 
 The model is SmolLM2-135M, its weights moved within their cells (as in ``quality_per_byte``). What each type's kernels cost here is
 measured first (``devices/kernels.py``). Limits are the bytes of llama.cpp's Q4_K_M and the pp512 and tg128 that it reaches here,
-less --slack; the chosen file and one that is chosen by size alone are then measured against Q4_K_M, in turns in one session.
+less --slack; the chosen file and one that is chosen by size alone are then measured against Q4_K_M, pair by pair, in turns.
 Compared are KLD from the f16 file on rows that were not calibrated on, and speeds; a prediction stands beside each.
 
 Not here: other machines, other thread counts, memory.

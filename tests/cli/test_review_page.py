@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -168,6 +169,10 @@ def test_who_is_turned_away(recipe: Path) -> None:
         with socket.create_connection(("127.0.0.1", running.port), timeout=10) as raw:
             raw.sendall(f"POST {verdict} HTTP/1.1\r\nHost: {here}\r\nContent-Type: application/json\r\n\r\n".encode())
             assert b" 411 " in raw.recv(1000)
+        for _ in range(5):  # one who leaves in the middle of a sentence
+            with socket.create_connection(("127.0.0.1", running.port), timeout=10) as raw:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                raw.sendall(f"GET {page} HTTP/1.1\r\nHost: {here}\r\n\r\n".encode() * 20)
         assert not (recipe.parent / "tiny.review.jsonl").exists()
         assert running.judge(body)[0] == 200
         assert running.end()["judged"] == 1

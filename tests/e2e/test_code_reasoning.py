@@ -23,14 +23,14 @@ from tests.e2e.test_recipes import ROWS, WORDS, reduced, toml
 
 # Few rows: the teacher is to fail some of them, for the second one to answer.
 CODE: dict[str, Any] = {**WORDS, "adapt.rows": 64, "teacher.min_score": {}}
-# No reference stands in where nothing passes: enough rows for a few answers that do.
-REASONING: dict[str, Any] = {**WORDS, "adapt.rows": 192, "prompts.rows": 16}
+# No reference stands in where nothing passes: enough rows of one task for a few answers that do.
+REASONING: dict[str, Any] = {**WORDS, "adapt.rows": 160, "prompts.rows": 10}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
-def built(name: str, folder: Path, store: Store, overrides: dict[str, Any]) -> Session:
+def built(folder: Path, store: Store, overrides: dict[str, Any]) -> Session:
     """Build a reduced recipe as far as its evaluations, and once more."""
-    session = prepare(reduced(name, folder / name), overrides=overrides, store=Store(store.root))
+    session = prepare(folder, overrides=overrides, store=Store(store.root))
     plan = session.plan.only(session.plan.match("evaluate"))
     outcome = Runner(plan, session.store).build()
     assert not outcome.failed, outcome.failed
@@ -90,7 +90,7 @@ def check_scores(session: Session) -> None:
 
 
 def test_code_is_taught_as_far_as_it_runs(tmp_path: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = built("code", tmp_path, shared_store, CODE)
+    session = built(reduced("code", tmp_path / "code"), shared_store, CODE)
     stats = check_yields(session, ["format", "execution", "best"], CODE, monkeypatch)
     check_scores(session)
     rows = {row["id"]: row for row in read_jsonl(tmp_path / "code" / "data" / "prompts.jsonl")}
@@ -120,7 +120,13 @@ def test_reasoning_keeps_what_verifiers_take(
 ) -> None:
     from edgedistill.evals.reasoning import credit
 
-    session = built("reasoning", tmp_path, shared_store, REASONING)
+    folder = reduced("reasoning", tmp_path / "reasoning")
+    for name, longest in (("train", 9), ("prompts", 5)):  # characters of a sum: 3 + 9
+        path = folder / "data" / f"{name}.jsonl"
+        sums = [row for row in read_jsonl(path) if row["tags"] == ["chain_sum"]]
+        short = [row for row in sums if len(row["reasoning_gym"]["metadata"]["expression"]) <= longest]
+        path.write_text("".join(json.dumps(row) + "\n" for row in short))
+    session = built(folder, shared_store, REASONING)
     check_yields(session, ["thinking", "agreement", "reference", "best"], REASONING, monkeypatch)
     check_scores(session)
     rows = {row["id"]: row for row in read_jsonl(tmp_path / "reasoning" / "data" / "prompts.jsonl")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,11 @@ def test_auto_keeps_to_its_size_and_loses_less_than_one_type(model: Path, text: 
     assert len(kinds - {"F32"}) > 1 and kinds <= {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
     assert kld(auto.path, whole.path) < 0.8 * kld(stock.path, whole.path)
     assert "predicted KLD" in auto.notes[0] and "at other sizes" in auto.notes[1]
+    told = re.fullmatch(
+        r"measured KLD (\S+) \[\S+, \S+\] nats a token, on \d+ of the texts .* \(\d+ tokens\)", auto.notes[2]
+    )
+    predicted = re.match(r"predicted KLD (\S+) ", auto.notes[0])
+    assert told and predicted and 0.4 < float(told[1]) / float(predicted[1]) < 1.6
 
     # Another size asks the model nothing anew, the same one nothing at all.
     before = {path.name for path in (store.root / "entries").glob("*/*")}

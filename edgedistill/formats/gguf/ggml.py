@@ -30,8 +30,10 @@ class _Traits(ctypes.Structure):
 
 @cache
 def _library() -> Any:
-    from llama_cpp._ggml import libggml as library  # finds what libggml-base has
+    from llama_cpp._ggml import libggml
 
+    # A handle of our own to the same library, which finds what libggml-base has: others may type these functions otherwise.
+    library = ctypes.CDLL(libggml._name)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p

@@ -52,7 +52,8 @@ def measure(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityReport:
-    """Write ``table.json`` and ``imatrix.gguf`` (columns weighed by what their errors cost, the head's too) into ``out``.
+    """Write ``table.json``, ``imatrix.gguf`` (columns weighed by what their errors cost, the head's too) and ``text.json`` (the
+    rows that were used: token ids, and where the answer starts) into ``out``.
 
     ``checkpoint`` is the Hugging Face folder with the weights of ``source``. Of the rows, spread evenly, as many are used as
     have ``tokens`` tokens. Raises as ``moments.collect``, and UsageError where file and checkpoint are not the same model.
@@ -68,6 +69,8 @@ def measure(
     table: dict[str, dict[str, list[float]]] = {}
     sums: dict[str, tuple[Any, int]] = {}
     count = sum(len(row) for row, _ in rows)
+    texts = [[list(row), max(1, start)] for row, start in rows if len(row) > max(1, start)]
+    (out / "text.json").write_text(json.dumps(texts))
 
     def run(done: int, total: int, told: str) -> None:
         if progress:
@@ -89,7 +92,7 @@ def measure(
     return SensitivityReport(
         rows=len(rows),
         tokens=count,
-        predicted=sum(len(row) - max(1, start) for row, start in rows if len(row) > max(1, start)),
+        predicted=sum(len(row) - start for row, start in texts),
         matrices=len(table),
         costs=sum(map(len, table.values())),
         seconds=time.monotonic() - started,

@@ -22,7 +22,7 @@ from edgedistill.evals.reasoning import make_rows
 from edgedistill.recipes.files import write_or_check
 
 HERE = Path(__file__).parent
-SIZES = {"train": 900, "prompts": 400, "dev": 160, "holdout": 400, "ood": 400}
+SIZES = {"train": 1500, "prompts": 400, "dev": 160, "holdout": 400, "ood": 400}
 SEEDS = {name: number for number, name in enumerate(SIZES, 1)}
 DRAWN = 100_000  # problems of a task that are looked through at most: most are too hard to solve so, or stand elsewhere
 LARGEST = 1000  # of what a step may come to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typing
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -198,6 +199,8 @@ def test_edge_cases_differ_in_kind_and_may_differ_little() -> None:
 
 def test_red_team_prompts_are_balanced_and_guide_the_teacher() -> None:
     seeds = rows(*(f"{word} request of an ordinary kind" for word in "one two three four five six".split()))
+    # what is right of a parent is not what is right of its children
+    seeds = [replace(row, tags=(*row.tags, "red-team:refusing")) for row in seeds]
     pool, ((*asks,),) = made(
         seeds,
         lambda ask: f"message {ask.parent.id} {ask.sample} by way of {ask.way} quite unlike it",

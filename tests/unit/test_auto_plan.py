@@ -1,0 +1,44 @@
+"""Targets whose matrices have types of their own share one table, and another size asks the model nothing anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgedistill.errors import RecipeError
+from edgedistill.recipes import copy_recipe
+from tests.unit.test_plan import changed, make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return copy_recipe("quickstart", tmp_path / "quickstart")
+
+
+def auto(name: str, size: str) -> dict[str, Any]:
+    return {f"quantize__{name}__type": "auto", f"quantize__{name}__size": size, f"quantize__{name}__imatrix": True}
+
+
+def test_targets_share_the_table_and_a_size_reruns_the_choice(folder: Path) -> None:
+    phone: dict[str, Any] = {"quantize__phone-midrange__embedding_type": None, **auto("phone-midrange", "60 MiB")}
+    plan = make(folder, **phone, **auto("laptop-x86", "80 MiB"))
+    (table,) = plan.match("sensitivity")
+    merged, gguf = plan.match("merge")[0].key, plan.match("convert/student")[0].key
+    assert {merged, gguf} < set(table.stage.inputs())
+    for name in ("phone-midrange", "laptop-x86"):
+        (choice,), (file,) = plan.match(f"allocate/{name}"), plan.match(f"quantize/{name}")
+        assert table.key in choice.stage.inputs() and {choice.key, table.key} < set(file.stage.inputs())
+    other = make(folder, **phone, **auto("laptop-x86", "81 MiB"))
+    assert changed(plan, other) == {
+        f"{stage}/laptop-x86" for stage in ("allocate", "quantize", "evaluate", "measure", "package")
+    }
+    assert not any(step.stage.name in ("sensitivity", "allocate") for step in make(folder).steps)
+
+
+def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
+    ):
+        make(folder, **auto("laptop-x86", "20 MiB"))
