@@ -25,7 +25,7 @@ from edgedistill.devices.host import usable_cores
 from edgedistill.devices.kernels import kernels_rows, measure_kernels
 from edgedistill.devices.local import measure, measure_ratio
 from edgedistill.devices.protocol import Settings
-from edgedistill.errors import UsageError
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf import sensitivity
 from edgedistill.formats.gguf.allocate import overhead, solve
@@ -57,12 +57,15 @@ def main() -> None:
     with GgufRunner(base) as runner:
         rows, starts = calibration(runner, calibrated)
     say("what the kernels cost")
-    kernels = measure_kernels(
-        QUICK_TYPES if given.quick else PALETTE,
-        threads=given.threads,
-        rounds=2 if given.quick else 3,
-        reps=1 if given.quick else 2,
-    )
+    try:
+        kernels = measure_kernels(
+            QUICK_TYPES if given.quick else PALETTE,
+            threads=given.threads,
+            rounds=2 if given.quick else 3,
+            reps=1 if given.quick else 2,
+        )
+    except StepFailed as error:  # the machine is so noisy that a cost cannot be told from none
+        could_not_measure(NAME, error.message)
     lines, notes = kernels_rows(kernels)
     table("picoseconds a weight and token", ["type", "bpw", "pp512", "spread", "tg128", "spread"], lines)
     print("\n".join(notes))

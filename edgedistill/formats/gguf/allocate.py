@@ -197,7 +197,7 @@ def _solved(names: Sequence[str], weights: np.ndarray, uses: np.ndarray, totals:
         if found.x is None:
             return None, found.status == 1
         picked = np.flatnonzero(found.x > 0.5)
-        if (uses[:, picked].sum(axis=1) <= totals).all():
+        if (uses[:, picked].sum(axis=1) <= totals * (1 + 1e-12)).all():
             return picked, found.status == 1
     return None, False
 
