@@ -76,17 +76,18 @@ def test_the_best_is_found_where_one_matrix_costs_a_million_times_the_others() -
     for limit in (40 * 18 + 500, 40 * 34, 40 * 50, 40 * 63):
         found = solve(table, limit)
         assert found.nbytes <= limit and found.proved
-        # the bound is of fractions of types: whole ones may miss it by a matrix
-        assert found.kld <= (bound := lagrange(table, limit)) * 1.15 + 1e-12, (limit, found.kld, bound)
+        assert found.kld <= (best := least_cost(table, limit)) * (1 + 2 * GAP), (limit, found.kld, best)
 
 
-def lagrange(table: dict[str, dict[str, tuple[int, float]]], limit: int) -> float:
-    """Return a lower bound of the least cost: the greatest of the Lagrangian, over prices of a byte."""
-    prices = [10 ** (at / 50 - 14) for at in range(1000)]
-    return max(
-        sum(min(cost + price * size for size, cost in types.values()) for types in table.values()) - price * limit
-        for price in prices
-    )
+def least_cost(table: dict[str, dict[str, tuple[int, float]]], limit: int) -> float:
+    """Return the least cost within ``limit`` bytes, by dynamic programming over the bytes."""
+    best = [0.0] * (limit + 1)  # of the matrices so far, in so many bytes at most
+    for types in table.values():
+        best = [
+            min((best[room - size] + cost for size, cost in types.values() if size <= room), default=float("inf"))
+            for room in range(limit + 1)
+        ]
+    return best[limit]
 
 
 def test_what_cannot_fit_says_how_small_it_gets() -> None:
