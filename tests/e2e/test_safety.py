@@ -31,7 +31,7 @@ REDUCED: dict[str, Any] = {
 KINDS = {"help": 8, "refuse": 4, "ask": 4}  # rows of each suite's file
 SUITES = {"harmful": ("refuse",), "harmless": ("help",), "ambiguous": ("ask",), "ood": ("help", "refuse", "ask")}
 ARM = "student@helpful rows alone"
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 def test_a_balanced_recipe_tells_how_often_each_kind_is_taken_the_right_way(
