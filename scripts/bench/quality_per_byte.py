@@ -37,6 +37,11 @@ FEWER = 0.8  # of Q4_K_M's bytes
 Found = dict[tuple[str, str, str], list[np.ndarray]]  # (type, arm, set): KLD of each row, by seed
 
 
+def best_arm(quick: bool) -> str:
+    """Return the arm that the verdict goes by."""
+    return "types" if quick else "types, rounding"
+
+
 def one_seed(
     base: Path,
     seed: int,
@@ -91,7 +96,7 @@ def one_seed(
             if not quick:
                 ours(type_, "types, rounding", size, rows)
             if type_ == "Q4_K_M":
-                ours(type_, "types, rounding, fewer bytes", round(FEWER * size), None if quick else rows)
+                ours(type_, f"{best_arm(quick)}, fewer bytes", round(FEWER * size), None if quick else rows)
             if type_ == "Q4_0":
                 quantize(source, folder / "same.gguf", type_, imatrix=stock, feedback=rows)
                 judge(type_, "rounding alone", folder / "same.gguf")
@@ -132,14 +137,14 @@ def main() -> None:
     table("KLD from the f16 file, nats a token", columns, lines)
     print("bytes: " + ", ".join(f"{name}: llama.cpp {peer:,}, ours {ours:,}" for name, (peer, ours) in sizes.items()))
     print(machine_line())
-    best = "types" if given.quick else "types, rounding"
+    best = best_arm(given.quick)
 
     def worst(type_: str, arm: str, *texts: str) -> float:
         return max(ratios[f"{type_}, {arm}, {where}"][0] for where in texts)
 
     inside, outside = ("in domain",), ("out of domain", "ordinary chat")
     wanted = {"Q4_K_M at most 0.5 on every text": worst("Q4_K_M", best, *SETS) <= 0.5}
-    fewer = worst("Q4_K_M", "types, rounding, fewer bytes", *SETS)
+    fewer = worst("Q4_K_M", f"{best}, fewer bytes", *SETS)
     wanted["20 % fewer bytes at Q4_K_M's KLD on every text"] = fewer <= 1
     if not given.quick:
         wanted["IQ4_XS at most 0.5 on every text"] = worst("IQ4_XS", best, *SETS) <= 0.5
