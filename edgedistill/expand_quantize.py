@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from edgedistill.compare import step_of
 from edgedistill.data.prompts import rows_digest
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
-from edgedistill.plan import package_version
+from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
@@ -17,6 +19,20 @@ from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
 from edgedistill.stages.tune import Tune
 from edgedistill.target import AUTO, Target, Types
+
+
+def add_sensitivity(graph: Graph, name: str, stage: Sensitivity, params: int) -> Key:
+    """Add the table of a model of ``params`` weights."""
+    return graph.add(name, stage, sensitivity_work(params), memory=10 * params + 2500 * MIB, disk=MIB)
+
+
+def add_choice(
+    graph: Graph, name: str, model: Key, sensitivity: Key, size: int, speeds: Mapping[str, Any] | None
+) -> Key:
+    """Add the choice of types for a file of ``size`` bytes."""
+    solver = f"scipy {package_version('scipy')}"
+    stage = Allocate(model=model, sensitivity=sensitivity, size=size, tool=solver, speeds=speeds)
+    return graph.add(name, stage, Work(kind="bytes", amount=3e8), memory=300 * MIB, disk=MIB)
 
 
 class QuantizeSteps(TrainingSteps):
@@ -61,19 +77,12 @@ class QuantizeSteps(TrainingSteps):
         """Add the table that every target with types of its own chooses from."""
         rows, params = self.recipe.calibrate.rows, self.s_params
         stage = Sensitivity(model=gguf, checkpoint=student, kept=kept, text=(), rows=rows, tool=self.llama)
-        return self.graph.add(name, stage, sensitivity_work(params), memory=10 * params + 2500 * MIB, disk=MIB)
+        return add_sensitivity(self.graph, name, stage, params)
 
     def _allocate(self, name: str, gguf: Key, sensitivity: Key, target: Target) -> Key:
         size = target.auto_size
         assert size is not None  # the target's check
-        stage = Allocate(
-            model=gguf,
-            sensitivity=sensitivity,
-            size=size,
-            tool=f"scipy {package_version('scipy')}",
-            speeds=speeds_of(target),
-        )
-        return self.graph.add(name, stage, Work(kind="bytes", amount=3e8), memory=300 * MIB, disk=MIB)
+        return add_choice(self.graph, name, gguf, sensitivity, size, speeds_of(target))
 
     def _quantize(
         self,

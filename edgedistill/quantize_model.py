@@ -14,13 +14,13 @@ from typing import Any
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import EdgeDistillError, UsageError
+from edgedistill.expand_quantize import add_choice, add_sensitivity
 from edgedistill.fingerprint import Key, digest
 from edgedistill.models import KINDS, Resolved, resolve
 from edgedistill.plan import Graph, Plan, package_version
-from edgedistill.rates import MIB, Work, sensitivity_work
+from edgedistill.rates import Work
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.runner import Reporter, Runner
-from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.base import Base
 from edgedistill.stages.calibrate import CalibrateText
 from edgedistill.stages.convert import Convert
@@ -201,8 +201,7 @@ def _plan(
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
         if any(choice.type == AUTO for _, _, choice in wanted):
             stage = Sensitivity(model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama)
-            work = sensitivity_work(params)
-            sensitivity = graph.add("sensitivity", stage, work, memory=10 * params + 2500 * MIB, disk=MIB)
+            sensitivity = add_sensitivity(graph, "sensitivity", stage, params)
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
@@ -211,11 +210,7 @@ def _plan(
         types = None
         if choice.type == AUTO:
             assert sensitivity is not None and choice.size is not None
-            solver = f"scipy {package_version('scipy')}"
-            stage = Allocate(
-                model=model, sensitivity=sensitivity, size=choice.size, tool=solver, speeds=speeds.get(name)
-            )
-            types = graph.add(f"allocate/{name}", stage, Work(kind="bytes", amount=3e8), disk=MIB)
+            types = add_choice(graph, f"allocate/{name}", model, sensitivity, choice.size, speeds.get(name))
         stage = Quantize(
             model=model,
             calibration=imatrix if choice.imatrix and not onnx else None,

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+
+def as_jsonl(files: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, bytes]:
+    """Render the rows of each file: path relative to the recipe's folder -> bytes."""
+    return {
+        f"data/{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        for name, rows in files.items()
+    }
 
 
 def write_or_check(

@@ -12,14 +12,13 @@ same bytes.
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgedistill.recipes.files import write_or_check
+from edgedistill.recipes.files import as_jsonl, write_or_check
 
 HERE = Path(__file__).parent
 SEED = 20261127
@@ -174,10 +173,7 @@ def make_all() -> dict[str, list[dict[str, Any]]]:
 
 def rendered() -> dict[str, bytes]:
     """Render every file: path relative to the recipe's folder -> bytes."""
-    return {
-        f"data/{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        for name, rows in make_all().items()
-    }
+    return as_jsonl(make_all())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

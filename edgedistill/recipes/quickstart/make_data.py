@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgedistill.recipes.files import write_or_check
+from edgedistill.recipes.files import as_jsonl, write_or_check
 from edgedistill.recipes.quickstart.drills import MORE_FRAMES, MORE_WORDINGS, SPELLING
 from edgedistill.recipes.quickstart.general import GENERAL
 from edgedistill.recipes.quickstart.templates import CONTEXT, OOD, OOD_FRAMES, REMARKS, TRAIN, TRAIN_FRAMES
@@ -357,10 +357,7 @@ _GRAMMAR_TERMINALS = (
 
 def rendered() -> dict[str, bytes]:
     """Render every file that this program makes: path relative to the recipe's folder -> bytes."""
-    files = {
-        f"data/{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        for name, rows in make_all().items()
-    }
+    files = as_jsonl(make_all())
     files["grammar.gbnf"] = grammar().encode()
     hashed = {**files, "functions.json": (HERE / "functions.json").read_bytes()}
     digests = {Path(path).name: hashlib.sha256(content).hexdigest() for path, content in sorted(hashed.items())}

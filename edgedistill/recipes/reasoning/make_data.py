@@ -10,7 +10,6 @@ files. The same seeds make the same bytes with reasoning-gym 0.1.25 (``pip insta
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.evals.reasoning import make_rows
-from edgedistill.recipes.files import write_or_check
+from edgedistill.recipes.files import as_jsonl, write_or_check
 
 HERE = Path(__file__).parent
 SIZES = {"train": 1500, "prompts": 400, "dev": 160, "holdout": 400, "ood": 400}
@@ -154,10 +153,7 @@ def make_all() -> dict[str, list[dict[str, Any]]]:
 
 def rendered() -> dict[str, bytes]:
     """Render every file: path relative to the recipe's folder -> bytes."""
-    return {
-        f"data/{name}.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        for name, rows in make_all().items()
-    }
+    return as_jsonl(make_all())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from edgedistill.data.sandbox import find_engine
-from edgedistill.errors import UsageError
 from edgedistill.evals.execution import at_once, code_of, verdict
 from edgedistill.recipes.code import make_data
 from edgedistill.recipes.code.steps import STEPS
@@ -49,23 +47,22 @@ def test_the_generator_makes_the_shipped_files() -> None:
 
 
 def failing(chosen: list[dict[str, Any]]) -> list[str]:
-    try:
-        find_engine()
-    except UsageError as error:
-        pytest.skip(str(error))
     found = at_once(lambda row: verdict(row["reference"], row["tests"]), chosen)
     return [f"{row['id']}: {why}" for row, why in zip(chosen, found, strict=True) if why]
 
 
+@pytest.mark.sandbox
 def test_references_pass_their_tests() -> None:
     assert failing([row for name in SIZES for row in rows(name)[::EVERY]]) == []
 
 
 @pytest.mark.slow
+@pytest.mark.sandbox
 def test_every_reference_passes_its_tests() -> None:
     assert failing([row for name in SIZES for row in rows(name)]) == []
 
 
+@pytest.mark.sandbox
 def test_tests_tell_a_task_from_half_of_it() -> None:
     """A line less, and the tests of a row with two fail."""
     chosen = [row for row in rows("holdout") if len(code_of(row["reference"]).splitlines()) == 3][::30]
