@@ -14,7 +14,9 @@ without reasons, read twice, which are about as many student tokens.
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from contextlib import closing
 from pathlib import Path
 from statistics import mean
@@ -85,6 +87,13 @@ def on_gpu() -> bool:
     from edgedistill.training.precision import pick_device
 
     return pick_device() == "cuda"
+
+
+def gpu_name() -> str:
+    """Return what the GPU calls itself."""
+    import torch
+
+    return torch.cuda.get_device_name(0)
 
 
 def runner_of(entry: Entry) -> Runner:
@@ -184,6 +193,7 @@ def measure(session: Session, rows: int) -> dict[str, Any]:
     stored = any(step.stage.name == "score" for step in session.plan.steps)
     return {
         **judge(session, rows),
+        "machine": machine_line(**({"GPU": gpu_name()} if on_gpu() else {})),
         "bytes": entry_of(session, "score").facts["bytes_per_token"] if stored else None,
         "tokens": entry_of(session, "distill/1").facts["train"]["tokens"],
     }
@@ -197,6 +207,7 @@ def average(found: list[dict[str, Any]]) -> dict[str, Any]:
         "ece": [calibration_error(one["confidence"], one["hit"]) for one in found],
         "bytes": found[0]["bytes"],
         "tokens": found[0]["tokens"],
+        "machines": [one["machine"] for one in found],
     }
 
 
@@ -222,6 +233,42 @@ def interval(one: Estimate, digits: int) -> str:
     return f"{one.value:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
 
 
+def kept_file(folder: Path, seed: int, arm: str) -> Path:
+    """Return where what one arm and seed came to is kept."""
+    return folder / f"{seed}-{re.sub(r'[^a-z0-9.]+', '-', arm.lower()).strip('-')}.json"
+
+
+def read_measured(folder: Path, arms: list[str], seeds: int) -> dict[str, list[dict[str, Any]]]:
+    """Return what other runs kept in ``folder``, of the arms whose every seed is there; says which are left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        files = [kept_file(folder, seed, arm) for seed in range(seeds)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            say(f"{arm}: left out, {folder} has no {', '.join(missing)}")
+            continue
+        found[arm] = [json.loads(file.read_text()) for file in files]
+    if absent := [arm for arm in (DENSE, DRAWS) if arm not in found]:
+        could_not_measure(NAME, f"{folder} lacks {', '.join(absent)}")
+    return found
+
+
+def build_arms(given: argparse.Namespace, arms: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Build and measure every arm for every seed, or this process's share of them; each is kept for ``--measured``."""
+    part = "quick" if given.quick else "full"
+    folder, kept = recipe_folder(NAME, part), cache_folder(NAME) / "measured" / part
+    kept.mkdir(parents=True, exist_ok=True)
+    common = base_overrides(folder, given.quick)
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    work = [(seed, arm) for seed in range(given.seeds) for arm in arms]
+    for seed, arm in work if given.share is None else work[given.share[0] - 1 :: given.share[1]]:
+        say(f"seed {seed}, {arm}")
+        overrides = {**common, **ARMS[arm], "distill.seed": seed}
+        session = build(folder, GPU_STEPS if on_gpu() else STEPS, targets=[TARGET], overrides=overrides)
+        found[arm].append(measure(session, 12 if given.quick else 160))
+        write_atomic(kept_file(kept, seed, arm), json.dumps(found[arm][-1]))
+    return found
+
+
 def main() -> None:
     """Build every arm for every seed, and print the comparison."""
     options = parser(__doc__ or "", quick="three arms, one seed, 24 rows to learn from and 24 to score")
@@ -239,29 +286,27 @@ def main() -> None:
         type=share,
         help="build every N-th arm and seed from the I-th on, and print no table: for N processes over one store",
     )
+    options.add_argument(
+        "--measured",
+        metavar="FOLDER",
+        type=Path,
+        help="build nothing: print the table of what other runs, on another machine say, have kept in this folder",
+    )
     given = options.parse_args()
     if given.quick:
         given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]  # and no reasons: their teacher is one more
     arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}]
-    folder = recipe_folder(NAME, "quick" if given.quick else "full")
-    common = base_overrides(folder, given.quick)
-    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    work = [(seed, arm) for seed in range(given.seeds) for arm in arms]
-    try:
-        for seed, arm in work if given.share is None else work[given.share[0] - 1 :: given.share[1]]:
-            say(f"seed {seed}, {arm}")
-            overrides = {**common, **ARMS[arm], "distill.seed": seed}
-            session = build(folder, GPU_STEPS if on_gpu() else STEPS, targets=[TARGET], overrides=overrides)
-            found[arm].append(measure(session, 12 if given.quick else 160))
-    except EdgeDistillError as error:
-        could_not_measure(NAME, str(error))
-    if given.share is not None:
-        say(f"share {given.share[0]} of {given.share[1]} is built; without --share the table is printed")
-        return
-    try:
-        reasons = with_and_without_reasons(given.seeds) if REASONS in given.arms else None
-    except EdgeDistillError as error:
-        could_not_measure(NAME, str(error))
+    if given.measured is not None:
+        found, reasons = read_measured(given.measured, arms, given.seeds), None
+    else:
+        try:
+            found = build_arms(given, arms)
+            if given.share is not None:
+                say(f"share {given.share[0]} of {given.share[1]} is built; without --share the table is printed")
+                return
+            reasons = with_and_without_reasons(given.seeds) if REASONS in given.arms else None
+        except EdgeDistillError as error:
+            could_not_measure(NAME, str(error))
     every = {arm: average(some) for arm, some in found.items()}
     differences = {arm: against(one, every[DENSE]) for arm, one in every.items()}
     n, n_kl = len(every[DENSE]["right"]), len(every[DENSE]["kl"])
@@ -296,7 +341,8 @@ def main() -> None:
             ],
         )
     print(f"\nstudent tokens of every arm: {', '.join(sorted({str(one['tokens']) for one in every.values()}))}")
-    print(machine_line())
+    for machine in sorted({machine.split("; load")[0] for one in every.values() for machine in one["machines"]}):
+        print(machine)
     of_draws = differences[DRAWS]
     finish(
         name=NAME,
