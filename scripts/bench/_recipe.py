@@ -27,6 +27,17 @@ def recipe_folder(name: str, part: str, *, recipe: str = "quickstart") -> Path:
     return folder
 
 
+def few_rows(folder: Path, suites: Sequence[str]) -> dict[str, Any]:
+    """Return what makes the quickstart small enough for a --quick run: few rows of everything, 12 in each suite."""
+    few = {}
+    for name in suites:
+        file = folder / "data" / f"quick-{name}.jsonl"
+        lines = (folder / "data" / f"{name}.jsonl").read_text().splitlines()[:12]
+        file.write_text("\n".join(lines) + "\n")
+        few[name] = {"files": [f"data/{file.name}"], "metric": "json-exact", "max_new_tokens": 40}
+    return {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48, "suites": few}
+
+
 def build(
     folder: Path, steps: Sequence[str], *, targets: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
 ) -> Session:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
-from _recipe import build, entry_of, recipe_folder
+from _recipe import build, entry_of, few_rows, recipe_folder
 
 from edgedistill.data.prompts import load_rows
 from edgedistill.errors import EdgeDistillError
@@ -65,21 +65,11 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 REASONS = "rationale"
 READ_TWICE: dict[str, Any] = {"generate.style": "answer", "heal.epochs": 2.0, "distill.epochs": 2.0}
-QUICK: dict[str, Any] = {"teacher.min_score": {}, "adapt.rows": 24, "prompts.rows": 24, "heal.rows": 48}
 
 
 def base_overrides(folder: Path, quick: bool) -> dict[str, Any]:
     """Return what all arms change of the quickstart: no gates, no baselines; with --quick fewer rows of everything."""
-    common: dict[str, Any] = {"gates": {}, "baselines": {}}
-    if not quick:
-        return common
-    suites = {}
-    for name in SUITES:
-        few = folder / "data" / f"quick-{name}.jsonl"
-        lines = (folder / "data" / f"{name}.jsonl").read_text().splitlines()[:12]
-        few.write_text("\n".join(lines) + "\n")
-        suites[name] = {"files": [f"data/{few.name}"], "metric": "json-exact", "max_new_tokens": 40}
-    return {**common, **QUICK, "suites": suites}
+    return {**(few_rows(folder, SUITES) if quick else {}), "gates": {}, "baselines": {}}
 
 
 def on_gpu() -> bool:
