@@ -22,6 +22,7 @@ from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, render_chat
 from edgedistill.evals.runners.grammar import Grammar
+from edgedistill.kv_cache import F16, Pair, ggml_number, needs_flash_attention, told, value_bytes
 
 PARALLEL = 64
 BATCH = 512
@@ -56,11 +57,11 @@ class _Slot:
 class GgufRunner:
     """Run one GGUF file on the CPU through llama.cpp.
 
-    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once. Raises UsageError
-    for a file that llama.cpp cannot load.
+    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once; ``kv`` are the types of the
+    KV cache. Raises UsageError for a file that llama.cpp cannot load.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, parallel: int = PARALLEL) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, parallel: int = PARALLEL, kv: Pair = F16) -> None:
         import llama_cpp
 
         from edgedistill.formats.gguf.model_io import open_model
@@ -68,6 +69,7 @@ class GgufRunner:
         self.path = Path(path)
         self.threads = threads or len(os.sched_getaffinity(0))
         self.parallel = max(1, min(parallel, 200))
+        self.kv = kv
         self._lib: Any = llama_cpp
         self._llama: Any = open_model(self.path, n_ctx=32, threads=self.threads)
         self._model: Any = self._llama._model.model
@@ -94,7 +96,8 @@ class GgufRunner:
         """Name the engine, its build and its settings: they change roundings, and so a few answers."""
         from edgedistill.formats.gguf.model_io import library_build
 
-        return {"engine": "llama.cpp", "build": library_build(), "parallel": self.parallel}
+        kv = {} if self.kv == F16 else {"kv_cache": told(self.kv)}
+        return {"engine": "llama.cpp", "build": library_build(), "parallel": self.parallel, **kv}
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -314,11 +317,11 @@ class GgufRunner:
         return done
 
     def _cell_bytes(self) -> int:
-        """Return the bytes of one token in the KV cache (f16 keys and values)."""
+        """Return the bytes of one token in the KV cache."""
         lib, model = self._lib, self._model
         heads = max(1, int(lib.llama_model_n_head(model)))
         width = int(lib.llama_model_n_embd(model)) * int(lib.llama_model_n_head_kv(model)) // heads
-        return max(1, int(lib.llama_model_n_layer(model)) * width * 2 * 2)
+        return max(1, round(int(lib.llama_model_n_layer(model)) * width * value_bytes(self.kv)))
 
     # -- log-probabilities ------------------------------------------------------------------------------------------
 
@@ -352,6 +355,23 @@ class GgufRunner:
                 for i in group:
                     yield log_softmax(logits[start : start + len(positions[i])])
                     start += len(positions[i])
+        finally:
+            session.close()
+
+    def last_logprobs(
+        self, token_rows: Sequence[Sequence[int]], count: int, *, kv: Pair, flash: bool = True
+    ) -> Iterator[np.ndarray]:
+        """Yield per row float32 [count, vocabulary]: the distributions after its last ``count`` tokens, with a KV cache of these
+        types, and with flash attention or without. One row at a time, in pieces, so that a row may be as long as the model's
+        context.
+        """
+        session = _Session(self, sequences=1, depth=max(map(len, token_rows)), kv=kv, flash=flash)
+        try:
+            for row in token_rows:
+                session.clear()
+                items = [(0, token, at, at >= len(row) - count) for at, token in enumerate(row)]
+                pieces = [session.decode(items[at : at + BATCH]).copy() for at in range(0, len(items), BATCH)]
+                yield log_softmax(np.concatenate(pieces))
         finally:
             session.close()
 
@@ -416,7 +436,16 @@ class _Session:
     sequences the unified cache decodes half as fast.
     """
 
-    def __init__(self, runner: GgufRunner, *, sequences: int, depth: int, batch: int = BATCH) -> None:
+    def __init__(
+        self,
+        runner: GgufRunner,
+        *,
+        sequences: int,
+        depth: int,
+        batch: int = BATCH,
+        kv: Pair | None = None,
+        flash: bool = True,
+    ) -> None:
         self._lib, self._path, self._vocabulary = runner._lib, runner.path, runner.vocabulary
         self.batch_size = batch
         params = self._lib.llama_context_default_params()
@@ -425,12 +454,15 @@ class _Session:
         params.n_seq_max = sequences
         params.n_outputs_max_per_seq = 0  # its default of 1 forbids asking for several logits of one sequence
         params.kv_unified = False
+        _set_cache(params, kv or runner.kv, flash)
         params.n_threads = params.n_threads_batch = runner.threads
         self._context: Any = self._lib.llama_init_from_model(runner._model, params)
         if not self._context:
+            types = kv or runner.kv
             raise StepFailed(
-                f"{self._path}: llama.cpp cannot make a context of {sequences} x {depth} tokens",
-                "Free memory, or lower max_new_tokens.",
+                f"{self._path}: llama.cpp cannot make a context of {sequences} x {depth} tokens"
+                + ("" if types == F16 else f" with a KV cache in {told(types)}"),
+                "Free memory, or lower max_new_tokens." if types == F16 else 'Set runtime.kv_cache = "f16".',
             )
         self._memory: Any = self._lib.llama_get_memory(self._context)
         self._batch: Any = self._lib.llama_batch_init(batch, 0, 1)
@@ -506,6 +538,13 @@ class _Session:
         if items:
             out.append(self.decode(items).copy())
         return np.concatenate(out) if out else np.empty((0, self._vocabulary), dtype=np.float32)
+
+
+def _set_cache(params: Any, kv: Pair, flash: bool) -> None:
+    """Ask for a KV cache of these types. Flash attention is llama.cpp's choice where the types leave it one."""
+    params.type_k, params.type_v = map(ggml_number, kv)
+    if not flash or needs_flash_attention(kv):
+        params.flash_attn_type = int(flash)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, ENABLED
 
 
 def _padded(depth: int) -> int:
