@@ -52,7 +52,7 @@ def _load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         __import__("llama_cpp")
     before = _resident()
     start = time.perf_counter()
-    kv = {"kv": tuple(request["kv"])} if request.get("kv") else {}
+    kv: dict[str, Any] = {"kv": tuple(request["kv"])} if request.get("kv") else {}
     if draft := request.get("draft"):
         from edgedistill.devices.engine_draft import DraftedEngine
 

@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from edgedistill.formats.gguf.convert import convert
 
     folder = tmp_path_factory.mktemp("kv")
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 4}
     convert(make_model(folder / "hf", max_position_embeddings=256, **heads), folder / "model.gguf")
     (folder / "tokens.json").write_text(json.dumps([list(range(3, 80)), list(range(90, 40, -1))]))
     return folder
