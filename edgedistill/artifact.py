@@ -10,6 +10,8 @@ from typing import Any
 from edgedistill import __version__
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import file_digest
+from edgedistill.kv_cache import F16, KV_TYPES, OLLAMA, Pair, arguments, ggml_number, needs_flash_attention, told
+from edgedistill.target import format_size
 
 SCHEMA = 1
 
@@ -35,9 +37,15 @@ class Manifest:
     example: list[dict[str, Any]]
     tools: dict[str, str]
     draft: dict[str, Any] = field(default_factory=dict)  # what the draft brings; "refused" says why it is not here
+    kv_cache: dict[str, Any] = field(default_factory=dict)  # types of the KV cache and their cost; none: f16
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     edgedistill: str = __version__
+
+    @property
+    def kv(self) -> Pair:
+        """Return the types of keys and values in the KV cache."""
+        return (self.kv_cache["k"], self.kv_cache["v"]) if self.kv_cache else F16
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -58,6 +66,23 @@ def model_of(path: Path) -> Path:
     return path
 
 
+def cache_of(path: Path, given: str | None) -> Pair:
+    """Return the types of the KV cache that an artifact is run with: ``given`` ("q8_0", or "q8_0,q4_0" for keys and values), else
+    those of its package, else f16. Raises UsageError for what is no type, and for an ONNX model.
+    """
+    if given is None:
+        return read_manifest(path).kv if (path / "manifest.json").is_file() else F16
+    names = given.split(",")
+    if len(names) > 2 or any(name not in KV_TYPES for name in names):
+        raise UsageError(
+            f"--kv-cache {given}: no type of a KV cache", f"one of {', '.join(KV_TYPES)}; or two: keys,values"
+        )
+    kv = names[0], names[-1]
+    if kv != F16 and model_of(path).is_dir():
+        raise UsageError(f"--kv-cache is for GGUF files: {path} is an ONNX model", "leave it out")
+    return kv
+
+
 def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
     """Write everything beside the model file into ``out``; the manifest comes last and lists the digest of each
     file.
@@ -70,8 +95,9 @@ def write_files(out: Path, manifest: Manifest, *, grammar: str | None) -> None:
     (out / "README.md").write_text(model_card(manifest, grammar=bool(grammar)))
     files = {path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
     body = {**asdict(manifest), "files": files}
-    if not manifest.draft:
-        del body["draft"]
+    for name in ("draft", "kv_cache"):
+        if not body[name]:
+            del body[name]
     (out / "manifest.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n")
 
 
@@ -122,26 +148,46 @@ def commands(manifest: Manifest) -> list[str]:
     """Return the command lines that run this package, from inside its folder."""
     user = next((m["content"] for m in manifest.example if m["role"] == "user"), "Hello")
     if manifest.format == "gguf":
+        cache = arguments(manifest.kv)
         grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
         drafted = []
         if manifest.draft and not manifest.draft["refused"]:
             drafted = [
                 f"llama-server -m model.gguf -md draft.gguf --spec-type draft-simple "
                 f"--spec-draft-n-max {manifest.draft['tokens']} --spec-draft-p-min {manifest.draft['min_probability']:g} "
-                f"--jinja -c {manifest.generation['context']}  # with the draft"
+                f"--jinja -c {manifest.generation['context']}{cache}  # with the draft"
             ]
         return [
             *drafted,
-            f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar} -p {user!r}",
-            f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}",
-            "ollama create my-model -f Modelfile && ollama run my-model",
-            "python -c \"from llama_cpp import Llama; print(Llama('model.gguf').create_chat_completion("
+            f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar}{cache} -p {user!r}",
+            f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}{cache}",
+            *_ollama(manifest.kv),
+            f"python -c \"from llama_cpp import Llama; print(Llama('model.gguf'{_options(manifest.kv)}).create_chat_completion("
             f'messages={json.dumps(manifest.example, ensure_ascii=False)!s}, temperature=0))"',
         ]
     return [
         "pip install onnxruntime-genai",
         "python -c \"import onnxruntime_genai as og; model = og.Model('onnx'); print(model.type)\"",
     ]
+
+
+def _ollama(kv: Pair) -> list[str]:
+    """Return how Ollama makes and runs the model. Its KV cache is set for all models of a server, keys and values alike."""
+    run = "ollama create my-model -f Modelfile && ollama run my-model"
+    if kv == F16:
+        return [run]
+    if kv[0] != kv[1] or kv[0] not in OLLAMA:
+        return [f"{run}  # with an f16 KV cache: Ollama has no {told(kv)}"]
+    return [f"OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={kv[0]} ollama serve  # then, beside it:", run]
+
+
+def _options(kv: Pair) -> str:
+    """Return what llama-cpp-python's ``Llama`` is told of a KV cache that is not f16."""
+    if kv == F16:
+        return ""
+    return f", type_k={ggml_number(kv[0])}, type_v={ggml_number(kv[1])}" + (
+        ", flash_attn=True" if needs_flash_attention(kv) else ""
+    )
 
 
 def model_card(manifest: Manifest, *, grammar: bool) -> str:
@@ -188,6 +234,8 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), "
             f"{measured.get('settings', {}).get('threads')} threads"
         )
+    if manifest.kv_cache:
+        lines += ["", "## KV cache", "", *kv_lines(manifest.kv_cache)]
     if manifest.draft:
         lines += ["", "## Draft", "", *_draft_lines(manifest.draft)]
     lines += ["", "## Gates", "", "| gate | wanted | found | status |", "|---|---|---|---|"]
@@ -205,6 +253,25 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
     lines += ["", "The licence of the source covers these derived weights too.", "", "## Run it", "", "```sh"]
     lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
     return "\n".join(lines)
+
+
+def kv_lines(found: dict[str, Any]) -> list[str]:
+    """Say which types the KV cache has, and what they cost at the context that was promised."""
+    kv = found["k"], found["v"]
+    memory = [f"{format_size(size)} in {name}" for name, size in found["peak_rss"].items()]
+    lines = [f"- in {told(kv)}; peak memory of the process with that context: {', '.join(memory)}"]
+    if kld := found.get("kld"):
+        top1 = found["top1"]
+        again = "; the text was repeated to fill it" if found["text"] < found["context"] * found["rows"] else ""
+        lines.append(
+            f"- at the end of {found['context']} tokens: KLD {kld['value']:.3g} [{kld['low']:.3g}, {kld['high']:.3g}] nats a token "
+            f"from an f16 cache, first choices agree {top1['value']:.1%} [{top1['low']:.1%}, {top1['high']:.1%}] "
+            f"(n = {found['rows']} rows, {found['tokens']} tokens{again})"
+        )
+        lines.append(
+            f"- f16 without flash attention is {found['rounding']['value']:.3g} nats a token from f16 with it: rounding alone"
+        )
+    return lines
 
 
 def _draft_lines(draft: dict[str, Any]) -> list[str]:

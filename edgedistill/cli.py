@@ -339,18 +339,26 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="threads; 0: all cores")] = 0,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="samples of each figure")] = 5,
     context: Annotated[int, typer.Option(min=128, help="tokens of context")] = 2048,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(help="GGUF: type of the KV cache, q8_0 or q8_0,q4_0 (keys, values); a package's own, else f16"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure pp512, tg128, time to first token and memory on this machine."""
-    from edgedistill.artifact import model_of
+    from edgedistill.artifact import cache_of, model_of
     from edgedistill.devices.host import usable_cores
     from edgedistill.devices.local import measure
     from edgedistill.devices.protocol import Settings
     from edgedistill.devices.table import bench_table
     from edgedistill.tables import print_table
 
-    settings = Settings(threads=threads or usable_cores(), context=context, reps=repetitions)
-    found = [measure(model_of(path), settings, prompts=_chat()) for path in artifact]
+    caches = [cache_of(path, kv_cache) for path in artifact]
+    options: dict[str, Any] = {"threads": threads or usable_cores(), "context": context, "reps": repetitions}
+    found = [
+        measure(model_of(path), Settings(**options, kv=kv), prompts=_chat())
+        for path, kv in zip(artifact, caches, strict=True)
+    ]
     _print_json([m.to_json() for m in found]) if as_json else print_table(bench_table(found))
 
 

@@ -27,6 +27,7 @@ from edgedistill.inputs import (
     keyed_metric,
     student_facts,
 )
+from edgedistill.kv_cache import F16, Pair
 from edgedistill.models import Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
@@ -173,11 +174,18 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
         quantized: list[tuple[Target, Key, str]] = []
         for target in self.inputs.targets:
             quantized.append((target, *self._typed(target.name, target, student, student_gguf, imatrix, kept)))
+        caches = {t.name: self._kv_cache(t.name, t, key, imatrix) for t, key, _ in quantized}
         student_scores = self._evaluate("evaluate/student", student_gguf, "model.gguf", self.s_params)
         evaluations = [
             # onnxruntime-genai reads no GBNF: there the answers are free ones only
             self._evaluate(
-                f"evaluate/{t.name}", key, file, self.s_params, references=references, grammar=file != "onnx"
+                f"evaluate/{t.name}",
+                key,
+                file,
+                self.s_params,
+                references=references,
+                grammar=file != "onnx",
+                kv=caches[t.name][0],
             )
             for t, key, file in quantized
         ]
@@ -206,11 +214,14 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             self._measure("measure/teacher", teacher_gguf, "model.gguf", None, None)
         self._measure("measure/student", student_gguf, "model.gguf", None, None)
         measured = [
-            self._measure(f"measure/{target.name}", key, file, teacher_gguf, target) for target, key, file in quantized
+            self._measure(f"measure/{target.name}", key, file, teacher_gguf, target, caches[target.name][0])
+            for target, key, file in quantized
         ]
         wanted = self.recipe.draft.targets if self.recipe.draft else ()
         drafts = {
-            target.name: self._draft(target, key, student) for target, key, _ in quantized if target.name in wanted
+            target.name: self._draft(target, key, student, caches[target.name][0])
+            for target, key, _ in quantized
+            if target.name in wanted
         }
         for (target, key, file), evaluation, measurement in zip(quantized, evaluations, measured, strict=True):
             self.packages[target.name] = self._package(
@@ -223,6 +234,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
                 student_scores,
                 teacher_gguf,
                 drafts.get(target.name),
+                cache=caches[target.name][1],
             )
 
     def _ship_link(self, number: int, link: Inputs, student: Key, teacher: Key, kept: Key, scores: Key) -> None:
@@ -240,24 +252,25 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
         for target in link.targets:
             name = step_of(target.name, of)
             key, file = self._typed(name, target, student, gguf, imatrix, kept, of)
+            kv, cache = self._kv_cache(name, target, key, imatrix)
             references = {"student": gguf, "teacher": teacher_gguf}
             evaluation = self._evaluate(
-                f"evaluate/{name}", key, file, self.s_params, references=references, grammar=file != "onnx"
+                f"evaluate/{name}", key, file, self.s_params, references=references, grammar=file != "onnx", kv=kv
             )
-            speed = self._measure(f"measure/{name}", key, file, teacher_gguf, target)
+            speed = self._measure(f"measure/{name}", key, file, teacher_gguf, target, kv)
             self.packages[name] = self._package(
-                target, key, file, evaluation, speed, scores, scored, teacher_gguf, of=of
+                target, key, file, evaluation, speed, scores, scored, teacher_gguf, cache=cache, of=of
             )
         self.inputs, self.recipe, self.s_params = whole
 
-    def _draft(self, target: Target, shipped: Key, student: Key) -> tuple[Key, Key]:
+    def _draft(self, target: Target, shipped: Key, student: Key, kv: Pair | Key) -> tuple[Key, Key]:
         """Add the draft of one target; return the keys of its file and of what it brings."""
         assert self.recipe.draft is not None
         trained, params = self._train_draft(target, shipped, student)
         gguf = self._convert(f"convert/draft-{target.name}", trained, self.inputs.student, params)
         types = Types(type=self.recipe.draft.type)
         file = self._quantize(f"quantize/draft-{target.name}", gguf, None, "gguf", types, params)
-        return file, self._speculate(target, shipped, file)
+        return file, self._speculate(target, shipped, file, kv)
 
     def _evaluate(
         self,
@@ -272,6 +285,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
         shots: int = 0,
         only: Collection[str] | None = None,
         server: Server | None = None,
+        kv: Pair | Key = F16,
     ) -> Key:
         thinks = self.recipe.generate.style in BLOCKS
         suites = {name: rows for name, rows in self.inputs.suites.items() if only is None or name in only}
@@ -303,6 +317,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             ),
             isa="" if served else self.isa,
             labels=self._labels(specs),
+            kv=kv,
             rows=suites,
             server=server if served else None,
             folder=self.inputs.path.parent,
@@ -335,7 +350,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
                 key="grammar",
             ) from None
 
-    def _measure(self, name: str, model: Key, file: str, baseline: Key | None, target: Target | None) -> Key:
+    def _measure(
+        self, name: str, model: Key, file: str, baseline: Key | None, target: Target | None, kv: Pair | Key = F16
+    ) -> Key:
         prompts = next(
             (rows[:24] for s, rows in self.inputs.suites.items() if self.recipe.suites[s].metric != "perplexity"), ()
         )
@@ -350,6 +367,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             device=self.host.digest,
             build=self.onnx if file == "onnx" else self.llama,
             prompts_digest=rows_digest(prompts),
+            kv=kv,
             prompts=tuple(prompts),
         )
         return self.graph.add(name, stage, Work(kind="measure", amount=15 * MEASURE_SECONDS), memory=600 * MIB)
@@ -366,12 +384,13 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
         reference: Key | None,
         draft: tuple[Key, Key] | None = None,
         *,
+        cache: Key | None = None,
         of: str = "",
     ) -> Key:
         """Add the package of one target; ``of`` names the link of the chain that ships, "" for the last student."""
-        gates = self.recipe.gates.model_dump()
-        for name in ("min_speedup", "min_shrink"):
-            if isinstance(gates[name], dict):
+        gates = self.recipe.gates.keyed()
+        for name in ("min_speedup", "min_shrink", "max_kv_kld"):
+            if isinstance(gates.get(name), dict):
                 gates[name] = gates[name].get(target.name)
         same, why = matches_host(target, self.host)
         grammars = (self._grammar(suite) for suite in self.recipe.suites.values() if file != "onnx")
@@ -409,6 +428,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             "ship_anyway": self.inputs.ship_anyway,
             "all_keys": {name: str(step.key) for step in self.graph.steps() for name in step.ids},
             "example": tuple(self.inputs.prompts[0].messages),
+            "kv_cache": cache,
         }
         stage: Package = DraftedPackage(**fields, draft=draft[0], drafting=draft[1]) if draft else Package(**fields)
         name = step_of(target.name, of) if of else target.name

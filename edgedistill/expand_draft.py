@@ -8,6 +8,7 @@ from edgedistill.data.prompts import rows_digest
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import draft_inputs, student_facts
+from edgedistill.kv_cache import Pair
 from edgedistill.rates import DEFAULTS, MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.stages.distill import DistillDraft
 from edgedistill.stages.speculate import Speculate
@@ -51,7 +52,7 @@ class DraftSteps(TrainingSteps):
         self.inputs, self.recipe, self.t_params, self.s_params, self.tokens = whole
         return draft, params
 
-    def _speculate(self, target: Target, shipped: Key, draft: Key) -> Key:
+    def _speculate(self, target: Target, shipped: Key, draft: Key, kv: Pair | Key) -> Key:
         """Measure the quantized draft beside the file that it is for."""
         settings = self.recipe.draft
         assert settings is not None
@@ -70,6 +71,7 @@ class DraftSteps(TrainingSteps):
             device=self.host.digest,
             build=self.llama,
             prompts_digest=rows_digest(prompts),
+            kv=kv,
             prompts=prompts,
         )
         # As `measure`, counted in nominal seconds: reading and writing that many tokens twice, and loading.

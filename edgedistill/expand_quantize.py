@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgedistill.compare import step_of
 from edgedistill.data.prompts import rows_digest
+from edgedistill.devices.host import fingerprint
+from edgedistill.evals.kv_cache import rows_for
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import student_facts
+from edgedistill.kv_cache import CHOICES, F16, Pair, cache_bytes
+from edgedistill.models import ModelFacts
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.calibrate import Calibrate
+from edgedistill.stages.kv_cache import KvCache
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
 from edgedistill.stages.tune import Tune
@@ -33,6 +40,26 @@ def add_choice(
     solver = f"scipy {package_version('scipy')}"
     stage = Allocate(model=model, sensitivity=sensitivity, size=size, tool=solver, speeds=speeds)
     return graph.add(name, stage, Work(kind="bytes", amount=3e8), memory=300 * MIB, disk=MIB)
+
+
+def add_kv_cache(graph: Graph, name: str, target: Target, model: Key, text: Key, facts: ModelFacts) -> Key:
+    """Add the choice of types for a target's KV cache, or the proof of those that it names; ``text`` has tokens to fill it with."""
+    kv, context = target.kv, target.runtime.context
+    stage = KvCache(
+        model=model,
+        text=text,
+        context=context,
+        types=CHOICES if kv == AUTO else (kv,),
+        peak_rss=target.limits.peak_rss if kv == AUTO else None,
+        threads=min(target.runtime.threads, os.cpu_count() or 1),
+        build=f"llama-cpp-python {package_version('llama-cpp-python')}",
+        isa=fingerprint().isa,
+    )
+    length = min(context, facts.context) or context
+    tokens = 3 * length * rows_for(length)  # f16, the types, and f16 without flash attention
+    work = Work(kind="forward-gguf", amount=2 * facts.params() * tokens)
+    memory = 2 * facts.params() + 3 * cache_bytes(facts, length, F16) + 500 * MIB
+    return graph.add(name, stage, work, memory=memory, disk=MIB)
 
 
 class QuantizeSteps(TrainingSteps):
@@ -61,6 +88,14 @@ class QuantizeSteps(TrainingSteps):
         if self.recipe.tune and target.name in self.recipe.tune.targets:
             key = self._tune(f"tune/{name}", key, student)
         return key, "onnx" if onnx else "model.gguf"
+
+    def _kv_cache(self, name: str, target: Target, model: Key, text: Key) -> tuple[Pair | Key, Key | None]:
+        """Return the types of a target's KV cache, or what chooses them; and the step that tells their cost: none of f16."""
+        kv = target.kv
+        if kv == F16:
+            return F16, None
+        key = add_kv_cache(self.graph, f"kv-cache/{name}", target, model, text, student_facts(self.inputs))
+        return key if kv == AUTO else kv, key
 
     def _calibrate(self, name: str, gguf: Key, kept: Key, params: int) -> Key:
         rows = min(self.recipe.calibrate.rows, len(self.inputs.prompts))

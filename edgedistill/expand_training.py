@@ -67,7 +67,7 @@ class TrainingSteps:
         self.inputs, self.recipe, self.graph = inputs, inputs.recipe, Graph()
         self.warnings = refuse(inputs)
         self.host = host_fingerprint()
-        self.isa = digest([self.host.arch, sorted(self.host.features)])[:16]
+        self.isa = self.host.isa
         self.gguf_tool = f"gguf {package_version('gguf')}"
         self.llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
         self.onnx = f"onnxruntime-genai {package_version('onnxruntime-genai')}"

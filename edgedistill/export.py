@@ -68,7 +68,7 @@ def export(session: Session, tool: str, out: Path) -> list[Path]:
     tool would read otherwise.
     """
     if tool not in TOOLS:
-        raise UsageError(f"--to {tool}: there is no such format", f"give one of {', '.join(TOOLS)}")
+        raise UsageError(f"--to {tool}: there is no such format", f"give one of {', '.join(TOOLS)}, gguf-lora")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already, and not empty", "give another folder: -o DIR")
     (step,) = session.plan.match(f"distill/{len(session.recipe.chain) + 1}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,33 +36,51 @@ def merge_adapter(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: is there already, and not empty", "give another folder: -o DIR")
-    text = load_rows(rows)[:ROWS] if rows is not None else list(sample_rows())
-    source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
-    folder = resolve(source, Store().root, note=note).path
-    if not folder.is_dir():
-        raise UsageError(
-            f"{model}: an adapter is merged into full-precision weights, not into a GGUF",
-            "give the folder, or the hf: source, that the adapter was trained on",
-        )
+    text = text_to_compare(rows)
+    folder = base_folder(model, note)
     config = check_adapter(folder, adapter)
     named = config.get("base_model_name_or_path")
     if named:
         note(f"the adapter was trained on {named}; every layer that it changes has its shape in {model}")
-    from transformers import AutoTokenizer
-
-    from edgedistill.training.data import prompt_tokens
     from edgedistill.training.lora import merge
     from edgedistill.training.recipe import copy_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def encode(row: Row) -> list[int]:
-        ids = prompt_tokens(tokenizer, list(row.messages))
-        return [*ids, *tokenizer.encode(row.reference or "", add_special_tokens=False)]
-
-    report = merge(folder, adapter, out, rows=[encode(row) for row in text])
+    report = merge(folder, adapter, out, rows=encode(folder, text))
     copy_tokenizer(folder, out)
     return report
+
+
+def text_to_compare(rows: Path | None) -> list[Row]:
+    """Return the first rows of a JSONL file, or ordinary text where there is none."""
+    return load_rows(rows)[:ROWS] if rows is not None else list(sample_rows())
+
+
+def base_folder(model: str, note: Callable[[str], None]) -> Path:
+    """Return the HF folder of ``model``, a folder or a source. Raises UsageError for a GGUF."""
+    source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
+    folder = resolve(source, Store().root, note=note).path
+    if not folder.is_dir():
+        raise UsageError(
+            f"{model}: an adapter belongs to full-precision weights, not to a GGUF",
+            "give the folder, or the hf: source, that the adapter was trained on",
+        )
+    return folder
+
+
+def encode(folder: Path, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of each row, prompt and reference, by the folder's tokenizer and chat template."""
+    from transformers import AutoTokenizer
+
+    from edgedistill.training.data import prompt_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+        [
+            *prompt_tokens(tokenizer, list(row.messages)),
+            *tokenizer.encode(row.reference or "", add_special_tokens=False),
+        ]
+        for row in rows
+    ]
 
 
 def check_adapter(model: Path, adapter: Path) -> dict[str, Any]:

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_sensitivity
+from edgedistill.expand_quantize import add_choice, add_kv_cache, add_sensitivity
 from edgedistill.fingerprint import Key, digest
+from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, resolve
 from edgedistill.plan import Graph, Plan, package_version
 from edgedistill.rates import Work
 from edgedistill.refusals_auto import speeds_of
+from edgedistill.refusals_kv import refuse_kv
 from edgedistill.runner import Reporter, Runner
 from edgedistill.stages.base import Base
 from edgedistill.stages.calibrate import CalibrateText
@@ -28,7 +31,7 @@ from edgedistill.stages.import_gguf import ImportGguf
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
 from edgedistill.store import Entry, Store
-from edgedistill.target import AUTO, Types, find_target, format_size, parse_size
+from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
 
@@ -86,9 +89,12 @@ def quantize_model(
     resolved = resolve(source, store.root, note=reporter.note)
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     speeds: dict[str, Any] = {}
+    caches: dict[str, Target] = {}
     for name in targets:
         target = find_target(name, Path())
         speeds[name] = speeds_of(target)
+        if target.kv != F16:
+            caches[name] = target
         auto = target.auto_size if target.quantize.type == AUTO else None
         wanted.append((name, target.runtime.format, target.quantize.model_copy(update={"size": auto})))
     for name in types:
@@ -126,7 +132,14 @@ def quantize_model(
     for name, format_, choice in wanted:
         if format_ == "gguf" and choice.type == AUTO:
             _refuse_choice(resolved, name, choice, reporter if name in targets else None)
-    plan, keys = _plan(resolved, wanted, calibration, store, speeds)
+    for name, target in caches.items():
+        for warning in refuse_kv(target, resolved.facts, 0):
+            reporter.note(f"{name}: {warning}")
+        if calibration is None:
+            reporter.note(
+                f"{name}: no --calibration FILE to fill the context with, so its KV cache is not compared with f16"
+            )
+    plan, keys = _plan(resolved, wanted, calibration, store, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
     if calibration is None and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted):
@@ -175,6 +188,7 @@ def _plan(
     calibration: Path | None,
     store: Store,
     speeds: Mapping[str, Any],
+    caches: Mapping[str, Target],
 ) -> tuple[Plan, list[Key]]:
     graph, params = Graph(), resolved.facts.params()
     llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
@@ -226,6 +240,8 @@ def _plan(
         )
         work = Work(kind="build-onnx" if onnx else "quantize", amount=2 * params)
         keys.append(graph.add(f"quantize/{name}", stage, work, disk=2 * params))
+        if name in caches and imatrix is not None:
+            add_kv_cache(graph, f"kv-cache/{name}", caches[name], keys[-1], imatrix, resolved.facts)
     return Plan(identity=digest(["quantize", resolved.digest]), steps=graph.steps()), keys
 
 
@@ -273,6 +289,17 @@ def _choice(store: Store, plan: Plan, name: str) -> tuple[dict[str, Any], list[s
             for test, of in found.get("speeds", {}).items()
         ),
     ]
+
+
+def _cached(store: Store, plan: Plan, name: str) -> list[str]:
+    """Say what the KV cache of a target costs, and how the file is run with it."""
+    steps = [step for step in plan.steps if f"kv-cache/{name}" in step.ids]
+    entry = store.load(steps[0].key) if steps else None
+    if entry is None:
+        return []
+    found = entry.facts["kv_cache"]
+    lines = [f"KV cache {line.removeprefix('- ')}" for line in kv_lines(found)]
+    return [*lines, f"run it with{arguments((found['k'], found['v'])) or ' an f16 KV cache'}"]
 
 
 def _measured(entry: Entry) -> list[str]:
@@ -326,7 +353,10 @@ def _publish(store: Store, plan: Plan, key: Key, line: tuple[str, str, Types], o
         fallbacks=[
             f"{t['name']}: {t['asked']} -> {t['got']}" for t in report.get("tensors", []) if t["asked"] != t["got"]
         ],
-        notes=([report["warning"]] if report.get("warning") else []) + _choice(store, plan, name)[1] + _measured(entry),
+        notes=([report["warning"]] if report.get("warning") else [])
+        + _choice(store, plan, name)[1]
+        + _measured(entry)
+        + _cached(store, plan, name),
     )
 
 

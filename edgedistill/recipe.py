@@ -229,12 +229,17 @@ class Gates(Section):
 
     ``min_retention``: suite -> artifact over teacher, lower bound of the 95 % interval. ``max_drop``: suite -> how
     far under the merged full-precision student, paired point estimate. ``min_speedup``: decode speed over the
-    teacher's f16 GGUF in the same session. ``min_shrink``: the teacher's f16 GGUF over the artifact, in bytes."""
+    teacher's f16 GGUF in the same session. ``min_shrink``: the teacher's f16 GGUF over the artifact, in bytes.
+    ``max_kv_kld``: KLD of the file with the target's KV cache from that with an f16 one, nats a token at the target's context,
+    upper bound of the 95 % interval."""
+
+    LATER = ("max_kv_kld",)
 
     min_retention: dict[str, Positive] = Field(default={})
     max_drop: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     min_speedup: Positive | dict[str, Positive] | None = None
     min_shrink: Positive | dict[str, Positive] | None = None
+    max_kv_kld: Positive | dict[str, Positive] | None = None
 
 
 class Link(Shaped):
@@ -364,6 +369,7 @@ class Recipe(Section):
             per_target += [
                 (f"{place}.min_speedup", one.min_speedup, known),
                 (f"{place}.min_shrink", one.min_shrink, known),
+                (f"{place}.max_kv_kld", one.max_kv_kld, known),
             ]
         for place, names, known in per_target:
             for name in names if isinstance(names, dict) else ():

@@ -24,11 +24,13 @@ from edgedistill.inputs import (
     read_reviews,
     student_facts,
 )
+from edgedistill.kv_cache import F16
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.refusals_auto import refuse_auto
 from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
+from edgedistill.refusals_kv import refuse_kv
 from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.refusals_teachers import refuse_backend, refuse_others
 from edgedistill.target import AUTO, Target, format_size
@@ -132,6 +134,10 @@ def refuse(inputs: Inputs) -> list[str]:
     for number, link in enumerate(links, 1):
         who = "this student" if number == len(links) else f"link {number} of the chain"
         warnings += [found for target in link.targets for found in _refuse_target(link, target, who)]
+    if recipe.gates.max_kv_kld is not None and all(target.kv == F16 for target in all_targets(inputs)):
+        warnings.append(
+            "gates.max_kv_kld: no target has a runtime.kv_cache other than f16, so there is nothing to measure"
+        )
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
@@ -440,15 +446,17 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
                 "pip install 'edgedistill[onnx]'",
             )
         return []
-    limit, warnings = target.limits.file_size, []
+    limit = target.limits.file_size
     name = target.name if who == "this student" else f"{target.name}, {who}"
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type
     if wanted == AUTO:
-        return [f"{name}: {warning}" for warning in refuse_auto(target, who, config)]
+        found = [*refuse_auto(target, who, config), *refuse_kv(target, facts, target.auto_size or 0)]
+        return [f"{name}: {warning}" for warning in found]
     options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
     size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
+    warnings = [f"{name}: {warning}" for warning in refuse_kv(target, facts, size)]
     if limit is not None and size > limit:
         _must_fit(target, who, config)
         warnings.append(f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}")

@@ -181,6 +181,21 @@ class DraftLine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheLine:
+    """The KV cache of one target, where it is not f16 anyway: its types, the peak memory with each that was tried, and how far it
+    takes the file from an f16 cache at ``context`` tokens. Without ``kld`` it came out as f16.
+    """
+
+    target: str
+    types: str
+    peak_rss: dict[str, int]
+    context: int | None = None
+    kld: Figure | None = None
+    rounding: Figure | None = None  # f16 without flash attention against f16 with it
+    top1: Figure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """A symptom that the figures show: what is likely, what mends it, and the recipe key to change."""
 
@@ -220,6 +235,7 @@ class ReportData:
     waiting: int  # steps that cannot run before those
     warnings: list[str]
     drafts: list[DraftLine] = field(default_factory=list)
+    caches: list[CacheLine] = field(default_factory=list)
     temper: dict[str, Any] = field(
         default_factory=dict
     )  # the fitted temperature, before and after (training/temperature.py)

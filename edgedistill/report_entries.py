@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.inputs import Inputs
-from edgedistill.report import Figure
+from edgedistill.kv_cache import told
+from edgedistill.report import CacheLine, Figure
 from edgedistill.store import Entry
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
@@ -48,6 +49,23 @@ def fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
             tune = entry.facts["tune"]
             found[name] = {"type": "", "bpw": None, "asked_bpw": None, "warning": None, "moved": {}, "tune": tune}
             found[name]["tensors"] = tune["norms"]
+    return found
+
+
+def caches(entries: Mapping[str, Entry | None]) -> list[CacheLine]:
+    """Return what the KV caches of targets cost, from the entries of ``kv-cache`` by target."""
+    found = []
+    for target, entry in entries.items():
+        if entry:
+            facts = entry.facts["kv_cache"]
+            line = CacheLine(
+                target=target,
+                types=told((facts["k"], facts["v"])),
+                peak_rss=facts["peak_rss"],
+                context=facts.get("context"),
+                **{name: Figure.read(facts.get(name)) for name in ("kld", "rounding", "top1")},
+            )
+            found.append(line)
     return found
 
 

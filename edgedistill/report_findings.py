@@ -48,6 +48,7 @@ def diagnose(data: ReportData) -> list[Finding]:
         _thinking,
         _gradients,
         _draft,
+        _cache,
     )
     return [finding for check in checks for finding in check(data)]
 
@@ -444,4 +445,20 @@ def _draft(data: ReportData) -> Iterator[Finding]:
             else "no room for two models",
             remedy="a smaller draft, more rows to learn from, fewer tokens at a time; or none: this target is fast enough alone",
             key="draft.layers, draft.ffn, draft.rows, draft.tokens, draft.min_probability",
+        )
+
+
+def _cache(data: ReportData) -> Iterator[Finding]:
+    for line in data.caches:
+        kld, rounding = line.kld, line.rounding
+        if kld is None or rounding is None or kld.low is None or rounding.high is None or kld.low <= rounding.high:
+            continue
+        agree = f"; first choices agree {line.top1.text(n=True)}" if line.top1 else ""
+        yield Finding(
+            symptom=f"the KV cache of {line.target} loses more than rounding does",
+            figure=f"KLD {kld.text(4)} nats a token from f16 at {line.context} tokens in {line.types}, n = {kld.n} rows; rounding "
+            f"alone {rounding.text(4)}{agree}",
+            likely="too few bits for keys or values at this length",
+            remedy="more bits, of the keys first; or promise less context",
+            key="runtime.kv_cache of the target, gates.max_kv_kld",
         )

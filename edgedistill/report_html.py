@@ -31,7 +31,7 @@ from edgedistill.report_sheets import (
     tags_sheet,
     temper_sheet,
 )
-from edgedistill.report_work import drafts_sheet, speeds_sheet, training_sheet, types_sheet
+from edgedistill.report_work import caches_sheet, drafts_sheet, speeds_sheet, training_sheet, types_sheet
 from edgedistill.tables import Sheet, duration
 from edgedistill.target import format_size
 
@@ -168,6 +168,7 @@ def page(data: ReportData) -> str:
         *_section("Training", _training(data)),
         *_section("Quantization", [_table(types_sheet(data))] if data.fallbacks else []),
         *_section("Speed and memory", [_table(speeds_sheet(data))] if any(m.speed for m in data.models) else []),
+        *_section("KV cache", [_table(caches_sheet(data))] if data.caches else []),
         *_section("Speculative decoding", [_table(drafts_sheet(data))] if data.drafts else []),
         *_section("Time per step", _times(data)),
         *_section("Where the numbers come from", _origins(data)),

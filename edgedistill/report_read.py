@@ -12,8 +12,18 @@ from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.data_stats import step_figures
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_reviews, student_facts
-from edgedistill.report import Comparison, Difference, DraftLine, Figure, Model, ReportData, Round, Speed, SuiteLine
-from edgedistill.report_entries import curve, fallbacks, hops, sources, stances
+from edgedistill.report import (
+    Comparison,
+    Difference,
+    DraftLine,
+    Figure,
+    Model,
+    ReportData,
+    Round,
+    Speed,
+    SuiteLine,
+)
+from edgedistill.report_entries import caches, curve, fallbacks, hops, sources, stances
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -148,6 +158,7 @@ def read(session: Session) -> ReportData:
         waiting=waiting,
         warnings=list(session.plan.warnings),
         drafts=_drafts(reader),
+        caches=caches({name: reader.entry(f"kv-cache/{name}") for name in session.plan.packages}),
         temper=dict(reader.facts("temper").get("temper", {})),
         data=step_figures(session, "filter", filtered) if (filtered := reader.entry("filter")) else {},
     )
@@ -428,7 +439,15 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
 
     stage: Package = reader.steps[f"package/{target}"].stage  # type: ignore[assignment]
     names = {key: step.id for step in reader.steps.values() for key in [step.key]}
-    keys = (stage.evaluation, stage.measurement, stage.teacher, stage.student, stage.reference, stage.model)
+    keys = (
+        stage.evaluation,
+        stage.measurement,
+        stage.teacher,
+        stage.student,
+        stage.reference,
+        stage.model,
+        stage.kv_cache,
+    )
     entries = {key: reader.entry(names[key]) for key in keys if key}
     if None in entries.values():
         return None
@@ -444,6 +463,7 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
         teacher=known[stage.teacher].path,
         student=known[stage.student].path if stage.student else None,
         unproved=stage.unproved,
+        kv_cache=known[stage.kv_cache].facts["kv_cache"] if stage.kv_cache else None,
     ).to_json()
 
 

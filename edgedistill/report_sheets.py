@@ -11,7 +11,7 @@ from typing import Any
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_cells import count, filled, machine_notes, signed, text
 from edgedistill.report_data import difficulty_sheet, filters_sheet, spent_notes
-from edgedistill.report_work import drafts_sheet, speeds_sheet, times_sheet, training_sheet, types_sheet
+from edgedistill.report_work import caches_sheet, drafts_sheet, speeds_sheet, times_sheet, training_sheet, types_sheet
 from edgedistill.tables import Sheet
 from edgedistill.target import format_size
 
@@ -124,6 +124,7 @@ def all_sheets(data: ReportData) -> list[Sheet]:
     sheets += [stances_sheet(data), *(tags_sheet(data, suite) for suite in data.suites)]
     sheets += [
         speeds_sheet(data),
+        caches_sheet(data),
         drafts_sheet(data),
         training_sheet(data),
         types_sheet(data),

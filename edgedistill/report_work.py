@@ -92,6 +92,32 @@ def drafts_sheet(data: ReportData) -> Sheet:
     return Sheet(title=title, columns=columns, rows=rows, right=frozenset(range(1, 9)), notes=notes if rows else [])
 
 
+def caches_sheet(data: ReportData) -> Sheet:
+    """Lay out the KV caches that are not f16 anyway: memory, and what they cost where the context is full."""
+    rows = [
+        [
+            line.target,
+            line.types,
+            ", ".join(f"{format_size(size)} in {name}" for name, size in line.peak_rss.items()),
+            count(line.context),
+            text(line.kld, 4),
+            text(line.rounding, 4),
+            count(line.kld.n if line.kld else None),
+            text(line.top1, 4),
+            count(line.top1.n if line.top1 else None),
+        ]
+        for line in data.caches
+    ]
+    columns = ("target", "types", "peak memory", "context", "KLD", "rounding", "rows", "same first choice", "tokens")
+    notes = [
+        "KLD: nats a token from the same file with an f16 cache, at the end of rows as long as the context; rounding: f16 without "
+        "flash attention from f16 with it, which no cache can be told from"
+    ]
+    return filled(
+        Sheet(title="KV cache", columns=columns, rows=rows, right=frozenset(range(3, 9)), notes=notes if rows else [])
+    )
+
+
 def training_sheet(data: ReportData) -> Sheet:
     """Lay out the training steps."""
     rows = []

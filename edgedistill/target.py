@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from edgedistill.errors import UsageError
+from edgedistill.kv_cache import F16, KvType, Pair
 from edgedistill.toml_source import did_you_mean, key_error, load_toml
 
 if TYPE_CHECKING:
@@ -75,6 +76,13 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class KvCache(_Table):
+    """The types of the KV cache, where keys and values have different ones."""
+
+    k: KvType = Field(default="f16", description="of the keys, llama.cpp's -ctk")
+    v: KvType = Field(default="f16", description="of the values, llama.cpp's -ctv")
+
+
 class Runtime(_Table):
     """What runs the model on the target."""
 
@@ -86,6 +94,11 @@ class Runtime(_Table):
         default=None,
         min_length=1,
         description='GGUF: what `targets kernels` measured on the device, so that "auto" keeps to speeds; a path from this file',
+    )
+    kv_cache: KvType | Literal["auto"] | KvCache = Field(
+        default="f16",
+        description='GGUF: type of the KV cache, { k = "q8_0", v = "q4_0" } where they differ, or "auto": f16, or as much less as '
+        "limits.peak_rss asks for at this context; what it costs is measured there",
     )
 
 
@@ -163,6 +176,10 @@ class Target(_Table):
             raise key_error("runtime.engine", f'"{engine}" runs no {format_} files; write "{ENGINES[format_]}"')
         if self.runtime.kernels is not None and format_ != "gguf":
             raise key_error("runtime.kernels", f"kernels are measured for gguf files, not for {format_}")
+        if self.kv != F16 and format_ != "gguf":
+            raise key_error("runtime.kv_cache", f"types are chosen for the KV cache of llama.cpp, not for {format_}")
+        if self.kv == AUTO and self.limits.peak_rss is None:
+            raise key_error("runtime.kv_cache", '"auto" needs memory to keep to: write limits.peak_rss')
         check_types(self.quantize, format_, "quantize")
         if self.quantize.type == AUTO and self.auto_size is None:
             raise key_error("quantize.type", '"auto" needs a size to keep to: write limits.file_size, or quantize.size')
@@ -174,6 +191,14 @@ class Target(_Table):
         return min((size for size in (self.quantize.size, self.limits.file_size) if size is not None), default=None)
 
     @property
+    def kv(self) -> Pair | Literal["auto"]:
+        """Return the types of keys and values in the KV cache, or "auto"."""
+        given = self.runtime.kv_cache
+        if given == AUTO:
+            return "auto"
+        return (given.k, given.v) if isinstance(given, KvCache) else (given, given)
+
+    @property
     def kernels_path(self) -> Path | None:
         """Return the file of the kernels' costs; None where the profile names none."""
         if self.runtime.kernels is None:
@@ -182,10 +207,12 @@ class Target(_Table):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as a package's key and manifest have them: without a size that is not given, and without the path
-        of the kernels' costs, whose figures are in the key of ``allocate``.
+        of the kernels' costs, whose figures are in the key of ``allocate``. Types of the KV cache other than f16 are always two.
         """
         value = self.model_dump(mode="json")
-        del value["runtime"]["kernels"]
+        del value["runtime"]["kernels"], value["runtime"]["kv_cache"]
+        if self.kv != F16:
+            value["runtime"]["kv_cache"] = AUTO if self.kv == AUTO else dict(zip("kv", self.kv, strict=True))
         if self.quantize.size is None:
             del value["quantize"]["size"]
         return value
@@ -349,9 +376,13 @@ def to_toml(target: Target) -> str:
             return f'"{escaped}"'
         if isinstance(item, tuple | list):
             return f"[{', '.join(value(one) for one in item)}]"
+        if isinstance(item, dict):
+            return f"{{ {', '.join(f'{name} = {value(one)}' for name, one in item.items())} }}"
         return str(item)
 
     data = target.model_dump(exclude_none=True)
+    if target.kv == F16:
+        del data["runtime"]["kv_cache"]
     if target.runtime.format == "onnx":
         data["quantize"] = {"type": data["quantize"]["type"]}
     lines = [f"{key} = {value(data.pop(key))}" for key in ("summary", "arch", "features")]

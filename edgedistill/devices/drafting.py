@@ -72,7 +72,7 @@ def measure_draft(
     options = {"path": str(draft.resolve()), "tokens": tokens, "min_probability": min_probability}
     pairs: list[dict[bool, dict[str, Any]]] = []
     ties = peak = 0
-    with Worker(model, settings.threads, draft=options) as worker:
+    with Worker(model, settings.threads, draft=options, kv=settings.kv) as worker:
 
         def ask(messages: Messages, drafted: bool) -> dict[str, Any]:
             return worker.ask(

@@ -18,6 +18,7 @@ import numpy as np
 from edgedistill.devices.engine_gguf import GgufEngine
 from edgedistill.devices.protocol import Messages
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.kv_cache import F16, Pair
 
 
 @dataclass(kw_only=True)
@@ -36,11 +37,15 @@ class Spoken:
 
 
 class DraftedEngine:
-    """A model and its draft, both loaded, in the process that measures them. Raises UsageError where their tokens differ."""
+    """A model and its draft, both loaded, in the process that measures them; ``kv`` are the types of the model's KV cache, the
+    draft's is in f16. Raises UsageError where their tokens differ.
+    """
 
-    def __init__(self, path: Path, draft: Path, threads: int, *, tokens: int, min_probability: float) -> None:
+    def __init__(
+        self, path: Path, draft: Path, threads: int, *, tokens: int, min_probability: float, kv: Pair = F16
+    ) -> None:
         self.tokens, self.min_probability = tokens, min_probability
-        self.model, self.draft = _Reader(path, threads, tokens + 1), _Reader(draft, threads, 1)
+        self.model, self.draft = _Reader(path, threads, tokens + 1, kv), _Reader(draft, threads, 1)
         self.draft.pool = self.model.pool
         if self.model.names() != self.draft.names():
             raise UsageError(
@@ -120,8 +125,8 @@ class DraftedEngine:
 class _Reader(GgufEngine):
     """A model whose context gives the logits of up to ``outputs`` tokens of a batch."""
 
-    def __init__(self, path: Path, threads: int, outputs: int) -> None:
-        super().__init__(path, threads)
+    def __init__(self, path: Path, threads: int, outputs: int, kv: Pair = F16) -> None:
+        super().__init__(path, threads, kv)
         self.outputs = outputs
         self.batch: Any = self.api.llama_batch_init(outputs, 0, 1)
 

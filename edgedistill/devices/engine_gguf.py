@@ -1,9 +1,9 @@
 """Run one GGUF for timing, with llama-bench's settings, through llama-cpp-python's own shared library.
 
 What llama-bench does and this does too (tools/llama-bench/llama-bench.cpp): a context of its own for each test, no
-longer than the test; batch 2048, micro-batch 512, f16 KV cache, flash attention "auto"; an explicit thread pool with
-default polling; KV cache cleared before each sample; random tokens after BOS; one synchronize after a prompt, one
-after every generated token.
+longer than the test; batch 2048, micro-batch 512, f16 KV cache and flash attention "auto" (or the types of -ctk and -ctv, with
+-fa on where they need it); an explicit thread pool with default polling; KV cache cleared before each sample; random tokens
+after BOS; one synchronize after a prompt, one after every generated token.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from edgedistill.devices.protocol import BATCH, MICRO_BATCH, Messages
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.kv_cache import F16, Pair, ggml_number, needs_flash_attention, told
 
 _CPU_DEVICE = 0  # enum ggml_backend_dev_type
-_FLASH_ATTENTION_AUTO = -1  # enum llama_flash_attn_type
-_TYPE_F16 = 1  # enum ggml_type
+_FLASH_ATTENTION_AUTO, _FLASH_ATTENTION_ON = -1, 1  # enum llama_flash_attn_type
 
 
 class GgufEngine:
     """One loaded GGUF, in the process that measures it."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, kv: Pair = F16) -> None:
         import llama_cpp
 
         from edgedistill.formats.gguf.model_io import last_log, silence
@@ -33,7 +33,7 @@ class GgufEngine:
 
         info = read_info(path)
         silence()
-        self.threads, self.info, self.api = threads, info, llama_cpp
+        self.threads, self.info, self.api, self.kv = threads, info, llama_cpp, kv
         self.random = random.Random(0)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
@@ -138,7 +138,10 @@ class GgufEngine:
         if not self.context:
             self.context = self.api.llama_init_from_model(self.model, self._params(room))
             if not self.context:
-                raise StepFailed(f"llama.cpp could not make a context of {room} tokens", "lower the target's context")
+                raise StepFailed(
+                    f"llama.cpp could not make a context of {room} tokens, KV cache in {told(self.kv)}",
+                    "lower the target's context" if self.kv == F16 else 'set runtime.kv_cache = "f16"',
+                )
             self.test, self.room = test, room
             attach = self.api.llama_cpp._lib.llama_attach_threadpool
             attach.argtypes, attach.restype = [ctypes.c_void_p] * 3, None
@@ -150,8 +153,8 @@ class GgufEngine:
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = room, BATCH, MICRO_BATCH
         params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = _TYPE_F16
-        params.flash_attn_type = _FLASH_ATTENTION_AUTO
+        params.type_k, params.type_v = map(ggml_number, self.kv)
+        params.flash_attn_type = _FLASH_ATTENTION_ON if needs_flash_attention(self.kv) else _FLASH_ATTENTION_AUTO
         params.op_offload, params.swa_full = True, False
         return params
 

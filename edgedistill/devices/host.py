@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedistill.fingerprint import digest
+
 _ARCHES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
 # Linux flags -> our names (target.FEATURES). llama.cpp's AVX-512 kernels want all five of avx512f, cd, bw, dq and vl.
@@ -73,6 +75,11 @@ class HostFingerprint:
         """Return 16 hex digits over all fields; memory in whole GiB, for kernels keep back differing bits of it."""
         data = {**asdict(self), "memory_bytes": round(self.memory_bytes / 2**30)}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def isa(self) -> str:
+        """Return 16 hex digits over the instruction sets: with equal ones the same kernels run, and logits are the same."""
+        return digest([self.arch, sorted(self.features)])[:16]
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict, the digest included."""

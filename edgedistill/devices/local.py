@@ -29,6 +29,7 @@ from edgedistill.devices.protocol import (
     Settings,
 )
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.kv_cache import F16, Pair
 
 __all__ = ["Local", "bandwidth", "fingerprint", "measure", "measure_ratio"]
 
@@ -54,7 +55,7 @@ def measure(
     say("memory bandwidth")
     ceiling = bandwidth(settings.threads)
     say(f"loading {artifact.name}")
-    with Worker(artifact, settings.threads) as worker:
+    with Worker(artifact, settings.threads, kv=settings.kv) as worker:
         # Memory first, while nothing but the model and one context of the target's length is there.
         say("memory")
         peak = worker.ask("fill", context=settings.context, prompt=settings.pp)["peak_rss"]
@@ -111,15 +112,15 @@ def measure_ratio(
     """Measure how many times as fast ``ours`` decodes and prefills as ``baseline``, in one session.
 
     Both stay loaded in processes of their own and take turns (ours first, then baseline first, and so on, which cancels
-    a drift of the machine); at least 8 pairs. Formats may differ. The interval is a bootstrap over pairs. Raises as
-    `measure`.
+    a drift of the machine); at least 8 pairs. Formats may differ; ``settings.kv`` is for ours, the baseline's KV cache is in
+    f16. The interval is a bootstrap over pairs. Raises as `measure`.
     """
     pairs = max(_PAIRS, settings.reps)
     say = Steps(progress, total=2 + 2 * (pairs + settings.warmup))
     others = Others()
     times: dict[str, tuple[list[float], list[float]]] = {"generate": ([], []), "prompt": ([], [])}
     say(f"loading {ours.name}")
-    with Worker(ours, settings.threads) as left:
+    with Worker(ours, settings.threads, kv=settings.kv) as left:
         say(f"loading {baseline.name}")
         with Worker(baseline, settings.threads) as right:
             for test, n in (("generate", settings.tg), ("prompt", settings.pp)):
@@ -205,9 +206,9 @@ def noise_of(samples: dict[str, Samples], load_of_others: float | None, threads:
 class Worker:
     """A process that has one artifact loaded; `edgedistill.devices.worker` is its other end."""
 
-    def __init__(self, artifact: Path, threads: int, *, draft: dict[str, Any] | None = None) -> None:
+    def __init__(self, artifact: Path, threads: int, *, draft: dict[str, Any] | None = None, kv: Pair = F16) -> None:
         artifact_size(artifact)
-        self.artifact, self.threads, self.draft = artifact, threads, draft
+        self.artifact, self.threads, self.draft, self.kv = artifact, threads, draft, kv
         self.loaded: dict[str, Any] = {}
         self.cpu_seconds = 0.0
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # a pipe would fill up while nobody reads it
@@ -224,7 +225,9 @@ class Worker:
             env={**os.environ, "PYTHONPATH": path},
         )
         try:
-            self.loaded = self.ask("load", path=str(self.artifact.resolve()), threads=self.threads, draft=self.draft)
+            kv = {} if self.kv == F16 else {"kv": self.kv}
+            model = str(self.artifact.resolve())
+            self.loaded = self.ask("load", path=model, threads=self.threads, draft=self.draft, **kv)
         except BaseException:
             self.__exit__()
             raise

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from edgedistill.devices.host import HostFingerprint
+from edgedistill.kv_cache import F16, Pair
 
 Progress = Callable[[int, int, str], None]
 Messages = list[dict[str, Any]]
@@ -22,7 +23,9 @@ NOISY_SPREAD, NOISY_LOAD = 0.05, 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to measure. ``pp``, ``tg``, ``reps`` are llama-bench's -p, -n, -r; ``context`` is for chat and memory."""
+    """How to measure. ``pp``, ``tg``, ``reps`` are llama-bench's -p, -n, -r, ``kv`` its -ctk and -ctv; ``context`` is for chat and
+    memory.
+    """
 
     threads: int
     context: int = 2048
@@ -32,10 +35,20 @@ class Settings:
     warmup: bool = True
     ttft_prompts: int = 16
     answer_tokens: int = 32
+    kv: Pair = F16
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain dict, llama-bench's fixed batch sizes included."""
-        return {**asdict(self), "batch": BATCH, "micro_batch": MICRO_BATCH}
+        """Return a plain dict, llama-bench's fixed batch sizes included; ``kv`` where it is not f16."""
+        value = {**asdict(self), "batch": BATCH, "micro_batch": MICRO_BATCH}
+        if self.kv == F16:
+            del value["kv"]
+        return value
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Settings:
+        """Read what `to_json` wrote."""
+        known = {key: value for key, value in data.items() if key not in ("batch", "micro_batch")}
+        return cls(**{**known, "kv": tuple(known.get("kv", F16))})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +199,13 @@ class Measurement:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measurement:
         """Read what `to_json` wrote."""
-        settings = {key: value for key, value in data["settings"].items() if key not in ("batch", "micro_batch")}
         plain = (
             "artifact", "format", "file_size", "runner", "peak_rss", "runner_rss", "load_seconds", "bytes_per_token",
             "bytes_exact", "bandwidth", "load_before", "load_after", "load_of_others",
         )  # fmt: skip
         return cls(
             **{key: data[key] for key in plain},
-            settings=Settings(**settings),
+            settings=Settings.from_json(data["settings"]),
             host=HostFingerprint.from_json(data["host"]),
             pp=Samples.from_json(data["pp"]),
             tg=Samples.from_json(data["tg"]),
@@ -259,11 +271,10 @@ class RatioMeasurement:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RatioMeasurement:
         """Read what `to_json` wrote."""
-        settings = {key: value for key, value in data["settings"].items() if key not in ("batch", "micro_batch")}
         return cls(
             ours=data["ours"],
             baseline=data["baseline"],
-            settings=Settings(**settings),
+            settings=Settings.from_json(data["settings"]),
             host=HostFingerprint.from_json(data["host"]),
             runners=(data["runners"][0], data["runners"][1]),
             tg=Ratio.from_json(data["tg"]),

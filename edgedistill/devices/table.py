@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgedistill.kv_cache import told
 from edgedistill.target import format_size
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _notes(measurements: Sequence[Measurement]) -> list[str]:
         ]
         notes += [
             f"{host.cpu}, {host.cores} cores, {format_size(host.memory_bytes)}; {settings.threads} threads read "
-            f"{one.bandwidth / 1e9:.1f} GB/s; context {settings.context}",
+            f"{one.bandwidth / 1e9:.1f} GB/s; context {settings.context}, KV cache in {told(settings.kv)}",
             f"medians of {one.tg.n} with 95 % intervals; batch 2048/512 as in llama-bench",
             f"{one.runner['version']}, {one.runner['commit']}: {one.runner['build']}",
         ]

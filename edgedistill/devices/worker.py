@@ -52,13 +52,14 @@ def _load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         __import__("llama_cpp")
     before = _resident()
     start = time.perf_counter()
+    kv: dict[str, Any] = {"kv": tuple(request["kv"])} if request.get("kv") else {}
     if draft := request.get("draft"):
         from edgedistill.devices.engine_draft import DraftedEngine
 
         options = {name: draft[name] for name in ("tokens", "min_probability")}
-        engine: Any = DraftedEngine(path, Path(draft["path"]), threads, **options)
+        engine: Any = DraftedEngine(path, Path(draft["path"]), threads, **options, **kv)
     else:
-        engine = Engine(path, threads)
+        engine = Engine(path, threads, **kv)
     seconds = time.perf_counter() - start
     size, exact = engine.bytes_per_token()
     return engine, {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
+from edgedistill.kv_cache import F16, Pair, types_of
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, unkeyed
 
@@ -49,6 +50,7 @@ class Evaluate(Stage):
     build: str
     isa: str
     labels: tuple[str, ...] = later(())  # of suites whose metric is "label"
+    kv: Pair | Key = later(F16)  # types of the KV cache, or the step that chose them
     template: str = later("")  # digest of that which makes text of a server's calls
     rows: Mapping[str, tuple[Row, ...]] = unkeyed()
     server: Server | None = unkeyed(default=None)  # that of a teacher whose weights are not here
@@ -100,7 +102,7 @@ class Evaluate(Stage):
         if self.server is not None:
             weights = ctx.path(self.model, "model")
             return ServedRunner(self.server, ctx.rows.path, weights=weights, chat=self.chat, note=ctx.note)
-        return open_runner(ctx.path(self.model, self.file), threads=ctx.threads)
+        return open_runner(ctx.path(self.model, self.file), threads=ctx.threads, kv=types_of(ctx, self.kv))
 
     def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:
         from edgedistill.evals.likelihood import perplexity

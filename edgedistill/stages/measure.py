@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.kv_cache import F16, Pair, types_of
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Measure(Stage):
     device: str  # digest of the host's fingerprint
     build: str
     prompts_digest: str
+    kv: Pair | Key = later(F16)  # types of the KV cache, or the step that chose them
     prompts: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
@@ -37,7 +39,7 @@ class Measure(Stage):
         from edgedistill.devices.local import Settings, measure, measure_ratio
         from edgedistill.devices.protocol import again_if_noisy
 
-        settings = Settings(threads=self.threads, context=self.context)
+        settings = Settings(threads=self.threads, context=self.context, kv=types_of(ctx, self.kv))
         artifact = ctx.path(self.model, self.file)
         prompts = [[dict(message) for message in row.messages] for row in self.prompts]
         speed = again_if_noisy(lambda: measure(artifact, settings, prompts=prompts, progress=ctx.progress), ctx.note)

@@ -18,7 +18,7 @@ from edgedistill.artifact import Manifest, write_files
 from edgedistill.errors import GateMissed
 from edgedistill.fingerprint import Key
 from edgedistill.gates import check_gates, draft_refused, miss_hint
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,7 @@ class Package(Stage):
     generation: Mapping[str, Any]
     grammar: str | None
     ship_anyway: bool
+    kv_cache: Key | None = later(None)  # the types of the KV cache that are not f16 alone, and what they cost
     example: tuple[Mapping[str, Any], ...]  # one prompt's messages, for the command lines on the card
     all_keys: Mapping[str, str] = unkeyed()  # step id -> key, for the manifest: all of them are upstream of this key
 
@@ -49,6 +50,7 @@ class Package(Stage):
         """Decide, then write."""
         artifact = ctx.path(self.model, self.file)
         size = sum(p.stat().st_size for p in ([artifact] if artifact.is_file() else artifact.rglob("*")) if p.is_file())
+        kv_cache = dict(ctx.facts(self.kv_cache)["kv_cache"]) if self.kv_cache else {}
         reference_size = ctx.path(self.reference, "model.gguf").stat().st_size if self.reference else None
         verdict = check_gates(
             gates=self.gates,
@@ -60,6 +62,7 @@ class Package(Stage):
             teacher=ctx.path(self.teacher),
             student=ctx.path(self.student) if self.student else None,
             unproved=self.unproved,
+            kv_cache=kv_cache,
         )
         if verdict.missed and not self.ship_anyway:
             raise GateMissed(
@@ -87,6 +90,7 @@ class Package(Stage):
             example=[dict(message) for message in self.example],
             tools=dict(ctx.entries[self.model].versions),
             draft=self.add_draft(ctx, size),
+            kv_cache=kv_cache,
         )
         write_files(ctx.out, manifest, grammar=self.grammar)
         shipped = {"draft": manifest.draft} if manifest.draft else {}

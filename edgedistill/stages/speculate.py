@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.step import Context, Stage, unkeyed
+from edgedistill.kv_cache import F16, Pair, types_of
+from edgedistill.step import Context, Stage, later, unkeyed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Speculate(Stage):
     device: str  # digest of the host's fingerprint
     build: str
     prompts_digest: str
+    kv: Pair | Key = later(F16)  # types of the model's KV cache, or the step that chose them
     prompts: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
@@ -43,7 +45,12 @@ class Speculate(Stage):
             lambda: measure_draft(
                 ctx.path(self.model, "model.gguf"),
                 ctx.path(self.draft, "model.gguf"),
-                Settings(threads=self.threads, context=self.context, answer_tokens=self.max_new_tokens),
+                Settings(
+                    threads=self.threads,
+                    context=self.context,
+                    answer_tokens=self.max_new_tokens,
+                    kv=types_of(ctx, self.kv),
+                ),
                 prompts=[[dict(message) for message in row.messages] for row in self.prompts],
                 tokens=self.tokens,
                 min_probability=self.min_probability,

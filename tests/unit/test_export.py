@@ -241,3 +241,27 @@ def test_the_command_line_refuses_in_one_message(tiny_folder: Path, adapter: Pat
     found = CliRunner().invoke(app, ["merge", str(tiny_folder), str(tmp_path / "nothing"), "-o", str(tmp_path / "out")])
     assert isinstance(found.exception, UsageError) and "adapter_config.json" in found.exception.message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipes_adapter_becomes_a_file_beside_its_own_base(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from edgedistill.formats.gguf.read import read_info
+    from edgedistill.lora_file import export_lora, of_recipe
+
+    session = built(tmp_path / "recipe", tiny_folder)
+    with pytest.raises(UsageError, match="the adapter is not built yet") as found:
+        of_recipe(session, None)
+    assert "--until merge" in found.value.hint
+    with pytest.raises(UsageError, match="a recipe names its own"):
+        of_recipe(session, "path:elsewhere")
+    stage: Any = session.plan.match("merge")[0].stage
+    retensor(adapter, lambda saved: {key: value + 0.05 * ("lora_B" in key) for key, value in saved.items()})
+    out, _ = session.store.partial(stage.adapter)
+    shutil.copytree(adapter, out / "adapter")
+    session.store.commit(stage.adapter, stage="made", inputs={}, fields={}, facts={}, seconds=1.0, versions={})
+    model, trained = of_recipe(session, None)
+    export_lora(str(model), trained, tmp_path / "out.gguf", name="quickstart")
+    assert read_info(tmp_path / "out.gguf").metadata["adapter.lora.alpha"] == 32.0
+    with pytest.raises(UsageError, match='"full" trains no adapter'):
+        of_recipe(built(tmp_path / "full", tiny_folder, distill__method="full"), None)

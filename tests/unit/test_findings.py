@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edgedistill.recipe import Recipe
-from edgedistill.report import Figure, Finding, ReportData, SuiteLine, collect
+from edgedistill.report import CacheLine, Figure, Finding, ReportData, SuiteLine, collect
 from edgedistill.report_findings import diagnose
 from tests.unit.made_build import make_session
 
@@ -112,3 +112,15 @@ def test_every_key_that_is_named_exists(built: ReportData) -> None:
             annotation = fields[part].annotation
             nested = [one for one in (annotation, *getattr(annotation, "__args__", ())) if hasattr(one, "model_fields")]
             model = nested[0] if nested else model
+
+
+def test_a_cache_is_told_where_it_loses_more_than_rounding(built: ReportData) -> None:
+    def line(kld: Figure | None, rounding: Figure | None) -> CacheLine:
+        return CacheLine(target="phone", types="q4_0", peak_rss={}, context=2048, kld=kld, rounding=rounding)
+
+    (found,) = told(
+        replace(built, caches=[line(figure(0.08, 0.02, 8), figure(0.01, 0.01, 8))]), "the KV cache of phone"
+    )
+    assert "KLD 0.0800 [0.0600, 0.1000] nats a token from f16 at 2048 tokens in q4_0, n = 8 rows" in found.figure
+    for other in (line(figure(0.03, 0.015, 8), figure(0.01, 0.01, 8)), line(None, None)):
+        assert not told(replace(built, caches=[other]), "the KV cache of phone")

@@ -6,18 +6,20 @@ from pathlib import Path
 
 from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Runner
+from edgedistill.kv_cache import F16, Pair
 
 
-def open_runner(path: Path, *, threads: int | None = None) -> Runner:
+def open_runner(path: Path, *, threads: int | None = None, kv: Pair = F16) -> Runner:
     """Open the runner that fits: a GGUF file, an ONNX folder (genai_config.json), an HF folder (config.json).
 
-    ``threads`` defaults to the cores this process may use. Raises UsageError for anything else.
+    ``threads`` defaults to the cores this process may use; ``kv`` are the types of a GGUF's KV cache. Raises UsageError for
+    anything else.
     """
     path = Path(path)
     if path.is_file():
         from edgedistill.evals.runners.gguf import GgufRunner
 
-        return GgufRunner(path, threads=threads)
+        return GgufRunner(path, threads=threads, kv=kv)
     if (path / "genai_config.json").is_file():
         from edgedistill.evals.runners.onnx import OnnxRunner
 

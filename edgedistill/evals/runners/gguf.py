@@ -12,19 +12,19 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgedistill.data.prompts import Message, Row
-from edgedistill.errors import StepFailed, UsageError
+from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, render_chat
+from edgedistill.evals.runners.gguf_session import BATCH, Session, Slot, log_softmax, padded
 from edgedistill.evals.runners.grammar import Grammar
+from edgedistill.kv_cache import F16, Pair, told, value_bytes
 
 PARALLEL = 64
-BATCH = 512
 REFILL = 8  # free places to wait for: prompts that start together are decoded together
 CACHE_BYTES = 512 * 2**20  # of KV cache: fewer answers run at once where they would need more
 LOGIT_ROWS = 192  # rows of the vocabulary held at once by logprobs: 38 MB at 49k tokens, 117 MB at 152k
@@ -41,26 +41,14 @@ def greedy(places: Sequence[tuple[int, int]], logits: np.ndarray) -> np.ndarray:
     return logits.argmax(axis=1)
 
 
-@dataclass
-class _Slot:
-    """One running answer: its sequence in the KV cache, its row, and where it stands."""
-
-    sequence: int
-    index: int
-    position: int
-    budget: int
-    grammar: Grammar | None
-    tokens: list[int] = field(default_factory=list)
-
-
 class GgufRunner:
     """Run one GGUF file on the CPU through llama.cpp.
 
-    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once. Raises UsageError
-    for a file that llama.cpp cannot load.
+    ``threads`` defaults to the cores this process may use; at most ``parallel`` answers run at once; ``kv`` are the types of the
+    KV cache. Raises UsageError for a file that llama.cpp cannot load.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, parallel: int = PARALLEL) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None, parallel: int = PARALLEL, kv: Pair = F16) -> None:
         import llama_cpp
 
         from edgedistill.formats.gguf.model_io import open_model
@@ -68,6 +56,7 @@ class GgufRunner:
         self.path = Path(path)
         self.threads = threads or len(os.sched_getaffinity(0))
         self.parallel = max(1, min(parallel, 200))
+        self.kv = kv
         self._lib: Any = llama_cpp
         self._llama: Any = open_model(self.path, n_ctx=32, threads=self.threads)
         self._model: Any = self._llama._model.model
@@ -94,7 +83,8 @@ class GgufRunner:
         """Name the engine, its build and its settings: they change roundings, and so a few answers."""
         from edgedistill.formats.gguf.model_io import library_build
 
-        return {"engine": "llama.cpp", "build": library_build(), "parallel": self.parallel}
+        kv = {} if self.kv == F16 else {"kv_cache": told(self.kv)}
+        return {"engine": "llama.cpp", "build": library_build(), "parallel": self.parallel, **kv}
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 
@@ -236,22 +226,22 @@ class GgufRunner:
             return
         shared = _common_prefix(prompts)
         depth = min(max(len(p) for p in prompts) + max_new_tokens, self.context_limit)
-        slots = max(1, min(self.parallel, len(prompts), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
-        session = _Session(self, sequences=slots + 1, depth=depth)
+        slots = max(1, min(self.parallel, len(prompts), CACHE_BYTES // (padded(depth) * self._cell_bytes())))
+        session = Session(self, sequences=slots + 1, depth=depth)
         # Long prompts first, equal lengths together: llama.cpp cuts a batch into pieces of equal length per sequence.
         waiting = sorted(todo, key=lambda i: (len(prompts[i]), i))
-        running: list[_Slot] = []  # in the order of their sequences, 1, 2, ...; sequence 0 keeps the shared tokens
+        running: list[Slot] = []  # in the order of their sequences, 1, 2, ...; sequence 0 keeps the shared tokens
         try:
             session.prefill([(0, prompts[0][:shared], 0)])
             while waiting or running:
-                fresh: list[_Slot] = []
+                fresh: list[Slot] = []
                 if waiting and slots - len(running) >= min(REFILL, slots):
                     for sequence in range(len(running) + 1, slots + 1)[: len(waiting)]:
                         index = waiting.pop()
                         on_start(index)
                         budget = min(max_new_tokens, self.context_limit - len(prompts[index]))
                         state = root.clone() if root is not None else None
-                        fresh.append(_Slot(sequence, index, len(prompts[index]), budget, state))
+                        fresh.append(Slot(sequence, index, len(prompts[index]), budget, state))
                         session.copy(0, sequence)
                     logits = session.prefill([(s.sequence, prompts[s.index][shared:], shared) for s in fresh])
                     ended = self._choose(fresh, logits, pick, on_tokens)
@@ -291,11 +281,11 @@ class GgufRunner:
         return found
 
     def _choose(
-        self, slots: Sequence[_Slot], logits: np.ndarray, pick: Pick, on_tokens: OnTokens
-    ) -> list[tuple[_Slot, Finish]]:
+        self, slots: Sequence[Slot], logits: np.ndarray, pick: Pick, on_tokens: OnTokens
+    ) -> list[tuple[Slot, Finish]]:
         """Give each slot its next token from ``logits`` [slots, vocabulary]; return those that end here, and why."""
         best = pick([(slot.index, len(slot.tokens)) for slot in slots], logits) if slots else ()
-        done: list[tuple[_Slot, Finish]] = []
+        done: list[tuple[Slot, Finish]] = []
         chosen: list[tuple[int, int]] = []
         for order, slot in enumerate(slots):
             token: int | None = int(best[order])
@@ -314,11 +304,11 @@ class GgufRunner:
         return done
 
     def _cell_bytes(self) -> int:
-        """Return the bytes of one token in the KV cache (f16 keys and values)."""
+        """Return the bytes of one token in the KV cache."""
         lib, model = self._lib, self._model
         heads = max(1, int(lib.llama_model_n_head(model)))
         width = int(lib.llama_model_n_embd(model)) * int(lib.llama_model_n_head_kv(model)) // heads
-        return max(1, int(lib.llama_model_n_layer(model)) * width * 2 * 2)
+        return max(1, round(int(lib.llama_model_n_layer(model)) * width * value_bytes(self.kv)))
 
     # -- log-probabilities ------------------------------------------------------------------------------------------
 
@@ -335,8 +325,8 @@ class GgufRunner:
             raise UsageError(
                 f"a row has {depth} tokens, the model's context {self.context_limit}", "Shorten it, or leave it out."
             )
-        together = max(1, min(16, len(token_rows), CACHE_BYTES // (_padded(depth) * self._cell_bytes())))
-        session = _Session(self, sequences=together, depth=depth, batch=max(BATCH, depth))
+        together = max(1, min(16, len(token_rows), CACHE_BYTES // (padded(depth) * self._cell_bytes())))
+        session = Session(self, sequences=together, depth=depth, batch=max(BATCH, depth))
         try:
             for group in _groups(token_rows, positions, session.batch_size, together):
                 session.clear()
@@ -355,6 +345,23 @@ class GgufRunner:
         finally:
             session.close()
 
+    def last_logprobs(
+        self, token_rows: Sequence[Sequence[int]], count: int, *, kv: Pair, flash: bool = True
+    ) -> Iterator[np.ndarray]:
+        """Yield per row float32 [count, vocabulary]: the distributions after its last ``count`` tokens, with a KV cache of these
+        types, and with flash attention or without. One row at a time, in pieces, so that a row may be as long as the model's
+        context.
+        """
+        session = Session(self, sequences=1, depth=max(map(len, token_rows)), kv=kv, flash=flash)
+        try:
+            for row in token_rows:
+                session.clear()
+                items = [(0, token, at, at >= len(row) - count) for at, token in enumerate(row)]
+                pieces = [session.decode(items[at : at + BATCH]).copy() for at in range(0, len(items), BATCH)]
+                yield log_softmax(np.concatenate(pieces))
+        finally:
+            session.close()
+
     def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield per prompt the log-probability of each of the ``tails`` as what follows it: float64 [tails].
 
@@ -369,9 +376,9 @@ class GgufRunner:
                 f"a row has {depth} tokens, the model's context {self.context_limit}", "Shorten it, or leave it out."
             )
         shared = _common_prefix(prompts)
-        room = CACHE_BYTES // (_padded(depth) * self._cell_bytes()) - 2
+        room = CACHE_BYTES // (padded(depth) * self._cell_bytes()) - 2
         together = max(1, min(self.parallel, len(tails), room))
-        session = _Session(self, sequences=together + 2, depth=depth, batch=max(BATCH, depth))
+        session = Session(self, sequences=together + 2, depth=depth, batch=max(BATCH, depth))
         try:
             session.prefill([(0, prompts[0][:shared], 0)])
             for prompt in prompts:
@@ -393,7 +400,7 @@ class GgufRunner:
         finally:
             session.close()
 
-    def _tails(self, session: _Session, tails: Sequence[Sequence[int]], start: int) -> list[float]:
+    def _tails(self, session: Session, tails: Sequence[Sequence[int]], start: int) -> list[float]:
         """Return what the tokens after the first of each tail add to its log-probability; tail i is read in sequence i + 2."""
         added = [0.0] * len(tails)
         items = [
@@ -407,116 +414,6 @@ class GgufRunner:
             for (number, _, position), row in zip(part, found, strict=True):
                 added[number] += float(row[tails[number][position - start + 1]])
         return added
-
-
-class _Session:
-    """One llama.cpp context with a batch: sequences of up to ``depth`` tokens each, every one with a cache of its own.
-
-    Caches of their own (kv_unified off) keep attention from reading the masked cells of the other sequences: at 64
-    sequences the unified cache decodes half as fast.
-    """
-
-    def __init__(self, runner: GgufRunner, *, sequences: int, depth: int, batch: int = BATCH) -> None:
-        self._lib, self._path, self._vocabulary = runner._lib, runner.path, runner.vocabulary
-        self.batch_size = batch
-        params = self._lib.llama_context_default_params()
-        params.n_ctx = sequences * _padded(depth)
-        params.n_batch = params.n_ubatch = batch
-        params.n_seq_max = sequences
-        params.n_outputs_max_per_seq = 0  # its default of 1 forbids asking for several logits of one sequence
-        params.kv_unified = False
-        params.n_threads = params.n_threads_batch = runner.threads
-        self._context: Any = self._lib.llama_init_from_model(runner._model, params)
-        if not self._context:
-            raise StepFailed(
-                f"{self._path}: llama.cpp cannot make a context of {sequences} x {depth} tokens",
-                "Free memory, or lower max_new_tokens.",
-            )
-        self._memory: Any = self._lib.llama_get_memory(self._context)
-        self._batch: Any = self._lib.llama_batch_init(batch, 0, 1)
-
-    def close(self) -> None:
-        self._lib.llama_batch_free(self._batch)
-        self._lib.llama_free(self._context)
-
-    def clear(self) -> None:
-        self._lib.llama_memory_clear(self._memory, False)
-
-    def forget(self, sequence: int) -> None:
-        self._lib.llama_memory_seq_rm(self._memory, sequence, -1, -1)
-
-    def close_gaps(self, slots: list[_Slot]) -> list[_Slot]:
-        """Move the last sequences into the gaps, so that the slots have the sequences 1, 2, ...; return them in order.
-
-        llama.cpp decodes sequences together only if their numbers follow each other; a gap cuts the batch in two.
-        """
-        slots = sorted(slots, key=lambda slot: slot.sequence)
-        for number in range(1, len(slots) + 1):
-            if slots[number - 1].sequence != number:
-                moved = slots.pop()
-                self.copy(moved.sequence, number)
-                self.forget(moved.sequence)
-                moved.sequence = number
-                slots.insert(number - 1, moved)
-        return slots
-
-    def copy(self, source: int, target: int) -> None:
-        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
-
-    def decode(self, items: Sequence[tuple[int, int, int, bool]]) -> np.ndarray:
-        """Decode (sequence, token, position, wanted) items; view the wanted logits, float32 [wanted, vocabulary]."""
-        batch = self._batch
-        wanted = 0
-        for i, (sequence, token, position, want) in enumerate(items):
-            batch.token[i], batch.pos[i] = token, position
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-            batch.logits[i] = want
-            wanted += want
-        batch.n_tokens = len(items)
-        if (code := self._lib.llama_decode(self._context, batch)) != 0:
-            raise StepFailed(
-                f"{self._path}: llama_decode returned {code} on a batch of {len(items)} tokens",
-                f"Check the file: edgedistill verify {self._path}",
-            )
-        if not wanted:
-            return np.empty((0, self._vocabulary), dtype=np.float32)
-        pointer = self._lib.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(pointer, shape=(wanted * self._vocabulary,)).reshape(wanted, self._vocabulary)
-
-    def step(self, items: Sequence[tuple[int, int, int]]) -> np.ndarray:
-        """Decode one (sequence, token, position) each; view the logits [items, vocabulary]."""
-        return self.decode([(*item, True) for item in items])
-
-    def prefill(self, parts: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
-        """Decode (sequence, tokens, first position) parts; return the logits after each, [parts, vocabulary].
-
-        A part without tokens (no shared prompt) gives no row.
-        """
-        out: list[np.ndarray] = []
-        items: list[tuple[int, int, int, bool]] = []
-        for sequence, tokens, first in parts:
-            if items and len(items) + len(tokens) > self.batch_size:
-                out.append(self.decode(items).copy())
-                items = []
-            for offset, token in enumerate(tokens):
-                if len(items) == self.batch_size:
-                    out.append(self.decode(items).copy())
-                    items = []
-                items.append((sequence, token, first + offset, offset == len(tokens) - 1))
-        if items:
-            out.append(self.decode(items).copy())
-        return np.concatenate(out) if out else np.empty((0, self._vocabulary), dtype=np.float32)
-
-
-def _padded(depth: int) -> int:
-    """Return the cells that llama.cpp gives to a sequence of that many tokens: the next multiple of 256."""
-    return -(-(depth + 1) // 256) * 256
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Return log-probabilities, float32 [rows, vocabulary]; the normaliser is summed in float64."""
-    shifted = logits.astype(np.float32) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)).astype(np.float32)
 
 
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:

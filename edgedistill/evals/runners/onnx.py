@@ -18,7 +18,7 @@ import numpy as np
 from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, continued_by_rows
-from edgedistill.evals.runners.gguf import log_softmax
+from edgedistill.evals.runners.gguf_session import log_softmax
 
 BATCH = 16
 

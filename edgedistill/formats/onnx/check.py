@@ -16,7 +16,7 @@ import numpy as np
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.likelihood import kl_divergence
-from edgedistill.evals.runners.gguf import log_softmax
+from edgedistill.evals.runners.gguf_session import log_softmax
 from edgedistill.evals.runners.onnx import OnnxRunner
 
 NEW_TOKENS = 24

@@ -122,13 +122,13 @@ def test_a_free_answer_that_the_grammar_allows_is_not_decoded_again(
     from edgedistill.evals.runners import gguf
 
     started: list[int] = []
-    prefill = gguf._Session.prefill
+    prefill = gguf.Session.prefill
 
     def counted(self: Any, parts: Any) -> Any:
         started.append(sum(sequence > 0 for sequence, _, _ in parts))
         return prefill(self, parts)
 
-    monkeypatch.setattr(gguf._Session, "prefill", counted)
+    monkeypatch.setattr(gguf.Session, "prefill", counted)
     some = [dataclasses.replace(row, id=f"again-{row.id}") for row in rows[:9]]
     loose = "root ::= [\\x01-\\U0010FFFF]*"
     with GgufRunner(tiny_file, parallel=4) as fresh:
