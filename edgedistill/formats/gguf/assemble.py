@@ -77,7 +77,7 @@ def assemble(
     tensors = {tensor.name: tensor for tensor in info.tensors}
     head, offsets = _header(src, types, file_type, notes)
     with open(src, "rb") as source, open(out, "wb") as target, ThreadPoolExecutor(threads) as pool:
-        last = tensors[next(reversed(types))]
+        last = tensors[list(types)[-1]]
         rows = math.prod(last.shape[:-1])
         end = len(head) + offsets[-1] + rows * row_bytes(types[last.name], last.shape[-1])
         target.truncate(-(-end // _ALIGNMENT) * _ALIGNMENT)  # with the zeros between tensors
@@ -167,17 +167,18 @@ def _importance(tensor: TensorInfo, type_name: str, means: Mapping[str, np.ndarr
     import numpy as np
 
     embedded = tensor.name in ("token_embd.weight", "per_layer_token_embd.weight")
-    found, columns = means.get(tensor.name), tensor.shape[-1] * (tensor.shape[0] if len(tensor.shape) > 2 else 1)
-    if found is not None and found.size != columns:
+    found, columns = means.get(tensor.name), tensor.shape[-1]
+    size = columns * (tensor.shape[0] if len(tensor.shape) > 2 else 1)
+    if found is not None and found.size != size:
         if not embedded:
-            raise ValueError(f"imatrix size {found.size} is different from tensor size {columns} for {tensor.name}")
+            raise ValueError(f"imatrix size {found.size} is different from tensor size {size} for {tensor.name}")
         found = None
     if found is None and (
         library().ggml_quantize_requires_imatrix(GGML_TYPES[type_name].number)
         or (type_name in NEEDS_IMATRIX and not embedded and tensor.name != "output.weight")
     ):
         raise ValueError(f"Missing importance matrix for tensor {tensor.name} in a very low-bit quantization")
-    return None if found is None else np.ascontiguousarray(found, dtype=np.float32).reshape(-1, tensor.shape[-1])
+    return None if found is None else np.ascontiguousarray(found, dtype=np.float32).reshape(-1, columns)
 
 
 def _quantized(
