@@ -273,7 +273,7 @@ def profile(model: Path, rows: int, folder: Path) -> dict[str, dict[str, Any]]:
     store, found = folder / "store", {}
     for what, (kind, size) in series.items():
         (folder / "profile.toml").write_text(
-            'summary = "a profile"\narch = "x86_64"\n[runtime]\nformat = "gguf"\nengine = "llama.cpp"\n'
+            'summary = "a profile"\narch = "x86_64"\n[runtime]\nformat = "gguf"\nengine = "llama.cpp"\nthreads = 2\ncontext = 512\n'
             f'[quantize]\ntype = "{kind}"\nimatrix = true\nrounding = "gptq"\n' + (f"size = {size}\n" if size else "")
         )
         before = entries(store)
