@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from edgedistill.fingerprint import Key
+from edgedistill.kept import collect_kept, verify_kept
 from edgedistill.rows import RowStore
 from edgedistill.store import Damaged, Store
 
@@ -33,8 +34,8 @@ def list_store(store: Store) -> list[dict[str, Any]]:
 
 
 def verify_store(store: Store) -> list[str]:
-    """Read every file of every entry; return a line for each damaged one."""
-    damaged = []
+    """Read every file of every entry, and what is kept beside them; return a line for each damaged one."""
+    damaged = verify_kept(store.root)
     for key in store.all_keys():
         try:
             entry = store.load(key)
@@ -48,14 +49,17 @@ def verify_store(store: Store) -> list[str]:
 def collect_garbage(
     store: Store, keep: Iterable[Key], *, rows: bool = False, dry_run: bool = False
 ) -> tuple[int, int, int]:
-    """Delete entries that are not in ``keep`` and partial work that nobody holds a lease on.
+    """Delete entries that are not in ``keep``, partial work that nobody holds a lease on, and what is kept beside entries of files
+    that no entry left has.
 
     Returns (entries, bytes, answers). The teacher's answers are deleted only with ``rows``.
     """
     kept, held = set(keep), store.lease_holders()
     count = freed = 0
+    files: set[str] = set()  # of the entries that stay
     for key in list(store.all_keys()):
         if key in kept or key in held:
+            files |= _digests(store, key)
             continue
         count += 1
         freed += _alone(store.entry_path(key))
@@ -66,10 +70,20 @@ def collect_garbage(
             freed += _alone(folder)
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
+    freed += collect_kept(store.root, files, dry_run=dry_run)
     answers = 0
     if rows:
         answers = RowStore(store.root).counts()["rows"] if dry_run else RowStore(store.root).delete_all()
     return count, freed, answers
+
+
+def _digests(store: Store, key: Key) -> set[str]:
+    """Return the sha256 of an entry's files; none where it is damaged."""
+    try:
+        entry = store.load(key)
+    except Damaged:
+        return set()
+    return {record.sha256 for record in entry.files.values()} if entry is not None else set()
 
 
 def _alone(folder: Any) -> int:

@@ -318,7 +318,8 @@ class Runner:
             seconds=seconds,
             versions=versions(),
         )
-        self.rates.learn(step.work, seconds)
+        if not facts.get("reused"):  # else it did a part of the work
+            self.rates.learn(step.work, seconds)
         self.reporter.finish(step, seconds)
 
     def _loaded(self, key: Key) -> Entry:

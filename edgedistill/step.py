@@ -91,6 +91,11 @@ class Context:
     progress: Progress
     note: Callable[[str], None]
 
+    @property
+    def store(self) -> Path:
+        """Return the folder of the store, for what steps find again in its entries or keep beside them."""
+        return self.rows.path.parent
+
     def path(self, key: Key, name: str = "") -> Path:
         """Return a file or folder of an upstream entry (its bytes were checked before the step began)."""
         return self.entries[key].path / name

@@ -4,6 +4,7 @@
     entries/ab/abcd…/…            the files of the entry; what lies under log/ is kept but not part of its digest
     partial/abcd…/out, work       a step under way: ``out`` becomes the entry, ``work`` is what it resumes from
     leases/abcd….json             who is working on it (host, pid, boot id); its mtime is the heartbeat
+    kept/                         what belongs to files of entries and is dear to compute (edgedistill/kept.py)
     models/                       downloaded model files (edgedistill/models.py)
     rows.sqlite                   the teacher's answers (edgedistill/rows.py)
 

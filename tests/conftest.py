@@ -80,6 +80,12 @@ def _no_vllm() -> str:
     return "" if python and shutil.which(python) else "no vLLM: export EDGEDISTILL_VLLM=$(scripts/vllm-env FOLDER)"
 
 
+def _no_upstream() -> str:
+    from tests.upstream_converter import fetch
+
+    return fetch()
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "onnx": _no_onnx,
     "reasoning": _no_reasoning,
@@ -89,6 +95,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "namespaces": _no_namespaces,
     "sandbox": _no_sandbox,
     "vllm": _no_vllm,
+    "upstream": _no_upstream,
 }
 
 

@@ -33,7 +33,9 @@ class Convert(Stage):
 
         source, gguf = ctx.path(self.model, "model"), ctx.out / "model.gguf"
         licence = "" if self.licence == "not stated" else self.licence
-        report = convert(source, gguf, dtype=self.dtype, name=self.title, license=licence, progress=ctx.progress)
+        report = convert(
+            source, gguf, dtype=self.dtype, name=self.title, license=licence, threads=ctx.threads, progress=ctx.progress
+        )
         ctx.progress(1, 1, "comparing with transformers")
         texts = [str(message.get("content")) for row in self.rows for message in row.messages]
         texts += [row.reference for row in self.rows if row.reference]

@@ -64,10 +64,16 @@ class Quantize(Stage):
             output_type=self.output_type,
             types=types,
             feedback=feedback,
+            store=ctx.store,
             threads=ctx.threads,
             progress=ctx.progress,
         )
-        facts = {"quantize": report.to_json(), "size": out.stat().st_size, "type": self.type}
+        facts = {
+            "quantize": report.to_json(),
+            "size": out.stat().st_size,
+            "type": self.type,
+            "reused": report.reused > 0,
+        }
         return facts | ({"measured": self._measured(ctx, source, out)} if self.sensitivity else {})
 
     def _measured(self, ctx: Context, source: Path, out: Path) -> dict[str, Any]:

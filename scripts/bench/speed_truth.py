@@ -29,13 +29,13 @@ import resource
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
+from _upstream import llama_cpp_source
 
 from edgedistill.devices.host import busy_seconds, fingerprint
 from edgedistill.devices.local import Worker
@@ -311,7 +311,7 @@ def llama_bench() -> tuple[Path, dict[str, str]]:
     folder = cache_folder(f"llama-bench-{version}-{key}")
     binary = folder / "build" / "llama-bench" / "llama-bench"
     if not binary.exists():
-        compile_llama_bench(folder, version, libraries, suffix)
+        compile_llama_bench(folder, libraries, suffix)
     linked = subprocess.run(["ldd", str(binary)], capture_output=True, text=True, check=False).stdout
     if sys.platform != "darwin" and str(libllama.parent) not in linked:
         could_not_measure(NAME, f"{binary} is linked to another libllama:\n{linked}")
@@ -319,16 +319,9 @@ def llama_bench() -> tuple[Path, dict[str, str]]:
     return binary, {"llama-cpp-python": version, "libllama": f"{libllama.resolve().name} sha256 {digest}"}
 
 
-def compile_llama_bench(folder: Path, version: str, libraries: Path, suffix: str) -> None:
-    """Fetch the sdist of ``version`` and compile llama-bench, and nothing of libllama, in ``folder``."""
-    source = folder / f"llama_cpp_python-{version}"
-    if not source.exists():
-        say(f"fetching the source of llama-cpp-python {version}")
-        pip = [sys.executable, "-m", "pip"]
-        wanted = ["--no-binary", "llama-cpp-python", f"llama-cpp-python=={version}"]
-        run([*pip, "download", "--quiet", "--no-deps", "--dest", str(folder), *wanted])
-        with tarfile.open(next(folder.glob("llama_cpp_python-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+def compile_llama_bench(folder: Path, libraries: Path, suffix: str) -> None:
+    """Compile llama-bench from llama.cpp's source, and nothing of libllama, in ``folder``."""
+    source = llama_cpp_source(NAME)
     cmake = shutil.which("cmake")
     if not cmake:
         say("fetching cmake")
@@ -339,7 +332,7 @@ def compile_llama_bench(folder: Path, version: str, libraries: Path, suffix: str
     configure = [cmake, "-S", str(folder), "-B", str(folder / "build"), "-DCMAKE_BUILD_TYPE=Release"]
     # -O1: all that is timed runs in the shared library, which is not compiled here.
     configure += ["-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG", f"-DSUFFIX={suffix}", f"-DLIBRARIES={libraries}"]
-    configure += [f"-DSOURCE={source / 'vendor' / 'llama.cpp'}", f"-DCMAKE_BUILD_RPATH={libraries}"]
+    configure += [f"-DSOURCE={source}", f"-DCMAKE_BUILD_RPATH={libraries}"]
     run(configure + (["-G", "Ninja"] if shutil.which("ninja") else []))
     run([cmake, "--build", str(folder / "build"), "--parallel", str(os.cpu_count() or 1), "--target", "llama-bench"])
 

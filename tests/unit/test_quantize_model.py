@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,3 +130,36 @@ def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: 
             calibration=text,
             store=Store(tmp_path / "s"),
         )
+
+
+def test_a_second_size_makes_only_what_is_new_and_the_same_file(model: Path, text: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.toml"
+
+    def make(size: int, store: Store) -> tuple[bytes, dict[str, Any]]:
+        profile.write_text(
+            'summary = "x"\narch = "x86_64"\n[runtime]\nformat = "gguf"\nengine = "llama.cpp"\nthreads = 1\ncontext = 128\n'
+            f'[quantize]\ntype = "auto"\nimatrix = true\nrounding = "gptq"\nsize = {size}\n'
+        )
+        (made,) = quantize_model(
+            str(model), targets=[str(profile)], types=[], out=tmp_path / "out", calibration=text, store=store
+        )
+        digest = hashlib.sha256(made.path.read_bytes()).hexdigest()
+        entries = [store.load(key) for key in store.all_keys()]
+        found = [one for one in entries if one and one.stage == "quantize" and one.files["model.gguf"].sha256 == digest]
+        return made.path.read_bytes(), dict(found[0].facts)
+
+    alone, known = Store(tmp_path / "alone"), Store(tmp_path / "known")
+    large, small = 130_000, 110_000
+    _, first = make(large, known)
+    second, facts = make(small, known)
+    assert facts["reused"] and 0 < facts["quantize"]["reused"] < len(facts["quantize"]["tensors"])
+    assert first["quantize"]["rounding"]["passes"] == 1 and facts["quantize"]["rounding"]["passes"] == 0
+    shutil.copytree(
+        known.root / "entries", alone.root / "entries", dirs_exist_ok=True
+    )  # the table has gradients: not anew
+    for key in list(alone.all_keys()):
+        entry = alone.load(key)
+        if entry is not None and entry.stage == "quantize":
+            alone.discard(key)
+    plain, facts = make(small, alone)
+    assert plain == second and not facts["reused"]

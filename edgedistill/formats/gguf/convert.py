@@ -6,12 +6,14 @@ writing, llama.cpp reads the file back and its token ids must equal the tokenize
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +67,11 @@ class ConvertReport:
 
 def convert(
     model_dir: Path | str, out: Path | str, *, dtype: str = "f16", name: str = "", license: str = "",
-    progress: Progress | None = None,
+    threads: int | None = None, progress: Progress | None = None,
 ) -> ConvertReport:  # fmt: skip
     """Convert the model in ``model_dir`` to the GGUF file ``out`` (written under a temporary name, then renamed).
 
-    Matrices are stored as ``dtype`` (f32, f16 or bf16), vectors as f32. One tensor is in memory at a time. Raises
+    Matrices are stored as ``dtype`` (f32, f16 or bf16), vectors as f32. As many tensors are in memory as ``threads``. Raises
     UsageError for what cannot be converted (see ``family_of``, ``checkpoint`` and ``vocabulary``), and for weights that
     overflow f16; StepFailed when llama.cpp then tokenizes otherwise than tokenizer.json.
     """
@@ -126,10 +128,10 @@ def convert(
         writer.write_ti_data_to_file()
         for factors in tables.values():
             writer.write_tensor_data(factors)
-        for done, (target, (entry, type_name)) in enumerate(plan.items()):
-            writer.write_tensor_data(_tensor(target, entry, type_name, config, family))
+        for done, (target, tensor) in enumerate(zip(plan, _tensors(plan, config, family, threads), strict=True), 1):
+            writer.write_tensor_data(tensor)
             if progress:
-                progress(done + 1, len(plan), target)
+                progress(done, len(plan), target)
         writer.close()
         probe_tokens = check_probes(model_dir, partial)
         partial.replace(out)
@@ -296,6 +298,21 @@ def _tensor(target: str, entry: Entry, type_name: str, config: dict[str, Any], f
     if type_name == "BF16":
         return gguf.quants.quantize(weights, gguf.GGMLQuantizationType.BF16)
     return weights
+
+
+def _tensors(
+    plan: dict[str, tuple[Entry, str]], config: dict[str, Any], family: Family, threads: int | None
+) -> Iterator[np.ndarray]:
+    """Yield the tensors in the plan's order; no more than ``threads`` of them are under way or waiting."""
+    threads = threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
+        for target, (entry, type_name) in plan.items():
+            if len(waiting) == threads:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(_tensor, target, entry, type_name, config, family))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _numpy_type(type_name: str) -> Any:

@@ -29,22 +29,23 @@ class _Traits(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """Return libggml, with the functions that quantize typed."""
     from llama_cpp._ggml import libggml
 
     # A handle of our own to the same library, which finds what libggml-base has: others may type these functions otherwise.
-    library = ctypes.CDLL(libggml._name)
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
+    lib = ctypes.CDLL(libggml._name)
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p
     ]  # fmt: skip
-    library.ggml_quantize_init.argtypes = [ctypes.c_int]
-    library.ggml_quantize_init.restype = None
-    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    library.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
-    return library
+    lib.ggml_quantize_init.argtypes = [ctypes.c_int]
+    lib.ggml_quantize_init.restype = None
+    lib.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    lib.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    lib.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    lib.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return lib
 
 
 def quantize_matrix(
@@ -60,21 +61,21 @@ def quantize_matrix(
         raise UsageError(f"rows of {columns} weights do not fit {type_name}, whose blocks hold {kind.block}")
     if not np.isfinite(weights).all() or (importance is not None and not np.isfinite(importance).all()):
         raise UsageError("a weight or its importance is not finite: the model is broken")
-    library = _library()
-    if importance is None and library.ggml_quantize_requires_imatrix(kind.number):
+    lib = library()
+    if importance is None and lib.ggml_quantize_requires_imatrix(kind.number):
         raise UsageError(f"type {type_name} needs an importance matrix")
     weights = np.ascontiguousarray(weights, dtype=np.float32)
     means = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     if means is not None and means.shape != (columns,):
         raise UsageError(f"an importance of shape {means.shape} for rows of {columns} weights")
     out = np.empty((rows, columns // kind.block * kind.bytes), dtype=np.uint8)
-    library.ggml_quantize_init(kind.number)
+    lib.ggml_quantize_init(kind.number)
     threads = threads or os.cpu_count() or 1
     step = max(_ROWS, -(-rows // (4 * threads)))
 
     def some(first: int) -> None:
         count = min(step, rows - first)
-        library.ggml_quantize_chunk(
+        lib.ggml_quantize_chunk(
             kind.number, weights[first:].ctypes.data, out[first:].ctypes.data, 0, count, columns,
             None if means is None else means.ctypes.data,
         )  # fmt: skip
@@ -89,7 +90,7 @@ def dequantize_matrix(blocks: np.ndarray, type_name: str, columns: int) -> np.nd
     kind, rows = GGML_TYPES[type_name], len(blocks)
     if type_name == "F32":
         return blocks.view(np.float32).reshape(rows, columns)
-    traits = _library().ggml_get_type_traits(kind.number).contents
+    traits = library().ggml_get_type_traits(kind.number).contents
     assert (traits.blck_size, traits.type_size) == (kind.block, kind.bytes), type_name
     convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(traits.to_float)
     blocks = np.ascontiguousarray(blocks)

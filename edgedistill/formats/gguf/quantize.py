@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.formats.gguf.convert import file_digest
+from edgedistill.fingerprint import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
 from edgedistill.formats.gguf.types import (
     FILE_TYPES,
@@ -79,6 +79,7 @@ class QuantizeReport:
     library: dict[str, Any]
     seconds: float
     rounding: dict[str, Any] | None = None
+    reused: int = 0  # tensors that were found in files of earlier builds
 
     @property
     def fallbacks(self) -> tuple[TensorReport, ...]:
@@ -114,17 +115,19 @@ class QuantizeReport:
 def quantize(
     src: Path | str, out: Path | str, type: str, *, imatrix: Path | str | None = None, output_type: str | None = None,
     embedding_type: str | None = None, pure: bool = False, types: Mapping[str, str] | None = None,
-    feedback: Sequence[Sequence[int]] | None = None, threads: int | None = None, progress: Progress | None = None,
+    feedback: Sequence[Sequence[int]] | None = None, store: Path | None = None, threads: int | None = None,
+    progress: Progress | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the f32/f16/bf16 file ``src`` to the llama.cpp type ``type`` and put it at ``out``, whole or not at all.
 
     ``imatrix`` is a file of ``imatrix.collect``; ``output_type`` and ``embedding_type`` are tensor types for these two
     matrices; ``pure`` gives every matrix the base type; ``types`` gives matrices of its own choice (tensor name: tensor type),
     and ``type`` is then only what the file calls itself. With ``feedback``, token rows of calibration text, weights are
-    rounded by what the matrices give on them rather than to the nearest value (``rounding``). The work runs in a process
-    of its own; the result is read back, loaded and decoded once before it gets its name. The bytes do not depend on
-    ``threads``. Raises UsageError (unknown type, quantized or damaged source, missing or foreign imatrix, full disk),
-    StepFailed when llama.cpp fails.
+    rounded by what the matrices give on them rather than to the nearest value (``rounding``). Tensors that a file in ``store``, the
+    folder of a store, already has are taken from there, and what there is to be found in this one is written beside it
+    (``reuse``). The work runs in a process of its own; the result is read back, loaded and decoded once before it gets its
+    name. The bytes depend neither on ``threads`` nor on ``store``. Raises UsageError (unknown type, quantized or damaged source,
+    missing or foreign imatrix, full disk), StepFailed when llama.cpp fails.
     """
     started = time.monotonic()
     out = Path(out)
@@ -137,30 +140,35 @@ def quantize(
             f"{out}: needs {need / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB free", "free some disk space"
         )
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    kinds = () if feedback is None else FINELY_ROUNDED if types else rounded_in(type)
+    by, kept = "", None
+    if feedback is not None and store is not None:
+        from edgedistill.formats.gguf.rounding import feedback_digest, moments_of
+
+        source = file_digest(info.path)
+        by, kept = feedback_digest(source, feedback, kinds), moments_of(store, source, feedback)
     try:
-        _run_worker(info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress, types)
+        told = _run_worker(
+            info, partial, type, imatrix, output_type, embedding_type, pure, threads, False, progress, types, store=store,
+            feedback=by, rounded=kinds,
+        )  # fmt: skip
         try:
             result = read_info(partial)
         except UsageError as error:
             raise StepFailed(
-                f"llama.cpp left a damaged file: {error.message}", "check the disk, then try again"
+                f"the quantizer left a damaged file: {error.message}", "check the disk, then try again"
             ) from None
         if len(result.tensors) != len(info.tensors):
-            raise StepFailed(f"llama.cpp wrote {len(result.tensors)} of {len(info.tensors)} tensors", "check the disk")
+            raise StepFailed(f"{len(result.tensors)} of {len(info.tensors)} tensors were written", "check the disk")
+        found = {name: one["errors"] for name, one in told.items() if one.get("found")}
         rounded = None
         if feedback is not None:
             from edgedistill.formats.gguf.rounding import round_file
 
-            kinds = FINELY_ROUNDED if types else rounded_in(type)
             rounded = round_file(
-                partial,
-                info.path,
-                feedback,
-                types=kinds,
-                scales=kinds == FINELY_ROUNDED,
-                threads=threads,
-                progress=progress,
-            ).to_json()
+                partial, info.path, feedback, types=kinds, scales=kinds == FINELY_ROUNDED, done=found, kept=kept,
+                threads=threads, progress=progress,
+            )  # fmt: skip
         written = {tensor.name: tensor.type for tensor in result.tensors}
         if wrong := next((name for name, wanted in (types or {}).items() if written.get(name) != wanted), ""):
             raise StepFailed(f"llama.cpp made {wrong} {written.get(wrong)} instead of {(types or {})[wrong]}")
@@ -168,6 +176,11 @@ def quantize(
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
+    if store is not None:
+        from edgedistill.formats.gguf.reuse import write_index
+
+        keys = {name: one["key"] for name, one in told.items() if one.get("key")}
+        write_index(out, result.tensors, keys, rounded.errors if rounded else {})
     return _report(
         out,
         type,
@@ -179,7 +192,8 @@ def quantize(
         missing=missing,
         entries=entries,
         started=started,
-        rounding=rounded,
+        rounding=rounded.to_json() if rounded else None,
+        reused=len(found),
     )
 
 
@@ -205,7 +219,8 @@ def dry_run(
     """
     started = time.monotonic()
     info, plans, missing, entries = _prepare(src, type, imatrix, output_type, embedding_type, pure)
-    types = _run_worker(info, Path(os.devnull), type, imatrix, output_type, embedding_type, pure, None, True, None)
+    told = _run_worker(info, Path(os.devnull), type, imatrix, output_type, embedding_type, pure, None, True, None)
+    types = {name: one["type"] for name, one in told.items()}
     return _report(
         None, type, plans, types, info, size=None, sha256="", missing=missing, entries=entries, started=started
     )
@@ -301,9 +316,9 @@ def _chosen(plans: list[TensorPlan], types: Mapping[str, str], src: Path | str) 
 def _run_worker(
     info: GgufInfo, out: Path, type: str, imatrix: Path | str | None, output_type: str | None,
     embedding_type: str | None, pure: bool, threads: int | None, dry: bool, progress: Progress | None,
-    wanted: Mapping[str, str] | None = None,
-) -> dict[str, str]:  # fmt: skip
-    """Run the worker; returns {tensor: type} as llama.cpp logged it. Raises StepFailed with its own words."""
+    wanted: Mapping[str, str] | None = None, *, store: Path | None = None, feedback: str = "", rounded: Sequence[str] = (),
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Run the worker; returns what it said of each tensor. Raises StepFailed with its own words."""
     request = {
         "src": str(info.path.resolve()), "out": str(out.absolute()), "ftype": file_type(type).number,
         "output_type": GGML_TYPES[output_type].number if output_type else None,
@@ -311,6 +326,7 @@ def _run_worker(
         "pure": pure, "dry_run": dry, "threads": threads or os.cpu_count() or 1,
         "imatrix": str(Path(imatrix).resolve()) if imatrix else None,
         "types": {name: GGML_TYPES[type_name].number for name, type_name in (wanted or {}).items()},
+        "store": str(store.absolute()) if store else None, "feedback": feedback, "rounded": list(rounded),
     }  # fmt: skip
     package = str(Path(__file__).resolve().parents[3])
     path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
@@ -321,7 +337,7 @@ def _run_worker(
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert worker.stdin and worker.stdout
-    types: dict[str, str] = {}
+    told: dict[str, dict[str, Any]] = {}
     last: dict[str, Any] = {}
     try:
         worker.stdin.write(json.dumps(request))
@@ -332,7 +348,7 @@ def _run_worker(
             except ValueError:
                 continue  # a library's own print
             if "tensor" in last:
-                types[last["tensor"]] = _spell(last["type"])
+                told[last["tensor"]] = last
                 if progress:
                     progress(last["done"], last["total"], last["tensor"])
         code = worker.wait()
@@ -345,7 +361,7 @@ def _run_worker(
         worker.stdout.close()
         errors.close()
     if last.get("ok"):
-        return types
+        return told
     if code < 0:
         name = signal.Signals(-code).name
         raise StepFailed(
@@ -356,14 +372,9 @@ def _run_worker(
     raise StepFailed(f"llama.cpp failed to quantize to {type}: {words}", "check disk and memory, then try again")
 
 
-def _spell(name: str) -> str:
-    """Return our spelling of a type that llama.cpp logged in its own case (q4_K, iq4_nl, bf16)."""
-    return next((known for known in GGML_TYPES if known.upper() == name.upper()), name)
-
-
 def _report(
     out: Path | None, type: str, plans: list[TensorPlan], types: dict[str, str], info: GgufInfo, *, size: int | None,
-    sha256: str, missing: tuple[str, ...], entries: int, started: float, rounding: dict[str, Any] | None = None,
+    sha256: str, missing: tuple[str, ...], entries: int, started: float, rounding: dict[str, Any] | None = None, reused: int = 0,
 ) -> QuantizeReport:  # fmt: skip
     from edgedistill.formats.gguf.model_io import library_build
 
@@ -386,5 +397,5 @@ def _report(
         bpw=8 * total / info.parameters, asked_bpw=8 * (total - extra) / info.parameters, sha256=sha256,
         tensors=tuple(tensors), imatrix_entries=entries, without_imatrix=missing,
         library={key: build[key] for key in ("llama_cpp_python", "llama_cpp", "library_sha256")},
-        seconds=time.monotonic() - started, rounding=rounding,
+        seconds=time.monotonic() - started, rounding=rounding, reused=reused,
     )  # fmt: skip

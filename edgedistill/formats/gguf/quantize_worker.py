@@ -1,9 +1,11 @@
 """Quantize one GGUF in a process of its own: the request comes as JSON on standard input.
 
-llama.cpp may abort the process on a failed assertion and may leave a truncated file after an error, so the caller never
-runs it in-process. Standard output carries one JSON object a line: {"tensor", "done", "total", "type"} for progress,
-and {"ok": true} or {"error", "log"} at the end. Request: src, out, ftype, output_type, embedding_type (ggml numbers or
-null), pure, dry_run, threads, imatrix (path or null), types ({tensor: ggml number}, over what the file type has for it).
+llama.cpp may abort the process on a failed assertion, so the caller never runs it in-process. Its dry run says which type each
+tensor gets; ``assemble`` then writes the file. Standard output carries one JSON object a line: {"tensor", "done", "total",
+"type"} for progress, with "key", "found" and "errors" where tensors are found again, and {"ok": true} or {"error", "log"} at
+the end. Request: src, out, ftype, output_type, embedding_type (ggml numbers or null), pure, dry_run, threads, imatrix (path or
+null), types ({tensor: ggml number}, over what the file type has for it), store (folder whose quantized files are looked through,
+or null), feedback (digest of what tensors will be rounded by, or "") and rounded (the types that will be).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import ctypes
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any, cast
 
 _LINE = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-\s+\[.*?\], type =\s*(\S+), (.*)")
@@ -25,6 +28,7 @@ def main() -> int:
         # Die with the caller: a killed build must not leave somebody who still writes to the file of the next one.
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     log: list[str] = []
+    types: dict[str, str] = {}
     pending = ""
 
     import llama_cpp
@@ -38,14 +42,13 @@ def main() -> int:
             log.append(line)
             if match := _LINE.search(line):
                 changed = _NEW_TYPE.search(match[5])
-                kind = (changed[1] or changed[2]) if changed else match[4]
-                _tell({"tensor": match[3], "done": int(match[1]), "total": int(match[2]), "type": kind.upper()})
+                types[match[3]] = _spell((changed[1] or changed[2]) if changed else match[4])
 
     llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = request["ftype"], request["threads"]
-    params.pure, params.dry_run = request["pure"], request["dry_run"]
+    params.pure, params.dry_run = request["pure"], True
     if request["output_type"] is not None:
         params.output_tensor_type = request["output_type"]
     if request["embedding_type"] is not None:
@@ -53,17 +56,59 @@ def main() -> int:
     keep: list[Any] = []  # ctypes keeps no references to what the structure points to
     if request["types"]:
         _attach_types(params, request["types"], keep)
+    means: dict[str, Any] = {}
+    notes: dict[str, int] = {}
     if request["imatrix"]:
-        _attach_imatrix(params, request["imatrix"], keep)
+        means, notes = _attach_imatrix(params, request["imatrix"], keep)
     code = llama_cpp.llama_model_quantize(
         request["src"].encode(), request["out"].encode(), cast(Any, ctypes.byref(params))
     )
-    if code == 0 and not request["dry_run"]:
-        problem = _try_out(request["out"])
-    else:
-        problem = next((line for line in reversed(log) if "failed" in line), f"code {code}") if code else ""
+    problem = next((line for line in reversed(log) if "failed" in line), f"code {code}") if code else ""
+    if not problem and request["dry_run"]:
+        for done, (name, type_name) in enumerate(types.items(), 1):
+            _tell({"tensor": name, "done": done, "total": len(types), "type": type_name})
+    elif not problem:
+        problem = _write(request, types, means, notes) or _try_out(request["out"])
     _tell({"error": problem, "log": log[-8:]} if problem else {"ok": True})
     return 1 if problem else 0
+
+
+def _write(request: dict[str, Any], types: dict[str, str], means: dict[str, Any], notes: dict[str, int]) -> str:
+    """Write the file; returns what is wrong, or an empty string."""
+    from edgedistill.formats.gguf.assemble import Written, assemble
+    from edgedistill.formats.gguf.model_io import library_build
+    from edgedistill.formats.gguf.reuse import find_tensors
+
+    told = 0
+
+    def tell(one: Written) -> None:
+        nonlocal told
+        told += 1
+        message = {"tensor": one.name, "done": told, "total": len(types), "type": one.type}
+        _tell(message | ({"key": one.key, "found": one.found, "errors": one.errors} if one.key else {}))
+
+    def rounded(name: str, type_name: str) -> str:
+        return request["feedback"] if name.startswith("blk.") and type_name in request["rounded"] else ""
+
+    store = request["store"]
+    try:
+        assemble(
+            Path(request["src"]), Path(request["out"]), types,
+            file_type=request["ftype"], notes=notes, means=means, threads=request["threads"],
+            known=None if store is None else find_tensors(Path(store)),
+            build=library_build()["library_sha256"] if store is not None else "",
+            rounded=rounded, tell=tell,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        return f"failed to quantize: {error}"
+    return ""
+
+
+def _spell(name: str) -> str:
+    """Return our spelling of a type that llama.cpp logged in its own case (q4_K, iq4_nl, bf16)."""
+    from edgedistill.formats.gguf.types import GGML_TYPES
+
+    return next((known for known in GGML_TYPES if known.upper() == name.upper()), name)
 
 
 def _attach_types(params: Any, types: dict[str, int], keep: list[Any]) -> None:
@@ -80,7 +125,8 @@ def _attach_types(params: Any, types: dict[str, int], keep: list[Any]) -> None:
     keep.append(overrides)
 
 
-def _attach_imatrix(params: Any, path: str, keep: list[Any]) -> None:
+def _attach_imatrix(params: Any, path: str, keep: list[Any]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Give llama.cpp an importance matrix; returns it, and what the header says of it."""
     import llama_cpp
     import numpy as np
 
@@ -94,18 +140,11 @@ def _attach_imatrix(params: Any, path: str, keep: list[Any]) -> None:
         entry.name, entry.size = name.encode(), data.size
         entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         keep.append(data)
-    # The same notes in the metadata as llama-quantize leaves, less the file's path: equal inputs give equal bytes.
-    notes = (
-        ("quantize.imatrix.entries_count", len(means)),
-        ("quantize.imatrix.chunks_count", read_info(path).metadata.get("imatrix.chunk_count", 0)),
-    )
-    overrides = (llama_cpp.llama_model_kv_override * (len(notes) + 1))()
-    for override, (key, value) in zip(overrides, notes, strict=False):
-        override.key, override.tag = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
-        override.value.val_i64 = int(value)
     params.imatrix = ctypes.cast(entries, type(params.imatrix))
-    params.kv_overrides = ctypes.cast(overrides, type(params.kv_overrides))
-    keep += [entries, overrides]
+    keep.append(entries)
+    # The same notes in the metadata as llama-quantize leaves, less the file's path: equal inputs give equal bytes.
+    chunks = int(read_info(path).metadata.get("imatrix.chunk_count", 0))
+    return means, {"quantize.imatrix.entries_count": len(means), "quantize.imatrix.chunks_count": chunks}
 
 
 def _try_out(path: str) -> str:

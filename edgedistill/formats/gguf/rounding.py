@@ -25,19 +25,26 @@ nearest, 0.840 so (one student, standard error 0.014).
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgedistill.errors import StepFailed
+from edgedistill.fingerprint import digest
 from edgedistill.formats.gguf.activations import Progress, watch_inputs
 from edgedistill.formats.gguf.blocks import FORMATS, BlockFormat
+from edgedistill.formats.gguf.model_io import library_build
 from edgedistill.formats.gguf.read import GgufInfo, TensorInfo, read_info, read_tensor
+from edgedistill.formats.gguf.types import FINELY_ROUNDED
+from edgedistill.kept import Kept
 
+_VERSION = 1  # of this code: what another one made is not found again
 DAMPING = 0.01  # of the mean second moment, on the diagonal: GPTQ's own value
 PANEL = 32  # columns whose errors are carried over to the later columns at once
 _SYSTEMS = 2**26  # bytes of the equations that are solved at once
@@ -58,10 +65,24 @@ class RoundingReport:
     tokens: int
     passes: int
     seconds: float
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)  # of each matrix, before and after
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
+        """Return plain values, none of single matrices."""
+        return {name: value for name, value in asdict(self).items() if name != "errors"}
+
+
+def feedback_digest(source: str, token_rows: Sequence[Sequence[int]], types: Sequence[str]) -> str:
+    """Return a digest of what decides how a matrix is rounded, beside itself: the model (its file's sha256), the text, versions."""
+    versions = [importlib.metadata.version(name) for name in ("numpy", "torch")]
+    settings = [_VERSION, DAMPING, PANEL, tuple(types) == FINELY_ROUNDED]
+    return digest([*settings, source, [list(row) for row in token_rows], library_build()["library_sha256"], *versions])
+
+
+def moments_of(root: Path, source: str, token_rows: Sequence[Sequence[int]]) -> Kept:
+    """Return where the store at ``root`` keeps second moments of a model's inputs on this text."""
+    inputs = ["moments", _VERSION, [list(row) for row in token_rows], library_build()["library_sha256"]]
+    return Kept(root, [*inputs, importlib.metadata.version("numpy")], of=source)
 
 
 def inverse_factor(moments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,6 +182,8 @@ def round_file(
     *,
     types: Collection[str] = tuple(FORMATS),
     scales: bool = False,
+    done: Mapping[str, tuple[float, float] | None] | None = None,
+    kept: Kept | None = None,
     threads: int | None = None,
     memory: int = MEMORY,
     progress: Progress | None = None,
@@ -168,51 +191,71 @@ def round_file(
     """Choose the codes of ``path`` anew, in place, of matrices of ``types``; ``source`` is the full-precision file that it
     was quantized from. With ``scales``, the blocks' scales are fitted to the new codes (``refit``).
 
-    ``token_rows`` are run through ``source`` once for every ``memory`` bytes of second moments. Raises as
-    ``watch_inputs``, and StepFailed where inputs are not finite.
+    ``token_rows`` are run through ``source`` once for every ``memory`` bytes of second moments that are not in ``kept``, where they
+    go. Matrices in ``done`` are left as they are: they were rounded before, with these errors (None: no input of theirs was seen).
+    Raises as ``watch_inputs``, and StepFailed where inputs are not finite.
     """
     started = time.monotonic()
     info, whole = read_info(path), read_info(source)
     chosen = [tensor for tensor in info.tensors if tensor.type in types and tensor.name.startswith("blk.")]
     chosen = [tensor for tensor in chosen if len(tensor.shape) == 2]
-    before: list[float] = []
-    after: list[float] = []
-    kept = passes = done = 0
-    seen = None
-    for group in _groups(chosen, memory):
-        passes += 1
-        moments, inputs = _Moments(), {tensor.name for tensor in group}
-        seen = watch_inputs(
-            source, token_rows, moments.take, wanted=inputs.__contains__, after=moments.add, threads=threads
-        )
+    errors = {tensor.name: found for tensor in chosen if (found := (done or {}).get(tensor.name))}
+    left = [tensor for tensor in chosen if tensor.name not in (done or {})]
+    passes, at = 0, len(chosen) - len(left)
+    for group in _groups(left, memory):
+        moments = _Moments()
+        if not (kept is not None and moments.load(kept, group)):
+            passes += 1
+            inputs = {tensor.name for tensor in (group if kept is None else _with_others(group, whole, memory))}
+            watch_inputs(
+                source, token_rows, moments.take, wanted=inputs.__contains__, after=moments.add, threads=threads
+            )
+            if kept is not None:
+                moments.save(kept, inputs)
         together: dict[tuple[str, str], list[TensorInfo]] = {}
         for tensor in group:
             of = moments.input_of(tensor.name)
             if of is None:  # never multiplied: an expert that no token reached
-                kept, done = kept + 1, done + 1
+                at += 1
             else:
                 together.setdefault((of, tensor.type), []).append(tensor)
         for (of, _), tensors in together.items():
             if progress:
-                progress(done, len(chosen), f"rounding {tensors[0].name}")
+                progress(at, len(chosen), f"rounding {tensors[0].name}")
             second = moments.sums[of]
             if not np.isfinite(second).all():
                 raise StepFailed(f"the input of {tensors[0].name} is not finite: the model is broken")
-            for old, new in _round_tensors(info, whole, tensors, second, scales):
-                before.append(old)
-                after.append(new)
-                kept += not new < old
-            done += len(tensors)
+            errors |= zip(
+                (one.name for one in tensors), _round_tensors(info, whole, tensors, second, scales), strict=True
+            )
+            at += len(tensors)
+    ordered = [errors[tensor.name] for tensor in chosen if tensor.name in errors]
+    gained = sum(new < old for old, new in ordered)
     return RoundingReport(
-        tensors=len(chosen) - kept,
-        kept=kept,
-        before=float(np.mean(before)) if before else 0.0,
-        after=float(np.mean(after)) if after else 0.0,
-        rows=seen.rows if seen else 0,
-        tokens=seen.tokens if seen else 0,
+        tensors=gained,
+        kept=len(chosen) - gained,
+        before=float(np.mean([old for old, _ in ordered])) if ordered else 0.0,
+        after=float(np.mean([new for _, new in ordered])) if ordered else 0.0,
+        rows=sum(bool(row) for row in token_rows),
+        tokens=sum(map(len, token_rows)),
         passes=passes,
         seconds=time.monotonic() - started,
+        errors=errors,
     )
+
+
+def _with_others(group: list[TensorInfo], whole: GgufInfo, memory: int) -> list[TensorInfo]:
+    """Return a group with all other matrices of the file, where they fit: another file of this model may round those."""
+    names = {tensor.name for tensor in group}
+    every = [
+        *group,
+        *(
+            one
+            for one in whole.tensors
+            if one.name.startswith("blk.") and len(one.shape) == 2 and one.name not in names
+        ),
+    ]
+    return every if len(_groups(every, memory)) == 1 else group
 
 
 def _round_tensors(
@@ -284,6 +327,38 @@ class _Moments:
     def input_of(self, name: str) -> str | None:
         """Return the name of a matrix's input; None where it was never multiplied."""
         return self._input.get(name)
+
+    def load(self, kept: Kept, tensors: Sequence[TensorInfo]) -> bool:
+        """Take the moments of these matrices' inputs from where they are kept; False where any is not there."""
+        try:
+            self._input = json.loads(kept.get("inputs.json") or b"{}")
+            for tensor in tensors:
+                of = self._input[tensor.name]
+                if of is not None and of not in self.sums:
+                    data = kept.get(_piece(of)) or b""
+                    self.sums[of] = np.frombuffer(data, dtype=np.float32).reshape(2 * tensor.shape[1:])
+        except (KeyError, ValueError):
+            self.sums.clear()
+            self._input.clear()
+            return False
+        return True
+
+    def save(self, kept: Kept, names: Collection[str]) -> None:
+        """Keep the moments, and which of ``names`` has which input, where the disk has room."""
+        if not kept.has_room(sum(second.nbytes for second in self.sums.values())):
+            return
+        try:
+            known = json.loads(kept.get("inputs.json") or b"{}")
+        except ValueError:
+            known = {}
+        known |= {name: self.input_of(name) for name in names}
+        pieces = {_piece(of): np.ascontiguousarray(second).tobytes() for of, second in self.sums.items()}
+        kept.put(pieces | {"inputs.json": json.dumps(known, sort_keys=True).encode()})
+
+
+def _piece(of: str) -> str:
+    """Return the name that an input's moments are kept under: llama.cpp's may hold any characters."""
+    return f"{digest(of)[:16]}.f32"
 
 
 def _groups(tensors: Sequence[TensorInfo], memory: int) -> list[list[TensorInfo]]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgedistill.formats.gguf import rounding
+from edgedistill.formats.gguf import ggml, rounding
 from edgedistill.formats.gguf.blocks import FORMATS, LONG
 from edgedistill.formats.gguf.imatrix import collect, load
 from edgedistill.formats.gguf.model_io import all_logits, open_model
@@ -229,6 +229,18 @@ def test_the_bytes_depend_on_neither_threads_nor_memory_nor_the_run(
         found.append((path.read_bytes(), report.passes))
     assert len({data for data, _ in found}) == 1 and found[0][0] != plain.read_bytes()
     assert [passes for _, passes in found[:3]] == [1, 1, 1] and found[3][1] > 10
+
+
+@pytest.mark.parametrize("type_name", ["IQ4_NL", "Q4_K"])
+def test_a_row_is_rounded_alike_whatever_rows_are_beside_it(type_name: str) -> None:
+    rng, form, columns = np.random.default_rng(3), FORMATS[type_name], 512
+    inputs = rng.standard_normal((700, columns)).astype(np.float32)
+    of = inverse_factor(inputs.T @ inputs)
+    weights = (0.05 * rng.standard_normal((330, columns))).astype(np.float32)
+    blocks = ggml.quantize_matrix(weights, type_name, threads=1).reshape(len(weights), -1, form.bytes)
+    together = feed_back(weights, blocks, form, *of)
+    for rows in (slice(0, 192), slice(192, 329), slice(329, 330)):
+        np.testing.assert_array_equal(feed_back(weights[rows], blocks[rows], form, *of), together[rows])
 
 
 def test_moments_are_the_imatrix_on_their_diagonal(tiny_gguf: Tiny, imatrix: Callable[..., Path]) -> None:

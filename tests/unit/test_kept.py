@@ -1,0 +1,73 @@
+"""What is kept beside the entries comes back as it was or not at all, and goes with the file that it belongs to."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from edgedistill.fingerprint import Key, digest
+from edgedistill.gc import collect_garbage, verify_store
+from edgedistill.kept import Kept
+from edgedistill.store import Entry, Store
+
+
+def put(store: Store, name: str) -> Entry:
+    """Add an entry with a file of its own."""
+    key = Key(digest(name))
+    out, _ = store.partial(key)
+    (out / "model.gguf").write_text(name)
+    return store.commit(key, stage="convert", inputs={}, fields={}, facts={}, seconds=0.1, versions={})
+
+
+def test_a_piece_comes_back_for_the_same_inputs_only(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, ["moments", [1, 2]], of="ab")
+    kept.put({"a": b"one", "b": b"two"})
+    kept.put({"c": b"three"})
+    again = Kept(tmp_path, ["moments", [1, 2]], of="ab")
+    assert [again.get(name) for name in "abcd"] == [b"one", b"two", b"three", None]
+    assert Kept(tmp_path, ["moments", [1, 3]], of="ab").get("a") is None
+    assert Kept(tmp_path, ["moments", [1, 2]], of="cd").get("a") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "gone", "index"])
+def test_a_damaged_piece_is_none(tmp_path: Path, damage: str) -> None:
+    store = Store(tmp_path)
+    kept = Kept(tmp_path, "x", of="ab")
+    kept.put({"a": b"one", "b": b"two"})
+    assert verify_store(store) == []
+    file = kept.path / ("index.json" if damage == "index" else "a")
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes({"cut": b"on", "other": b"ono", "index": b"{"}[damage])
+    assert kept.get("a") is None
+    assert kept.get("b") == (None if damage == "index" else b"two")
+    assert len(verify_store(store)) == (damage != "index")
+    kept.put({"a": b"one"})
+    assert kept.get("a") == b"one" and verify_store(store) == []
+
+
+def test_it_goes_with_the_file_that_it_belongs_to(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one, two = put(store, "one"), put(store, "two")
+    mine, other = (Kept(tmp_path, "x", of=entry.files["model.gguf"].sha256) for entry in (one, two))
+    for kept in (mine, other):
+        kept.put({"a": b"some bytes"})
+    count, freed, _ = collect_garbage(store, [one.key], dry_run=True)
+    assert count == 1 and freed > 10 and other.get("a") == b"some bytes"
+    collect_garbage(store, [one.key])
+    assert mine.get("a") == b"some bytes" and other.get("a") is None and not other.path.exists()
+
+
+def test_two_that_write_at_once_leave_whole_pieces(tmp_path: Path) -> None:
+    data = {f"{number}": bytes([number]) * 5000 for number in range(20)}
+    threads = [threading.Thread(target=lambda: Kept(tmp_path, "x", of="ab").put(data)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = Kept(tmp_path, "x", of="ab")
+    assert all(kept.get(name) == value for name, value in data.items())
+    assert not [path for path in kept.path.iterdir() if path.name.startswith(".")]
