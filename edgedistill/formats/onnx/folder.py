@@ -116,7 +116,9 @@ class Folder:
         set_attributes(node, bits=coded.kind.bits, block_size=coded.kind.block)
         if matrix.looked_up:
             shape = self.shared[old[1]]
-            self._put(f"{shape.name}/shape", np.array([matrix.shape[0], codes.shape[1] * codes.shape[2]], dtype=np.int64))
+            self._put(
+                f"{shape.name}/shape", np.array([matrix.shape[0], codes.shape[1] * codes.shape[2]], dtype=np.int64)
+            )
             shape.input[1] = f"{shape.name}/shape"
             look_up = next(one for one in self.model.graph.node if shape.output[0] in one.input)
             found = [shape.output[0], look_up.input[1], *new[2:]]
@@ -196,4 +198,3 @@ def set_attributes(node: Any, **values: int) -> None:
     for one in node.attribute:
         if one.name in values:
             one.i = values[one.name]
-

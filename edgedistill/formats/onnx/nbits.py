@@ -49,9 +49,7 @@ class Coded:
         return codes, self.scales, pack(self.zeros, self.kind.bits) if self.kind.zeros else None
 
     @classmethod
-    def of(
-        cls, kind: Kind, columns: int, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
-    ) -> Coded:
+    def of(cls, kind: Kind, columns: int, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None) -> Coded:
         """Read what ``packed`` returns, or a builder wrote."""
         rows = len(codes)
         scales = np.asarray(scales, dtype=np.float32).reshape(rows, -1)
@@ -65,9 +63,7 @@ class Coded:
 
     def rows(self, start: int, end: int) -> Coded:
         """Return some of its rows."""
-        return Coded(
-            self.kind, self.columns, self.codes[start:end], self.scales[start:end], self.zeros[start:end]
-        )
+        return Coded(self.kind, self.columns, self.codes[start:end], self.scales[start:end], self.zeros[start:end])
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -181,9 +177,7 @@ def _fed_back(weights: np.ndarray, coded: Coded, order: np.ndarray, factor: np.n
     """Choose the codes anew under the scales and zero points of ``coded``."""
     levels = np.arange(2**coded.kind.bits, dtype=np.float32)
     offset = -coded.scales * coded.zeros.astype(np.float32)
-    form = BlockFormat(
-        coded.kind.block, coded.kind.block, 0, levels, (), scales=lambda _: (coded.scales, offset)
-    )
+    form = BlockFormat(coded.kind.block, coded.kind.block, 0, levels, (), scales=lambda _: (coded.scales, offset))
     codes = feed_back(weights, coded.scales, form, order, factor)
     return Coded(coded.kind, coded.columns, codes.reshape(weights.shape), coded.scales, coded.zeros)
 

@@ -7,6 +7,7 @@ what its errors cost where they are looked up. Speed and size are those of the k
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -51,8 +52,6 @@ def task_rows(
     """Return rows of about ``tokens`` tokens in all, spread evenly over those that fit the model's context, with where each one's
     answer starts. Raises UsageError where none does.
     """
-    import json
-
     config = json.loads((checkpoint / "config.json").read_text())
     most = int(config.get("max_position_embeddings") or 1 << 30)
     rows = [(row, start) for row, start in zip(token_rows, starts, strict=True) if len(row) <= most]
@@ -113,19 +112,18 @@ def round_folder(
     path: Path,
     checkpoint: Path,
     rows: Sequence[tuple[list[int], int]],
-    kinds: Mapping[str, Kind] | Callable[[Matrix], Kind],
+    kinds: Mapping[str, Kind] | Kind,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> RoundingReport:
-    """Write new codes into the folder ``path``, built from ``checkpoint``; ``kinds`` says what each matrix becomes.
+    """Write new codes into the folder ``path``, built from ``checkpoint``; ``kinds`` says what each matrix becomes, or all.
 
     ``rows`` are ``task_rows``. Raises StepFailed where the graph's matrices are not the checkpoint's.
     """
     started = time.monotonic()
     folder = Folder(path, checkpoint)
-    of = kinds if callable(kinds) else lambda one: kinds[one.name]
-    wanted = {one.name: of(one) for one in folder.matrices.values()}
+    wanted = dict.fromkeys(folder.matrices, kinds) if isinstance(kinds, Kind) else dict(kinds)
     made: dict[str, dict[int, Coded]] = {}
     before: list[float] = []
     after: list[float] = []

@@ -44,22 +44,22 @@ def measure(
         }
         for one in folder.matrices.values()
     }
-    total, done = sum(len(one.parts) for one in folder.matrices.values()), 0
+    total = sum(len(one.parts) for one in folder.matrices.values())
 
     def run(seen: int, of: int, told: str) -> None:
         if progress:
             progress(seen, 2 * of, f"gradients: {told}")
 
-    for matrix, _, weights, moments in watched(folder, rows, threads=threads, progress=run):
+    found = watched(folder, rows, threads=threads, progress=run)
+    for done, (matrix, _, weights, moments) in enumerate(found):
         if progress:
             progress(total + done, 2 * total, f"errors of {matrix.name}")
-        done += 1
         importance = np.ascontiguousarray(second_of(moments).diagonal())
         for name, kind in kinds_for(matrix.shape[1], looked_up=matrix.looked_up).items():
             table[matrix.name][name][1] += moments.cost(nearest(weights, kind, importance).values() - weights)
     shapes = {name: list(one.shape) for name, one in folder.matrices.items()}
-    found = {"costs": table, "shapes": shapes, "beside": folder.beside()}
-    (out / "table.json").write_text(json.dumps(found))
+    written = {"costs": table, "shapes": shapes, "beside": folder.beside()}
+    (out / "table.json").write_text(json.dumps(written))
     (out / "text.json").write_text(json.dumps(rows))
     return SensitivityReport(
         rows=len(rows),
