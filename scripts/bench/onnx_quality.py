@@ -4,8 +4,8 @@ The model is SmolLM2-135M, its weights moved within their cells (what a package 
 The builder makes int4 (blocks of 32, to nearest) and its mixed type (k_quant_mixed). Ours rounds the same int4 with feedback
 (``formats/onnx/rounding.py``), and chooses the kinds of the matrices for a folder of int4's bytes and one of mixed's. Every
 folder is loaded in onnxruntime-genai, run, and compared with transformers as a build does it. Compared is the KLD from the float32
-checkpoint on the answers of rows that were not calibrated on: in the domain, out of it, and ordinary chat; rows are the sample, each with
-all seeds. Decode speed is taken in turns, folder after folder, all in memory.
+checkpoint on the answers of rows that were not calibrated on: in the domain, out of it, and ordinary chat; rows are the sample,
+each with all seeds. Decode speed is taken in turns, folder after folder, all in memory.
 
 Not here: GPTQ's or AWQ's own exporters for ONNX, which need a CUDA device or another transformers.
 """

@@ -11,6 +11,8 @@ from edgedistill.errors import RecipeError
 from edgedistill.recipes import copy_recipe
 from tests.unit.test_plan import changed, make
 
+GPTQ = {"type": "int4", "rounding": "gptq"}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -42,3 +44,30 @@ def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
         RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
     ):
         make(folder, **auto("laptop-x86", "20 MiB"))
+
+
+def test_onnx_targets_round_on_kept_rows_and_share_a_table_of_their_own(folder: Path) -> None:
+    name, plain = "laptop-x86-onnx", make(folder)
+    (kept,), (merged,) = plain.match("filter"), plain.match("merge")
+    rounded = make(folder, **{f"quantize__{name}__{key}": of for key, of in GPTQ.items()})
+    (file,) = rounded.match(f"quantize/{name}")
+    assert set(file.stage.inputs()) == {kept.key, merged.key}
+    assert changed(plain, rounded) == {f"{stage}/{name}" for stage in ("quantize", "evaluate", "measure", "package")}
+    zeros = make(folder, **{f"quantize__{name}__{key}": of for key, of in {**GPTQ, "symmetric": False}.items()})
+    assert changed(rounded, zeros) == changed(plain, rounded)
+    chosen = make(folder, **{f"quantize__{name}__type": "auto", f"quantize__{name}__size": "90 MiB"})
+    (table,), (choice,) = chosen.match("sensitivity-onnx"), chosen.match(f"allocate/{name}")
+    (file,) = chosen.match(f"quantize/{name}")
+    assert set(table.stage.inputs()) == {kept.key, merged.key}
+    assert {choice.key, table.key, merged.key} == set(file.stage.inputs())
+    assert not any(step.stage.name == "sensitivity" for step in chosen.steps)
+
+
+def test_what_onnx_cannot_reach_or_make_is_refused(folder: Path) -> None:
+    name = "laptop-x86-onnx"
+    with pytest.raises(
+        RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
+    ):
+        make(folder, **{f"quantize__{name}__type": "auto", f"quantize__{name}__size": "20 MiB"})
+    with pytest.raises(RecipeError, match=r"hidden size of 576 has 9 blocks of 64"):
+        make(folder, **{f"quantize__{name}__type": "mixed", f"quantize__{name}__block": 64})
