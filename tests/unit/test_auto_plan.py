@@ -11,7 +11,7 @@ from edgedistill.errors import RecipeError
 from edgedistill.recipes import copy_recipe
 from tests.unit.test_plan import changed, make
 
-GPTQ = {"type": "int4", "rounding": "gptq"}
+ONNX = "laptop-x86-onnx"
 
 
 @pytest.fixture
@@ -46,28 +46,31 @@ def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
         make(folder, **auto("laptop-x86", "20 MiB"))
 
 
+def onnx(**types: Any) -> dict[str, Any]:
+    return {f"quantize__{ONNX}__{key}": value for key, value in types.items()}
+
+
 def test_onnx_targets_round_on_kept_rows_and_share_a_table_of_their_own(folder: Path) -> None:
-    name, plain = "laptop-x86-onnx", make(folder)
+    plain = make(folder)
     (kept,), (merged,) = plain.match("filter"), plain.match("merge")
-    rounded = make(folder, **{f"quantize__{name}__{key}": of for key, of in GPTQ.items()})
-    (file,) = rounded.match(f"quantize/{name}")
+    rounded = make(folder, **onnx(type="int4", rounding="gptq"))
+    (file,) = rounded.match(f"quantize/{ONNX}")
     assert set(file.stage.inputs()) == {kept.key, merged.key}
-    assert changed(plain, rounded) == {f"{stage}/{name}" for stage in ("quantize", "evaluate", "measure", "package")}
-    zeros = make(folder, **{f"quantize__{name}__{key}": of for key, of in {**GPTQ, "symmetric": False}.items()})
-    assert changed(rounded, zeros) == changed(plain, rounded)
-    chosen = make(folder, **{f"quantize__{name}__type": "auto", f"quantize__{name}__size": "90 MiB"})
-    (table,), (choice,) = chosen.match("sensitivity-onnx"), chosen.match(f"allocate/{name}")
-    (file,) = chosen.match(f"quantize/{name}")
+    own = {f"{stage}/{ONNX}" for stage in ("quantize", "evaluate", "measure", "package")}
+    assert changed(plain, rounded) == own
+    assert changed(rounded, make(folder, **onnx(type="int4", rounding="gptq", symmetric=False))) == own
+    chosen = make(folder, **onnx(type="auto", size="90 MiB"))
+    (table,), (choice,) = chosen.match("sensitivity-onnx"), chosen.match(f"allocate/{ONNX}")
+    (file,) = chosen.match(f"quantize/{ONNX}")
     assert set(table.stage.inputs()) == {kept.key, merged.key}
     assert {choice.key, table.key, merged.key} == set(file.stage.inputs())
     assert not any(step.stage.name == "sensitivity" for step in chosen.steps)
 
 
 def test_what_onnx_cannot_reach_or_make_is_refused(folder: Path) -> None:
-    name = "laptop-x86-onnx"
     with pytest.raises(
         RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
     ):
-        make(folder, **{f"quantize__{name}__type": "auto", f"quantize__{name}__size": "20 MiB"})
+        make(folder, **onnx(type="auto", size="20 MiB"))
     with pytest.raises(RecipeError, match=r"hidden size of 576 has 9 blocks of 64"):
-        make(folder, **{f"quantize__{name}__type": "mixed", f"quantize__{name}__block": 64})
+        make(folder, **onnx(type="mixed", block=64))

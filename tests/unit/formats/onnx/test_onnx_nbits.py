@@ -32,7 +32,8 @@ def session(
     import onnxruntime
     from onnx import helper, numpy_helper
 
-    node = helper.make_node(op, inputs, ["y"], domain="com.microsoft", **about)
+    about_it: dict[str, Any] = dict(about)
+    node = helper.make_node(op, inputs, ["y"], domain="com.microsoft", **about_it)
     graph = helper.make_graph(
         [node],
         "one",
