@@ -13,6 +13,7 @@ Not here: GPTQ's or AWQ's own exporters for ONNX, which need a CUDA device or an
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -69,20 +70,18 @@ def folders(
     told: list[str] = []
     rows = task_rows(checkpoint, *text, tokens)
 
-    def built(arm: str, precision: str) -> Path:
-        made[arm] = work / arm.replace(" ", "-")
-        build(checkpoint, made[arm], precision)
-        return made[arm]
-
     def rounded(arm: str, kinds: Mapping[str, str] | str) -> None:
         given = KINDS[kinds] if isinstance(kinds, str) else {name: KINDS[kind] for name, kind in kinds.items()}
-        report = round_folder(built(arm, "int4"), checkpoint, rows, given)
+        made[arm] = work / arm.replace(" ", "-")
+        shutil.copytree(made["int4"], made[arm])
+        report = round_folder(made[arm], checkpoint, rows, given)
         counts = ", ".join(f"{count} x {kind}" for kind, count in report.kinds.items())
         told.append(f"{arm}: {counts}; predicted KLD {report.predicted:.3g}; {report.seconds:.0f} s")
         say(told[-1])
 
     for peer in ("int4", "mixed"):
-        built(peer, peer)
+        made[peer] = work / peer
+        build(checkpoint, made[peer], peer)
     rounded("int4, rounding", "int4/32")
     (work / "table").mkdir()
     report = measure(made["int4"], checkpoint, rows, work / "table")

@@ -69,7 +69,7 @@ class Folder:
 
     def weights_of(self, part: str) -> np.ndarray:
         """Return a tensor of the checkpoint as float32 [rows, columns]."""
-        return read_entry(self.tensors[part])
+        return read_entry(self.tensors[part]).astype("float32", copy=False)
 
     def read(self, matrix: Matrix) -> Coded:
         """Return what the graph holds of a matrix."""

@@ -89,7 +89,7 @@ def watched(
         if one is None and head is not None and moments.looked_up is not None and head.parts[0] in places:
             one, at = places.pop(head.parts[0])
         if one is not None and moments.inputs is not None:
-            yield one, at, folder.weights_of(one.parts[at]).astype(np.float32, copy=False), moments
+            yield one, at, folder.weights_of(one.parts[at]), moments
     if places:
         raise StepFailed(
             f"{next(iter(places))}: the text never reached it", 'leave rounding out and take type = "int4" or "int8"'

@@ -77,7 +77,7 @@ def kinds_in(folder: Path) -> set[tuple[int, int, bool, int]]:
     ("precision", "options"),
     [
         ("int4", {"block": 64, "symmetric": False, "accuracy": 1}),
-        ("mixed", {}),
+        pytest.param("mixed", {}, marks=pytest.mark.slow),
         *(
             pytest.param("int4", {"block": block, "symmetric": symmetric, "accuracy": accuracy}, marks=pytest.mark.slow)
             for block in (32, 64, 128)
