@@ -24,13 +24,19 @@ from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.kv_cache import KvCache
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
+from edgedistill.stages.sensitivity_onnx import SensitivityOnnx
 from edgedistill.stages.tune import Tune
 from edgedistill.target import AUTO, Target, Types
 
 
-def add_sensitivity(graph: Graph, name: str, stage: Sensitivity, params: int) -> Key:
+def add_sensitivity(graph: Graph, name: str, stage: Sensitivity | SensitivityOnnx, params: int) -> Key:
     """Add the table of a model of ``params`` weights."""
     return graph.add(name, stage, sensitivity_work(params), memory=10 * params + 2500 * MIB, disk=MIB)
+
+
+def onnx_options(types: Types) -> dict[str, Any]:
+    """Return what the step ``quantize`` takes of types beside those of GGUF."""
+    return {"block": types.block, "symmetric": types.symmetric, "accuracy": types.accuracy}
 
 
 def add_choice(
@@ -74,8 +80,13 @@ class QuantizeSteps(TrainingSteps):
         onnx = target.runtime.format == "onnx"
         choice = None
         if target.quantize.type == AUTO:
-            sensitivity = self._sensitivity(step_of("sensitivity", of) if of else "sensitivity", gguf, student, kept)
-            choice = self._allocate(f"allocate/{name}", gguf, sensitivity, target), sensitivity
+            step = "sensitivity-onnx" if onnx else "sensitivity"
+            step = step_of(step, of) if of else step
+            if onnx:
+                sensitivity = self._sensitivity_onnx(step, student, kept)
+            else:
+                sensitivity = self._sensitivity(step, gguf, student, kept)
+            choice = self._allocate(f"allocate/{name}", student if onnx else gguf, sensitivity, target), sensitivity
         key = self._quantize(
             f"quantize/{name}",
             student if onnx else gguf,
@@ -84,6 +95,7 @@ class QuantizeSteps(TrainingSteps):
             target.quantize,
             self.s_params,
             choice,
+            kept,
         )
         if self.recipe.tune and target.name in self.recipe.tune.targets:
             key = self._tune(f"tune/{name}", key, student)
@@ -114,6 +126,12 @@ class QuantizeSteps(TrainingSteps):
         stage = Sensitivity(model=gguf, checkpoint=student, kept=kept, text=(), rows=rows, tool=self.llama)
         return add_sensitivity(self.graph, name, stage, params)
 
+    def _sensitivity_onnx(self, name: str, student: Key, kept: Key) -> Key:
+        """Add the table that every ONNX target with kinds of its own chooses from."""
+        rows, params = self.recipe.calibrate.rows, self.s_params
+        stage = SensitivityOnnx(checkpoint=student, kept=kept, text=(), rows=rows, tool=self.onnx)
+        return add_sensitivity(self.graph, name, stage, params)
+
     def _allocate(self, name: str, gguf: Key, sensitivity: Key, target: Target) -> Key:
         size = target.auto_size
         assert size is not None  # the target's check
@@ -128,7 +146,9 @@ class QuantizeSteps(TrainingSteps):
         types: Types,
         params: int,
         choice: tuple[Key, Key] | None = None,
+        kept: Key | None = None,
     ) -> Key:
+        onnx, gptq = format_ == "onnx", types.rounding == "gptq"
         stage = Quantize(
             model=model,
             calibration=calibration,
@@ -137,14 +157,19 @@ class QuantizeSteps(TrainingSteps):
             embedding_type=types.embedding_type,
             output_type=types.output_type,
             rounding=types.rounding,
-            tool=self.onnx if format_ == "onnx" else self.llama,
+            tool=self.onnx if onnx else self.llama,
             types=choice[0] if choice else None,
             sensitivity=choice[1] if choice else None,
+            kept=kept if onnx and gptq else None,
+            calibrated=self.recipe.calibrate.rows if onnx and gptq else 0,
             rows=self.checks,
+            **onnx_options(types),
         )
-        kind, size = ("build-onnx", 4 * params) if format_ == "onnx" else ("quantize", 2 * params)
+        kind, size = ("build-onnx", 4 * params) if onnx else ("quantize", 2 * params)
         memory = 6 * params + 300 * MIB
-        if types.rounding == "gptq":  # second moments of a gibibyte at most, the inputs of a batch, and torch
+        if onnx and (gptq or choice):  # gradients as well
+            kind, memory = "round-onnx", 10 * params + 2500 * MIB
+        elif gptq:  # second moments of a gibibyte at most, the inputs of a batch, and torch
             kind, memory = "quantize-gptq", memory + (1500 + RUNTIME_MIB) * MIB
         return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=memory, disk=size)
 

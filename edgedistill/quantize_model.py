@@ -15,13 +15,13 @@ from typing import Any
 from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_kv_cache, add_sensitivity
+from edgedistill.expand_quantize import add_choice, add_kv_cache, add_sensitivity, onnx_options
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, resolve
 from edgedistill.plan import Graph, Plan, package_version
 from edgedistill.rates import Work
-from edgedistill.refusals_auto import speeds_of
+from edgedistill.refusals_auto import refuse_onnx, speeds_of
 from edgedistill.refusals_kv import refuse_kv
 from edgedistill.runner import Reporter, Runner
 from edgedistill.stages.base import Base
@@ -30,6 +30,7 @@ from edgedistill.stages.convert import Convert
 from edgedistill.stages.import_gguf import ImportGguf
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
+from edgedistill.stages.sensitivity_onnx import SensitivityOnnx
 from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
@@ -119,18 +120,22 @@ def quantize_model(
     if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
     for name, format_, choice in wanted:
-        if format_ != "gguf" or calibration is not None:
+        if calibration is not None:
             continue
-        if choice.type == AUTO:
+        if choice.type == AUTO or (format_ == "onnx" and choice.rounding == "gptq"):
+            what = "choose types" if choice.type == AUTO else "round with feedback"
             raise UsageError(
-                f"{name}: to choose types takes text of the task", "give --calibration FILE: JSONL rows or plain text"
+                f"{name}: to {what} takes text of the task", "give --calibration FILE: JSONL rows or plain text"
             )
-        if FILE_TYPES[choice.type].imatrix == "required":
+        if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required":
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
             )
     for name, format_, choice in wanted:
-        if format_ == "gguf" and choice.type == AUTO:
+        if format_ == "onnx":
+            for warning in refuse_onnx(find_target(name, Path()), "this model", resolved.facts.config()):
+                reporter.note(warning)
+        elif choice.type == AUTO:
             _refuse_choice(resolved, name, choice, reporter if name in targets else None)
     for name, target in caches.items():
         for warning in refuse_kv(target, resolved.facts, 0):
@@ -208,23 +213,27 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
-    imatrix = sensitivity = None
-    text = _calibration_text(calibration) if calibration is not None and container is not None else ()
+    imatrix = sensitivity = of_onnx = None
+    text = _calibration_text(calibration) if calibration is not None else ()
+    builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
     if text and container is not None:
         stage = CalibrateText(model=container, text=text, tool=llama)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
-        if any(choice.type == AUTO for _, _, choice in wanted):
+        if any(choice.type == AUTO and format_ == "gguf" for _, format_, choice in wanted):
             stage = Sensitivity(model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama)
             sensitivity = add_sensitivity(graph, "sensitivity", stage, params)
+    if base is not None and any(choice.type == AUTO and format_ == "onnx" for _, format_, choice in wanted):
+        stage = SensitivityOnnx(checkpoint=base, kept=None, text=text, rows=len(text), tool=builder)
+        of_onnx = add_sensitivity(graph, "sensitivity-onnx", stage, params)
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
         model = base if onnx else container
         assert model is not None  # the checks above leave no other case
-        types = None
+        types, table = None, of_onnx if onnx else sensitivity
         if choice.type == AUTO:
-            assert sensitivity is not None and choice.size is not None
-            types = add_choice(graph, f"allocate/{name}", model, sensitivity, choice.size, speeds.get(name))
+            assert table is not None and choice.size is not None
+            types = add_choice(graph, f"allocate/{name}", model, table, choice.size, speeds.get(name))
         stage = Quantize(
             model=model,
             calibration=imatrix if choice.imatrix and not onnx else None,
@@ -233,10 +242,12 @@ def _plan(
             embedding_type=choice.embedding_type,
             output_type=choice.output_type,
             rounding=choice.rounding,
-            tool=f"onnxruntime-genai {package_version('onnxruntime-genai')}" if onnx else llama,
+            tool=builder if onnx else llama,
             types=types,
-            sensitivity=sensitivity if types else None,
+            sensitivity=table if types else None,
+            text=text if onnx and choice.rounding == "gptq" else (),
             rows=sample_rows(),
+            **onnx_options(choice),
         )
         work = Work(kind="build-onnx" if onnx else "quantize", amount=2 * params)
         keys.append(graph.add(f"quantize/{name}", stage, work, disk=2 * params))
@@ -303,7 +314,14 @@ def _cached(store: Store, plan: Plan, name: str) -> list[str]:
 
 
 def _measured(entry: Entry) -> list[str]:
-    """Say what the KLD of a file with types of its own came to."""
+    """Say what the KLD of a file with types of its own came to, or what rounding gained in an ONNX folder."""
+    if "rounding" in entry.facts:
+        gained, hop = entry.facts["rounding"], entry.facts["hop"]
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in gained["kinds"].items())
+        return [
+            f"{kinds}, rounded with feedback: squared error of the products {gained['before']:.3g} to nearest, "
+            f"{gained['after']:.3g} so; KLD {hop['kld']:.3g} nats a token on {hop['prompts']} prompts"
+        ]
     if "measured" not in entry.facts:
         return []
     found = entry.facts["measured"]

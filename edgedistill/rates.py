@@ -33,6 +33,7 @@ DEFAULTS = {
     "sensitivity": 150e9,
     "quantize-gptq": 6e6,
     "build-onnx": 20e6,
+    "round-onnx": 3e6,
     "measure": 1e9,
     "served": 100.0,  # tokens that a server reads and writes; its speed is not this machine's
     "served-scores": 1000.0,

@@ -279,6 +279,9 @@ class QuantizeOverride(Section):
     embedding_type: str | None = None
     output_type: str | None = None
     rounding: Literal["nearest", "gptq"] | None = None
+    block: Literal[32, 64, 128] | None = None
+    symmetric: bool | None = None
+    accuracy: Literal[1, 4] | None = None
 
 
 class Recipe(Section):

@@ -27,7 +27,7 @@ from edgedistill.inputs import (
 from edgedistill.kv_cache import F16
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
-from edgedistill.refusals_auto import refuse_auto
+from edgedistill.refusals_auto import refuse_auto, refuse_onnx
 from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
 from edgedistill.refusals_kv import refuse_kv
@@ -445,7 +445,7 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
                 f"target {target.name}: ONNX needs onnxruntime-genai, which is not installed",
                 "pip install 'edgedistill[onnx]'",
             )
-        return []
+        return refuse_onnx(target, who, student_facts(inputs).config())
     limit = target.limits.file_size
     name = target.name if who == "this student" else f"{target.name}, {who}"
     facts = student_facts(inputs)

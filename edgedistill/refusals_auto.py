@@ -8,6 +8,7 @@ from typing import Any
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.formats.gguf.speeds import Kernels, fastest, figures, read_kernels
 from edgedistill.formats.gguf.types import smallest_choice, tensor_shapes
+from edgedistill.formats.onnx.types import refuse_blocks, smallest
 from edgedistill.plan import package_version
 from edgedistill.target import AUTO, Target, format_size, matches_host
 
@@ -37,6 +38,29 @@ def refuse_auto(target: Target, who: str, config: Mapping[str, Any]) -> list[str
                 key=f"limits.{name}",
             )
     return [*_doubts(target, kernels), *_unheeded(target, heeded=True)]
+
+
+def refuse_onnx(target: Target, who: str, config: Mapping[str, Any]) -> list[str]:
+    """Raise RecipeError where the builder cannot make an ONNX target's type of a model, or no kind of matrix is small enough;
+    return warnings.
+    """
+    types = target.quantize
+    if types.type == "mixed":
+        try:
+            refuse_blocks(config, types.block)
+        except UsageError as error:
+            raise RecipeError(error.message, error.hint, file=target.path, key="quantize.type") from None
+    if types.type != AUTO:
+        return []
+    limit, least = target.auto_size, smallest(config)
+    if limit is not None and least > limit:
+        raise RecipeError(
+            f"no type brings {who} under {format_size(limit)}: the smallest choice makes about {format_size(least)}",
+            "take fewer layers or a smaller student, or raise the limit",
+            file=target.path,
+            key="quantize.size" if limit == types.size else "limits.file_size",
+        )
+    return _unheeded(target, heeded=False)
 
 
 def kernels_of(target: Target) -> Kernels | None:

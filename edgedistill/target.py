@@ -35,7 +35,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "aarch64": ("neon", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme"),
 }  # fmt: skip
 ENGINES = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}
-ONNX_TYPES = ("fp32", "int8", "int4")  # fp16 builds on a CPU and then fails at run time
+# What [quantize] may say of each type of ONNX, beside it; fp16 builds on a CPU and then fails at run time.
+ONNX_TYPES: dict[str, tuple[str, ...]] = {
+    "fp32": (), "int8": ("block", "accuracy"), "int4": ("block", "symmetric", "accuracy", "rounding"),
+    "mixed": ("block", "accuracy"), "auto": ("size", "accuracy"),
+}  # fmt: skip
+_ONNX_KEYS = ("size", "rounding", "block", "symmetric", "accuracy")
+_ONNX_ALONE = ("block", "symmetric", "accuracy")  # and not of GGUF
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -107,7 +113,7 @@ class Types(_Table):
 
     type: str = Field(
         description='GGUF: Q4_0, Q4_K_M, Q8_0, ..., or "auto": for each matrix the type with which the file loses least; '
-        "ONNX: fp32, int8 or int4"
+        'ONNX: fp32, int8, int4, mixed (int4 with the head and some matrices in int8, as the builder chooses them) or "auto"'
     )
     size: Size | None = Field(
         default=None, description='"auto": most bytes of the file, where that is less than limits.file_size'
@@ -122,7 +128,19 @@ class Types(_Table):
         default=None, description="GGUF: tensor type of the output matrix, if not the type's own"
     )
     rounding: Literal["nearest", "gptq"] = Field(
-        default="nearest", description="GGUF: gptq rounds each weight so that it makes good the errors of the others"
+        default="nearest",
+        description="GGUF, ONNX int4: gptq rounds each weight so that it makes good the errors of the others",
+    )
+    block: Literal[32, 64, 128] = Field(
+        default=32,
+        description="ONNX int8, int4, mixed: weights of a row that share a scale; more of them make smaller files",
+    )
+    symmetric: bool = Field(
+        default=True,
+        description="ONNX int4: codes around 0; false gives each block a zero point, and without gptq a tied embedding float32",
+    )
+    accuracy: Literal[1, 4] = Field(
+        default=4, description="ONNX: 4 rounds what a matrix is given to 8 bits, 1 keeps it in float32 and is slower"
     )
 
 
@@ -215,6 +233,9 @@ class Target(_Table):
             value["runtime"]["kv_cache"] = AUTO if self.kv == AUTO else dict(zip("kv", self.kv, strict=True))
         if self.quantize.size is None:
             del value["quantize"]["size"]
+        for name in _ONNX_ALONE:  # came later: at their default they are no part of a package's key
+            if getattr(self.quantize, name) == Types.model_fields[name].default:
+                del value["quantize"][name]
         return value
 
     def with_types(self, changes: dict[str, Any]) -> Target:
@@ -247,11 +268,11 @@ class Target(_Table):
 def check_types(types: Types, format_: str, key: str = "quantize") -> None:
     """Raise a `key_error` below ``key`` unless all of ``types`` exists in ``format_`` ("gguf" or "onnx")."""
     if format_ == "onnx":
-        for name in ("size", "imatrix", "embedding_type", "output_type", "rounding"):
-            if name in types.model_fields_set:
-                raise key_error(f"{key}.{name}", 'unknown key: format = "onnx" has only type')
-        _check_type(types.type, ONNX_TYPES, f"{key}.type", format_)
+        _check_onnx(types, key)
         return
+    for name in _ONNX_ALONE:
+        if name in types.model_fields_set:
+            raise key_error(f"{key}.{name}", f'unknown key: format = "{format_}" has none, only "onnx" does')
     from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES, rounded_in
 
     if types.type == AUTO:
@@ -271,6 +292,17 @@ def check_types(types: Types, format_: str, key: str = "quantize") -> None:
             raise key_error(f"{key}.rounding", f'"gptq" rounds {", ".join(FINELY_ROUNDED)}, not {types.type}{why}')
         if not types.imatrix:
             raise key_error(f"{key}.rounding", '"gptq" needs the calibration set: add imatrix = true')
+
+
+def _check_onnx(types: Types, key: str) -> None:
+    for name in ("imatrix", "embedding_type", "output_type"):
+        if name in types.model_fields_set:
+            raise key_error(f"{key}.{name}", f'unknown key: format = "onnx" has type, {", ".join(_ONNX_KEYS)}')
+    _check_type(types.type, ONNX_TYPES, f"{key}.type", "onnx")
+    for name in _ONNX_KEYS:
+        if name in types.model_fields_set and name not in ONNX_TYPES[types.type]:
+            having = " or ".join(kind for kind, keys in ONNX_TYPES.items() if name in keys)
+            raise key_error(f"{key}.{name}", f"{types.type} of onnx has none: leave it out, or take type {having}")
 
 
 def _check_auto(types: Types, key: str) -> None:
@@ -384,7 +416,10 @@ def to_toml(target: Target) -> str:
     if target.kv == F16:
         del data["runtime"]["kv_cache"]
     if target.runtime.format == "onnx":
-        data["quantize"] = {"type": data["quantize"]["type"]}
+        given = {"type", *(target.quantize.model_fields_set & set(_ONNX_KEYS))}
+        data["quantize"] = {key: item for key, item in data["quantize"].items() if key in given}
+    else:
+        data["quantize"] = {key: item for key, item in data["quantize"].items() if key not in _ONNX_ALONE}
     lines = [f"{key} = {value(data.pop(key))}" for key in ("summary", "arch", "features")]
     for table, keys in data.items():
         if keys:

@@ -1,8 +1,8 @@
 """allocate: choose the type of every matrix so that the file keeps a target's limits.
 
-In: the table of ``sensitivity``, the full-precision GGUF (for what is not a matrix), what each type costs on the target where that
-was measured. Out: ``types.json`` (the type of every matrix), ``front.json`` (size and predicted KLD of the best choices for other
-sizes, speeds left aside).
+In: the table of ``sensitivity``, the full-precision GGUF (for what is not a matrix; a table of ONNX says that itself), what each
+type costs on the target where that was measured. Out: ``types.json`` (the type of every matrix), ``front.json`` (size and
+predicted KLD of the best choices for other sizes, speeds left aside).
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Allocate(Stage):
 
         table = json.loads(ctx.path(self.sensitivity, "table.json").read_text())
         costs, shapes = table["costs"], table["shapes"]
-        beside = overhead(read_info(ctx.path(self.model, "model.gguf")), costs)
+        beside = table.get("beside")
+        if beside is None:
+            beside = overhead(read_info(ctx.path(self.model, "model.gguf")), costs)
         speeds = self.speeds or {}
         limits = [speed_limit(name, of, shapes) for name, of in speeds.items()]
         least = sum(min(size for size, _ in types.values()) for types in costs.values())

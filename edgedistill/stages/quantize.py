@@ -1,7 +1,7 @@
 """quantize: one converted (GGUF) or merged (ONNX) model to the types a target asks for.
 
 In: the f16 GGUF, the importance matrix and the text it was measured on, for type "auto" the types that ``allocate`` chose; or
-the merged checkpoint for ONNX. Out:
+the merged checkpoint for ONNX, with kept rows or plain text where codes are rounded on it. Out:
 ``model.gguf``, or ``onnx/``. Gate on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves
 nothing, so its model is run beside transformers."""
 
@@ -36,6 +36,12 @@ class Quantize(Stage):
     tool: str
     types: Key | None = later(None)
     sensitivity: Key | None = later(None)
+    block: int = later(32)
+    symmetric: bool = later(True)
+    accuracy: int = later(4)
+    kept: Key | None = later(None)
+    text: tuple[str, ...] = later(())
+    calibrated: int = later(0)
     rows: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
@@ -96,8 +102,35 @@ class Quantize(Stage):
         from edgedistill.formats.onnx.check import compare
 
         source, out = ctx.path(self.model, "model"), ctx.out / "onnx"
-        report = build(source, out, self.type, progress=ctx.progress)
+        auto, gptq = self.types is not None, self.rounding == "gptq"
+        report = build(
+            source,
+            out,
+            "int4" if auto else self.type,
+            block=self.block,
+            symmetric=self.symmetric
+            or gptq,  # zero points are put in with the codes, into an embedding that is shared too
+            accuracy=self.accuracy,
+            progress=ctx.progress,
+        )
+        rounded = {"rounding": self._round(ctx, source, out)} if auto or gptq else {}
         ctx.progress(1, 1, "comparing with transformers")
         hop = compare(source, out, [[dict(message) for message in row.messages] for row in self.rows[:4]])
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        return {"build": report.to_json(), "hop": hop.to_json(), "size": size, "type": self.type}
+        return {"build": report.to_json(), "hop": hop.to_json(), "size": size, "type": self.type} | rounded
+
+    def _round(self, ctx: Context, source: Path, out: Path) -> dict[str, Any]:
+        """Choose the codes of a built folder anew: in the kinds that ``allocate`` chose, or in the one that was asked for."""
+        from edgedistill.evals.calibration_text import encode_for_checkpoint
+        from edgedistill.formats.onnx.rounding import round_folder, task_rows
+        from edgedistill.formats.onnx.types import KINDS, Kind
+
+        if self.types is not None and self.sensitivity is not None:
+            names = json.loads(ctx.path(self.types, "types.json").read_text())
+            kinds = {matrix: KINDS[name] for matrix, name in names.items()}
+            rows = [(row, start) for row, start in json.loads(ctx.path(self.sensitivity, "text.json").read_text())]
+        else:
+            kinds = Kind(bits=4, block=self.block, zeros=not self.symmetric)
+            kept = ctx.path(self.kept, "kept.jsonl") if self.kept else None
+            rows = task_rows(source, *encode_for_checkpoint(source, kept, self.calibrated, self.text))
+        return round_folder(out, source, rows, kinds, threads=ctx.threads, progress=ctx.progress).to_json()

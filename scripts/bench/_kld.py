@@ -5,8 +5,9 @@ whose weights lie on no grid.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf.read import read_info, read_tensor
 
 
-def calibration(runner: GgufRunner, rows: Sequence[Row]) -> tuple[list[list[int]], list[int]]:
+def calibration(runner: Any, rows: Sequence[Row]) -> tuple[list[list[int]], list[int]]:
     """Encode prompts with their references, as the calibrate step does; return token rows and where the answers start."""
     prompts = [runner.encode(row) for row in rows]
     texts = [
@@ -34,17 +35,17 @@ def divergences(path: Path, reference: Path, rows: Sequence[Row]) -> np.ndarray:
 class Reference:
     """A full-precision file's distributions over the answers of some sets of rows: run once, in memory."""
 
-    def __init__(self, path: Path, sets: dict[str, list[Row]]) -> None:
-        with GgufRunner(path) as whole:
+    def __init__(self, path: Path, sets: dict[str, list[Row]], runner: Callable[[Path], Any] = GgufRunner) -> None:
+        with runner(path) as whole:
             tokens = {name: token_rows(whole, rows) for name, rows in sets.items()}
             self.places = {
                 name: ([one.ids for one in of], [one.positions for one in of]) for name, of in tokens.items()
             }
             self.own = {name: list(whole.logprobs(*places)) for name, places in self.places.items()}
 
-    def divergences(self, path: Path) -> dict[str, np.ndarray]:
+    def divergences(self, path: Path, runner: Callable[[Path], Any] = GgufRunner) -> dict[str, np.ndarray]:
         """Return the mean KLD of every row of each set, nats a token."""
-        with GgufRunner(path) as candidate:
+        with runner(path) as candidate:
             return {
                 name: np.array([
                     kl_divergence(own, other)[0].mean()

@@ -11,6 +11,8 @@ from edgedistill.errors import RecipeError
 from edgedistill.recipes import copy_recipe
 from tests.unit.test_plan import changed, make
 
+ONNX = "laptop-x86-onnx"
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -42,3 +44,33 @@ def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
         RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
     ):
         make(folder, **auto("laptop-x86", "20 MiB"))
+
+
+def onnx(**types: Any) -> dict[str, Any]:
+    return {f"quantize__{ONNX}__{key}": value for key, value in types.items()}
+
+
+def test_onnx_targets_round_on_kept_rows_and_share_a_table_of_their_own(folder: Path) -> None:
+    plain = make(folder)
+    (kept,), (merged,) = plain.match("filter"), plain.match("merge")
+    rounded = make(folder, **onnx(type="int4", rounding="gptq"))
+    (file,) = rounded.match(f"quantize/{ONNX}")
+    assert set(file.stage.inputs()) == {kept.key, merged.key}
+    own = {f"{stage}/{ONNX}" for stage in ("quantize", "evaluate", "measure", "package")}
+    assert changed(plain, rounded) == own
+    assert changed(rounded, make(folder, **onnx(type="int4", rounding="gptq", symmetric=False))) == own
+    chosen = make(folder, **onnx(type="auto", size="90 MiB"))
+    (table,), (choice,) = chosen.match("sensitivity-onnx"), chosen.match(f"allocate/{ONNX}")
+    (file,) = chosen.match(f"quantize/{ONNX}")
+    assert set(table.stage.inputs()) == {kept.key, merged.key}
+    assert {choice.key, table.key, merged.key} == set(file.stage.inputs())
+    assert not any(step.stage.name == "sensitivity" for step in chosen.steps)
+
+
+def test_what_onnx_cannot_reach_or_make_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
+    ):
+        make(folder, **onnx(type="auto", size="20 MiB"))
+    with pytest.raises(RecipeError, match=r"hidden size of 576 has 9 blocks of 64"):
+        make(folder, **onnx(type="mixed", block=64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,40 @@ def test_wrong_target_is_refused_with_line_and_key(tmp_path: Path, old: str, new
     assert message in refused(tmp_path, GOOD.replace(old, new))
 
 
-def test_onnx_target_takes_a_type_and_nothing_else(tmp_path: Path) -> None:
+def test_onnx_target_takes_a_type_and_what_that_type_has(tmp_path: Path) -> None:
     onnx = GOOD.replace('"gguf"', '"onnx"').replace('"llama.cpp"', '"onnxruntime-genai"').replace('"Q4_0"', '"int8"')
-    assert 'quantize.imatrix: unknown key: format = "onnx" has only type' in refused(tmp_path, onnx)
+    assert 'quantize.imatrix: unknown key: format = "onnx" has type, size, rounding' in refused(tmp_path, onnx)
     path = tmp_path / "onnx.toml"
     path.write_text(onnx.replace("imatrix = true\n", ""))
-    assert check_target(path).quantize.type == "int8"
+    target = check_target(path)
+    assert (target.quantize.type, target.quantize.block, target.quantize.symmetric) == ("int8", 32, True)
+    fine = target.with_types({"type": "int4", "block": 128, "symmetric": False, "accuracy": 1, "rounding": "gptq"})
+    assert (fine.quantize.block, fine.quantize.symmetric, fine.quantize.accuracy) == (128, False, 1)
+    path.write_text(to_toml(fine))
+    assert check_target(path).quantize == fine.quantize
+    assert target.with_types({"type": "auto"}).auto_size == target.limits.file_size
+    for changes, said in (
+        ({"rounding": "gptq"}, "int8 of onnx has none: leave it out, or take type int4"),
+        ({"type": "mixed", "symmetric": False}, "mixed of onnx has none"),
+        (
+            {"type": "auto", "block": 64},
+            "block: auto of onnx has none: leave it out, or take type int8 or int4 or mixed",
+        ),
+        ({"type": "int4", "size": "1 MiB"}, "size: int4 of onnx has none: leave it out, or take type auto"),
+        ({"type": "int4", "block": 48}, "quantize.onnx.block: Input should be 32, 64 or 128"),
+        ({"type": "Q4_0"}, '"Q4_0" is no type of onnx'),
+    ):
+        with pytest.raises(UsageError, match=re.escape(said)):
+            target.with_types(changes)
+    with pytest.raises(UsageError, match=r'laptop-x86\.block: unknown key: format = "gguf" has none'):
+        find_target("laptop-x86").with_types({"block": 32})
+
+
+def test_what_came_later_is_no_part_of_a_package_until_it_is_used() -> None:
+    plain = find_target("laptop-x86-onnx")
+    assert set(plain.to_json()["quantize"]) == {"type", "imatrix", "embedding_type", "output_type", "rounding"}
+    other = plain.with_types({"type": "int4", "block": 128})
+    assert other.to_json()["quantize"]["block"] == 128 and "symmetric" not in other.to_json()["quantize"]
 
 
 def test_look_up_prefers_the_recipe_and_names_the_nearest(tmp_path: Path) -> None:
@@ -155,8 +184,6 @@ def test_recipe_may_replace_types_and_only_what_the_format_has() -> None:
         target.with_types({"tpe": "Q8_0"})
     with pytest.raises(UsageError, match="imatrix: unknown key"):
         find_target("laptop-x86-onnx").with_types({"imatrix": True})
-    with pytest.raises(UsageError, match="rounding: unknown key"):
-        find_target("laptop-x86-onnx").with_types({"rounding": "gptq"})
 
 
 def test_rounding_with_feedback_needs_a_type_and_text_for_it() -> None:

@@ -82,9 +82,11 @@ def collect(
     seed: int = 0,
     memory: int = MEMORY,
     threads: int | None = None,
+    as_gguf: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Moments]]:
-    """Yield (GGUF name, moments) of every matrix of a checkpoint, layer by layer.
+    """Yield (GGUF name, moments) of every matrix of a checkpoint, layer by layer; with ``as_gguf`` off the checkpoint's own names
+    and order of rows.
 
     ``token_rows`` are texts in token ids; of each, tokens from ``starts`` on are the ones whose distributions are to be kept (an
     answer after its prompt). At most ``memory`` bytes of moments are held: a larger model takes more passes. Raises
@@ -106,7 +108,7 @@ def collect(
     torch.set_num_threads(threads or os.cpu_count() or 1)
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().requires_grad_(False)
-        names = places(checkpoint)
+        names = places(checkpoint) if as_gguf else _OwnNames()
         groups = _groups(model, memory)
         of_head = None
         for at, layers in enumerate(groups):
@@ -306,6 +308,13 @@ class _Pass:
             looked_up, columns = (self.looked_up / self.predicted).numpy(), (self.columns / whole).numpy()
             own = self.of_head if tied else (None, None)
             yield names[f"{self.named[self.embedding]}.weight"][0], Moments(*own, looked_up, columns)
+
+
+class _OwnNames(dict[str, tuple[str, Callable[["np.ndarray"], "np.ndarray"]]]):
+    """Leaves every tensor its name and its rows their order."""
+
+    def __missing__(self, name: str) -> tuple[str, Callable[[np.ndarray], np.ndarray]]:
+        return name, lambda values: values
 
 
 def _cut(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

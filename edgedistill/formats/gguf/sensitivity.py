@@ -75,7 +75,7 @@ def measure(
         raise UsageError(
             f"every calibration row is longer than the model's context of {most} tokens", "give shorter text"
         )
-    rows = _spread(rows, tokens)
+    rows = spread(rows, tokens)
     table: dict[str, dict[str, list[float]]] = {}
     sums: dict[str, tuple[Any, int]] = {}
     count = sum(len(row) for row, _ in rows)
@@ -122,7 +122,7 @@ def _importance(moments: Moments, columns: int) -> np.ndarray:
     return (found / mean).clip(min=_LEAST).astype(np.float32)
 
 
-def _spread(rows: list[tuple[Sequence[int], int]], tokens: int) -> list[tuple[Sequence[int], int]]:
+def spread(rows: list[tuple[Sequence[int], int]], tokens: int) -> list[tuple[Sequence[int], int]]:
     """Return rows of about ``tokens`` tokens in all, spread evenly over the list; all where there are no more, one at least."""
     whole = sum(len(row) for row, _ in rows)
     if whole <= tokens:

@@ -26,7 +26,7 @@ from edgedistill.evals.runners.onnx import require_onnx
 
 Progress = Callable[[int, int, str], None]
 
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "int8", "int4", "mixed")
 NEEDED = ("genai_config.json", "model.onnx", "tokenizer.json")
 LOG_LINES = 25
 
@@ -46,8 +46,19 @@ class OnnxReport:
         return asdict(self)
 
 
-def build(model_dir: Path, out: Path, precision: str, *, progress: Progress | None = None) -> OnnxReport:
-    """Build the new folder ``out`` from ``model_dir`` with weights in ``precision``: fp32, int8 or int4.
+def build(
+    model_dir: Path,
+    out: Path,
+    precision: str,
+    *,
+    block: int = 32,
+    symmetric: bool = True,
+    accuracy: int = 4,
+    progress: Progress | None = None,
+) -> OnnxReport:
+    """Build the new folder ``out`` from ``model_dir`` with weights in ``precision``: fp32, int8, int4, or mixed (4 bits, with the
+    head and the matrices that llama.cpp's mixes give more in 8). Of what is not fp32: ``block`` weights share a scale, int4's codes
+    lie around 0 (``symmetric``), and ``accuracy`` 4 lets the runtime round inputs to 8 bits, 1 does not.
 
     Written beside ``out`` under another name and renamed when complete. Raises UsageError for a missing extra, an
     unknown precision or a folder without safetensors; StepFailed with the end of the builder's log where it fails.
@@ -68,7 +79,9 @@ def build(model_dir: Path, out: Path, precision: str, *, progress: Progress | No
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as work:
         partial, cache = Path(work) / "model", Path(work) / "cache"
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(model_dir), "-o", str(partial)]
-        command += ["-p", precision, "-e", "cpu", "-c", str(cache)]
+        command += ["-p", "int4" if precision == "mixed" else precision, "-e", "cpu", "-c", str(cache)]
+        if options := _options(precision, block, symmetric, accuracy):
+            command += ["--extra_options", *options]
         _run(command, layers, progress)
         files = {p.relative_to(partial).as_posix(): p.stat().st_size for p in sorted(partial.rglob("*")) if p.is_file()}
         if missing := [name for name in NEEDED if name not in files]:
@@ -84,6 +97,17 @@ def build(model_dir: Path, out: Path, precision: str, *, progress: Progress | No
         seconds=round(time.perf_counter() - started, 2),
         versions=versions(),
     )
+
+
+def _options(precision: str, block: int, symmetric: bool, accuracy: int) -> list[str]:
+    """Return the builder's words for what is not its default."""
+    found = ["algo_config=k_quant_mixed"] if precision == "mixed" else []
+    found += [f"block_size={block}"] if block != 32 else []
+    found += [f"accuracy_level={accuracy}"] if accuracy != 4 else []
+    if not symmetric:
+        # The embedding would look for codes of a name that this quantizer does not give: built so, it cannot be loaded.
+        found += ["is_symmetric=false", "shared_embeddings=false"]
+    return found
 
 
 def versions() -> dict[str, str]:

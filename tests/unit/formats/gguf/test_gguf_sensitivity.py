@@ -53,11 +53,11 @@ def test_a_matrix_without_any_gradient_costs_nothing() -> None:
 
 def test_rows_are_spread_evenly_and_long_ones_left_out(tiny: Tiny, tiny_gguf: Tiny, tmp_path: Path) -> None:
     rows: list[tuple[list[int], int]] = [([at] * 10, 1) for at in range(100)]
-    kept = [row[0] for row, _ in sensitivity._spread(rows, 200)]  # pyright: ignore[reportArgumentType]
+    kept = [row[0] for row, _ in sensitivity.spread(rows, 200)]  # pyright: ignore[reportArgumentType]
     assert len(kept) == 20 and {b - a for a, b in itertools.pairwise(kept)} <= {4, 5, 6}
     long: list[tuple[list[int], int]] = [([0] * 9000, 1), *rows]
-    assert all(len(row) == 10 for row, _ in sensitivity._spread(long, 200))  # pyright: ignore[reportArgumentType]
-    assert sensitivity._spread([([0] * 9000, 1)], 200) == [([0] * 9000, 1)]
+    assert all(len(row) == 10 for row, _ in sensitivity.spread(long, 200))  # pyright: ignore[reportArgumentType]
+    assert sensitivity.spread([([0] * 9000, 1)], 200) == [([0] * 9000, 1)]
     report = sensitivity.measure(
         tiny_gguf(), tiny(), [[5] * 300, *ROWS], [1] * 25, tmp_path, palette=("Q4_0", "Q8_0"), threads=1
     )

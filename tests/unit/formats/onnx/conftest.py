@@ -20,6 +20,13 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def even_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose rows have an even number of blocks of 64: ``mixed`` needs one."""
+    folder = tmp_path_factory.mktemp("onnx") / "even"
+    return make_model(folder, pre="gpt-2", hidden_size=128, num_attention_heads=8, head_dim=16)
+
+
+@pytest.fixture(scope="session")
 def reports() -> dict[str, tuple[OnnxReport, list[tuple[int, int, str]]]]:
     """Hold what ``tiny_onnx`` was told about each build: the report and the progress."""
     return {}

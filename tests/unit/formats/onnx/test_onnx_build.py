@@ -63,6 +63,44 @@ def test_every_precision_is_proved(tiny_hf: Path, tiny_onnx: Onnx, precision: st
         assert hop.kld > 1e-6
 
 
+def kinds_in(folder: Path) -> set[tuple[int, int, bool, int]]:
+    """Return (bits, block, zero points, accuracy) of the products of a graph."""
+    import onnx
+
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    about = [({a.name: a.i for a in node.attribute}, len(node.input) > 3) for node in nodes]
+    return {(a["bits"], a["block_size"], zeros, a["accuracy_level"]) for a, zeros in about}
+
+
+@pytest.mark.parametrize(
+    ("precision", "options"),
+    [
+        ("int4", {"block": 64, "symmetric": False, "accuracy": 1}),
+        pytest.param("mixed", {}, marks=pytest.mark.slow),
+        *(
+            pytest.param("int4", {"block": block, "symmetric": symmetric, "accuracy": accuracy}, marks=pytest.mark.slow)
+            for block in (32, 64, 128)
+            for symmetric in (True, False)
+            for accuracy in (1, 4)
+            if (block, symmetric, accuracy) != (64, False, 1)
+        ),
+        pytest.param("int8", {"block": 128, "accuracy": 1}, marks=pytest.mark.slow),
+        pytest.param("mixed", {"block": 64, "accuracy": 1}, marks=pytest.mark.slow),
+    ],
+)
+def test_every_option_is_built_loaded_and_proved(
+    even_hf: Path, tmp_path: Path, precision: str, options: dict[str, Any]
+) -> None:
+    build(even_hf, tmp_path / "out", precision, **options)
+    block, symmetric, accuracy = (
+        options.get(name, at) for name, at in (("block", 32), ("symmetric", True), ("accuracy", 4))
+    )
+    bits = {"int4": {4}, "int8": {8}, "mixed": {4, 8}}[precision]
+    assert kinds_in(tmp_path / "out") == {(n, block, precision == "mixed" or not symmetric, accuracy) for n in bits}
+    assert 1e-6 < compare(even_hf, tmp_path / "out", PROMPTS).kld < 3.0
+
+
 def test_a_narrower_residual_stream_is_proved_too(tmp_path: Path) -> None:
     """Its heads are together wider than what they read and write, which a Llama of the builder's kind seldom has."""
     from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model
