@@ -17,9 +17,13 @@ from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.recipe_tune import Tune as Table
+from edgedistill.report import ReportData
+from edgedistill.report_entries import fallbacks
+from edgedistill.report_work import types_sheet
 from edgedistill.rows import RowStore
 from edgedistill.stages.tune import Tune
 from edgedistill.step import Context
+from edgedistill.store import Entry
 from edgedistill.training.recipe import encode_rows
 from tests.unit.formats.gguf.conftest import make_model
 
@@ -73,6 +77,9 @@ def test_a_file_is_tuned_or_stays_as_it_was(helps: bool, tmp_path: Path) -> None
     before, after = quantized / "model.gguf", out / "model.gguf"
     assert (before.read_bytes() == after.read_bytes()) is not helps
     assert read_info(before).tensors == read_info(after).tensors and facts["size"] == before.stat().st_size
+    found = fallbacks({"tune/phone": cast("Entry", SimpleNamespace(facts=facts))})
+    note = types_sheet(cast("ReportData", SimpleNamespace(fallbacks=found))).rows[0][-1]
+    assert note.startswith("15 matrices (") and " on other text" in note and ("no help" in note) is not helps
     if not helps:
         assert before.samefile(after)
         return
