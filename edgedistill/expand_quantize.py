@@ -1,4 +1,4 @@
-"""The steps that make files of a target's types: calibration, the choice of types, quantizing, tuning of norms."""
+"""The steps that make files of a target's types: calibration, the choice of types, quantizing, tuning."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class QuantizeSteps(TrainingSteps):
     def _typed(
         self, name: str, target: Target, student: Key, gguf: Key, imatrix: Key, kept: Key, of: str = ""
     ) -> tuple[Key, str]:
-        """Add the student in a target's type, its norms tuned where the recipe asks for it; return the key and the file in it.
+        """Add the student in a target's type, tuned where the recipe asks for it; return the key and the file in it.
         ``of`` names the student where it is not the last one.
         """
         onnx = target.runtime.format == "onnx"
@@ -174,22 +174,28 @@ class QuantizeSteps(TrainingSteps):
         return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=memory, disk=size)
 
     def _tune(self, name: str, quantized: Key, student: Key) -> Key:
-        tune, rows = self.recipe.tune, self.inputs.tuning
+        tune, rows, general = self.recipe.tune, self.inputs.tuning, self.inputs.tuning_general
         assert tune is not None
+        weights = tune.parts == "weights"
+        training = tune.keyed("targets", "files", "rows", "skip", "general")
+        if tune.general is not None:
+            training["general"] = {**tune.general.keyed("files", "rows"), "rows_digest": rows_digest(general)}
         stage = Tune(
             quantized=quantized,
             student=student,
             rows_digest=rows_digest(rows),
             rows=rows,
-            training=tune.keyed("targets", "files", "rows", "skip"),
+            general=general,
+            training=training,
             seed=self.recipe.seed,
         )
-        tokens = sum(map(row_tokens, rows)) * tune.epochs
-        work = train_work(self.s_params, tokens, full=False)
+        tokens = sum(map(row_tokens, (*rows, *general))) * tune.epochs
+        work = train_work(self.s_params, tokens, full=weights)
         return self.graph.add(
             name,
             stage,
             replace(work, amount=work.amount + 2 * self.s_params * tokens),
-            memory=12 * self.s_params + (RUNTIME_MIB + 600) * MIB,
-            disk=5 * self.s_params,
+            # Weights: bf16 ones of both models and their gradients, float32 places, gradients and two moments, blocks.
+            memory=(24 if weights else 12) * self.s_params + (RUNTIME_MIB + 600) * MIB,
+            disk=(30 if weights else 5) * self.s_params,
         )

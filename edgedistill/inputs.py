@@ -23,7 +23,8 @@ from edgedistill.evals import own_metric
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
-from edgedistill.recipe_distill import Distill
+from edgedistill.recipe_distill import Distill, Keep
+from edgedistill.recipe_tune import OtherText
 from edgedistill.served import Server
 from edgedistill.target import Target
 from edgedistill.training.shaping import choose_layers
@@ -51,6 +52,7 @@ class Inputs:
     others: tuple[Resolved, ...] = ()
     """The models of ``recipe.teachers``, in their order."""
     general: tuple[Row, ...] = ()
+    tuning_general: tuple[Row, ...] = ()
     graders: Mapping[str, Resolved] = field(default_factory=dict)
     """The models of filters, by their sources, where they are neither teacher nor student."""
     judge: Resolved | None = None
@@ -196,7 +198,8 @@ def read_inputs(
         tempering=read(recipe.temperature, "temperature"),
         suites={name: suite_rows(name, suite) for name, suite in recipe.suites.items()},
         others=tuple(others),
-        general=_general(_Files(path, fetched=fetched), recipe),
+        general=_general(_Files(path, fetched=fetched), recipe.distill.keep, "distill.keep"),
+        tuning_general=_general(_Files(path, fetched=fetched), recipe.tune and recipe.tune.general, "tune.general"),
         link_targets=tuple(map(tuple, link_targets)),
         ship_anyway=ship_anyway,
         graders=graders or {},
@@ -204,17 +207,16 @@ def read_inputs(
     )
 
 
-def _general(source: _Files, recipe: Recipe) -> tuple[Row, ...]:
-    """Read the rows of ``distill.keep``: as they are, for they are no task and have no style of answering."""
-    keep = recipe.distill.keep
-    if keep is None:
+def _general(source: _Files, section: Keep | OtherText | None, name: str) -> tuple[Row, ...]:
+    """Read rows of other text, which ``name`` is the key of: as they are, for they are no task and have no style of answering."""
+    if section is None:
         return ()
-    rows = _read_rows(source, keep, keep.rows, "distill.keep.files", reference=True)
+    rows = _read_rows(source, section, section.rows, f"{name}.files", reference=True)
     if len(rows) < FEWEST:
         raise RecipeError(
             f"{len(rows)} general rows are too few to keep anything by",
             f"give at least {FEWEST}, of many kinds",
-            key="distill.keep.rows" if keep.rows else "distill.keep.files",
+            key=f"{name}.rows" if section.rows else f"{name}.files",
             file=source.recipe_path,
         )
     return rows
@@ -311,6 +313,7 @@ def files_of_rows(inputs: Inputs) -> dict[str, tuple[Row, ...]]:
         "temperature": inputs.tempering,
         "draft": inputs.drafting,
         "distill.keep": inputs.general,
+        "tune.general": inputs.tuning_general,
         **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
     }
     return {f"{name}.files": rows for name, rows in sections.items()}

@@ -1,10 +1,10 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
 Every default lives in these classes, once (``recipe_base.py``: what the tables share; ``recipe_teacher.py``,
-``recipe_prompts.py``, ``recipe_filter.py``, ``recipe_labels.py`` and ``recipe_distill.py``: who teaches, what is asked, what is
-kept, how the student is taught). A key that is not built does
-not exist, and is refused with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints
-this as JSON Schema for editors.
+``recipe_prompts.py``, ``recipe_filter.py``, ``recipe_labels.py``, ``recipe_distill.py`` and ``recipe_tune.py``: who teaches, what
+is asked, what is kept, how the student is taught, how its files are tuned). A key that is not built does not exist, and is refused
+with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for
+editors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from edgedistill.recipe_labels import Labels, refuse_labels
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts, refuse_backend, refuse_several
+from edgedistill.recipe_tune import Tune
 from edgedistill.target import Size
 from edgedistill.toml_source import key_error, load_toml
 from edgedistill.training.objectives import WHOLE, problem
@@ -144,22 +145,6 @@ class Calibrate(Section):
     """Rows of the training text that the importance matrix is measured on."""
 
     rows: Count = 200
-
-
-class Tune(Tabled, Training):
-    """Train the norms of quantized files towards the student that they were made from, whole: what rounding shifted is
-    shifted back, and type, size and speed stay. ``skip`` leaves out the first so many rows of each file: text that the
-    student was taught shows little of what rounding did.
-    """
-
-    targets: Annotated[tuple[str, ...], Field(min_length=1, description="whose files: GGUF targets of this recipe")]
-    files: Annotated[tuple[Path, ...], Field(min_length=1)]
-    rows: Rows = None
-    skip: Skip = 0
-    epochs: Positive = 1.0
-    batch_size: Count = 8
-    lr: Positive = 1e-3
-    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
 
 
 class Temperature(Tabled):
@@ -349,6 +334,7 @@ class Recipe(Section):
             "prompts": self.prompts,
             **skipping,
             "distill.keep": self.distill.keep,
+            "tune.general": self.tune.general if self.tune else None,
         }
         for place, section in sections.items():
             if section is not None and isinstance(section.rows, tuple) and len(section.rows) != len(section.files):

@@ -33,6 +33,7 @@ from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse
 from edgedistill.refusals_kv import refuse_kv
 from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.refusals_teachers import refuse_backend, refuse_others
+from edgedistill.refusals_tune import refuse_tuning
 from edgedistill.target import AUTO, Target, format_size
 from edgedistill.training.objectives import WHOLE
 
@@ -113,6 +114,7 @@ def refuse(inputs: Inputs) -> list[str]:
         *inputs.drafting,
         *inputs.tempering,
         *inputs.general,
+        *inputs.tuning_general,
     )
     taught = {id(row): row for row in every}  # files may be shared
     for found in leaks(list(taught.values()), inputs.suites)[:1]:
@@ -141,7 +143,7 @@ def refuse(inputs: Inputs) -> list[str]:
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
-    return warnings + _refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs)
+    return warnings + refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs)
 
 
 def _reviews(inputs: Inputs) -> list[str]:
@@ -227,29 +229,6 @@ def _thinking(inputs: Inputs) -> list[str]:
                 f"{target.limits.tg128:g} tokens/s (filter.max_words)"
             )
     return found
-
-
-def _refuse_tuning(inputs: Inputs) -> list[str]:
-    """Refuse to tune the norms of what cannot be dequantized; warn where the text was taught already."""
-    tune = inputs.recipe.tune
-    if tune is None:
-        return []
-    told: tuple[str, str] | None = None
-    for target in all_targets(inputs):
-        if target.name in tune.targets and target.runtime.format != "gguf":
-            told = (f"{target.name} is an ONNX target: norms are tuned in GGUF files", "take it out of tune.targets")
-    if inputs.student.facts.architecture != "llama":
-        family = inputs.student.facts.architecture
-        told = (f"norms are tuned in files of the llama family, and the student is {family}", "leave [tune] out")
-    if told is not None:
-        raise RecipeError(*told, key="tune.targets", file=inputs.path)
-    taught = {row.id for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}
-    seen = sum(row.id in taught for row in inputs.tuning)
-    if not seen:
-        return []
-    return [
-        f"{seen} of {len(inputs.tuning)} rows of [tune] are taught before: what rounding did shows little on them (tune.skip)"
-    ]
 
 
 def _refuse_temperature(inputs: Inputs) -> None:

@@ -48,7 +48,7 @@ def fallbacks(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
         elif entry and "tune" in entry.facts:
             tune = entry.facts["tune"]
             found[name] = {"type": "", "bpw": None, "asked_bpw": None, "warning": None, "moved": {}, "tune": tune}
-            found[name]["tensors"] = tune["norms"]
+            found[name]["tensors"] = tune["norms"] + tune.get("matrices", 0)
     return found
 
 

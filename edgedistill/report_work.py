@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from edgedistill.data.verdicts import told
 from edgedistill.report import ReportData
 from edgedistill.report_cells import count, filled, machine_notes, text
@@ -193,14 +196,27 @@ def types_sheet(data: ReportData) -> Sheet:
                 f"their products {rounding['after']:.2g}, to nearest {rounding['before']:.2g}"
             )
         if tune := found.get("tune"):
+            what = "norms"
+            if tune.get("parts") == "weights":
+                what = f"{tune['matrices']} matrices ({tune['turned']:.1%} of the codes are others) and norms"
             notes.append(
-                f"norms tuned: KLD to the student before rounding {tune['before']:.2g} to {tune['after']:.2g}, on "
+                f"{what} tuned: KLD to the student before rounding {tune['before']:.2g} to {tune['after']:.2g}, on "
                 f"{tune['tokens']:,} tokens of {tune['rows']} rows held out"
+                + elsewhere(tune)
                 + ("" if tune["helped"] else "; that is no help, and the file is as it was")
             )
         rows.append([step, str(found["type"]), *bpw, str(found["tensors"] or ""), moved, "; ".join(notes)])
     columns = ("step", "type", "bpw", "without fallbacks", "tensors", "fell back", "note")
     return filled(Sheet(title="quantization", columns=columns, rows=rows, right=frozenset({2, 3, 4})))
+
+
+def elsewhere(tune: Mapping[str, Any]) -> str:
+    """Say what tuning did to text that is not of the task, where it was looked at."""
+    if "elsewhere" not in tune:
+        return ""
+    before, after = tune["elsewhere"]
+    beyond = after > tune["worse"] * before
+    return f", and {before:.2g} to {after:.2g} on other text" + (" (too much)" if beyond else "")
 
 
 def times_sheet(data: ReportData) -> Sheet:

@@ -301,6 +301,7 @@ def rows_of_point(point: Point, key: str) -> int:
         "tune.rows": inputs.tuning,
         "draft.rows": inputs.drafting,
         "distill.keep.rows": inputs.general,
+        "tune.general.rows": inputs.tuning_general,
     }.get(key)
     if read is None:
         return sum(value) if isinstance(value, list | tuple) else int(value)

@@ -91,14 +91,14 @@ def tune_norms(
     vocab_size = model.config.vocab_size
     teacher = DenseTeacher(load_model(student), vocab_size)
     dtype = torch_dtype(settings.dtype, pick_device())
-    before = _mean_kld(model, teacher, held, dtype)
+    before = mean_kld(model, teacher, held, dtype)
     result = train(load_model(quantized), taught, None, settings=settings, out=work, teacher=teacher, progress=progress)
     norms = read_norms(result.path)
     known = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in norms.items():
             known[name].copy_(value)
-    after = _mean_kld(model, teacher, held, dtype)
+    after = mean_kld(model, teacher, held, dtype)
     tokens = round(sum(sum(one.token_weights) for one in held))
     return Tuned(norms=norms, before=before, after=after, rows=len(held), tokens=tokens, result=result)
 
@@ -121,7 +121,7 @@ def read_norms(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "norms.safetensors")
 
 
-def _mean_kld(model: Any, teacher: DenseTeacher, examples: Sequence[Example], dtype: torch.dtype) -> float:
+def mean_kld(model: Any, teacher: DenseTeacher, examples: Sequence[Example], dtype: torch.dtype) -> float:
     """Return the mean forward KL from ``teacher`` a completion token; ``model`` computes in ``dtype`` and keeps its own."""
     device = pick_device()
     exact = {name: parameter.data for name, parameter in model.named_parameters()}

@@ -25,7 +25,7 @@ WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
 LATER = (
     *("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature"),
-    *("features", "keep", "curriculum"),
+    *("features", "keep", "curriculum", "code_lr", "scale_lr"),
 )
 """Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -57,13 +57,16 @@ class TrainSettings:
     relative error (``hidden.py``), ``features`` what else is compared of them (``features.py``). ``on_policy`` is the share of
     rows that the student writes itself (``on_policy.py``), up to ``on_policy_tokens`` tokens drawn at
     ``on_policy_temperature``. ``curriculum`` names what orders the rows of the first epoch from easy to hard (``curriculum.py``).
-    ``gradient_norms`` is every how many steps the norms of the kd, ce and features gradients are
-    taken apart (0: never).
+    ``code_lr`` (steps of the grid) and ``scale_lr`` (shares of the scales) are the learning rates of a quantized file's blocks
+    (``quantized.py``), whose norms have ``lr``. ``gradient_norms`` is every how many steps the norms of the kd, ce and features
+    gradients are taken apart (0: never).
     """
 
-    method: Literal["lora", "qlora", "full", "norms"] = "lora"
+    method: Literal["lora", "qlora", "full", "norms", "weights"] = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     lr: float = 2e-4
+    code_lr: float = 1.5e-3
+    scale_lr: float = 1e-3
     epochs: float = 1.0
     steps: int | None = None
     batch_size: int = 16
@@ -116,6 +119,7 @@ class TrainResult:
     resumed_at: int
     dtype: str
     general: dict[str, Any] | None = None  # what was forgotten, where general rows were kept: keeping.Keeper.report
+    best_step: int | None = None  # whose weights these are, where rows held out were looked at: looks.Looks
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -214,7 +218,7 @@ def check_settings(
             + (" and the package bitsandbytes, which is not part of this version" if device == "cuda" else ""),
             hint="use method = 'lora'",
         )
-    if settings.method not in ("lora", "full", "norms"):
+    if settings.method not in ("lora", "full", "norms", "weights"):
         raise UsageError(f"method = {settings.method!r}: use 'lora', 'full' or 'norms'")
     if settings.on_policy and not (dense and settings.loss.kd):
         raise UsageError(

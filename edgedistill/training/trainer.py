@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,6 +49,10 @@ from edgedistill.training.settings import (
 )
 from edgedistill.training.targets import SparseTargets
 
+if TYPE_CHECKING:
+    from edgedistill.training.looks import Looks
+    from edgedistill.training.quantized import QuantizedWeights
+
 __all__ = ["Progress", "TrainResult", "TrainSettings", "train"]
 
 Progress = Callable[[int, int, str], None]
@@ -66,20 +70,27 @@ def train(
     teacher: Beside | None = None,
     writer: OnPolicy | None = None,
     general: Sequence[Example] = (),
+    blocks: QuantizedWeights | None = None,
+    looks: Looks | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train a causal LM on examples, with soft targets where ``settings.loss.kd`` is set; resume what ``out`` holds.
 
-    Writes ``out/adapter`` (lora), ``out/model`` (full) or ``out/norms`` (the norms alone), safetensors in float32, and
-    ``out/log.jsonl``; checkpoints live in ``out/checkpoints`` until the end. Killed at any moment, the same call goes on
-    from the last checkpoint and ends with the same weights (same machine and thread count). ``model`` is used up.
+    Writes ``out/adapter`` (lora), ``out/model`` (full), ``out/norms`` (the norms alone), safetensors in float32, or
+    ``out/weights`` (as ``blocks`` saves them), and ``out/log.jsonl``; checkpoints live in ``out/checkpoints`` until the end.
+    Killed at any moment, the same call goes on from the last checkpoint and ends with the same weights (same machine and thread
+    count). ``model`` is used up.
     ``vocab_size`` is the tokenizer's.
     ``guide`` holds the teacher whose hidden states are matched where ``settings.hidden`` or ``settings.features`` is set;
     ``teacher`` the one that is asked in place of ``targets``; ``writer`` how the student writes where
-    ``settings.on_policy`` is set; ``general`` the rows that hold it to its start where ``settings.keep`` is set.
+    ``settings.on_policy`` is set; ``general`` the rows that hold it to its start where ``settings.keep`` is set; ``blocks`` the
+    quantized matrices that are trained with the method "weights"; ``looks`` keeps the best weights and says when to end.
     Raises UsageError for settings that cannot work and StepFailed when the loss is not finite or runs away.
     """
     run = _Run(model, examples, targets, settings, Path(out), vocab_size, guide, teacher, writer, general, progress)
+    if (settings.method == "weights") != (blocks is not None):
+        raise UsageError("the method 'weights' and the blocks of a quantized file go together")
+    run.blocks, run.looks = blocks, looks
     return run.finished() or run.go()
 
 
@@ -117,6 +128,8 @@ class _Run:
                 f"student's context has {context}",
                 hint="lower distill.on_policy_tokens",
             )
+        self.blocks: QuantizedWeights | None = None
+        self.looks: Looks | None = None
         self.model, self.examples, self.targets, self.settings = model, examples, targets, settings
         self.out, self.progress = out, progress
         self.rank, self.world = processes()
@@ -130,7 +143,7 @@ class _Run:
         self.eased = steps_per_epoch(examples, settings) if settings.curriculum != "none" else 0
         self.digest = run_digest(model, examples, targets, settings, self.vocab_size, general if self.keeper else ())
         self.dtype = torch_dtype(settings.dtype, self.device)
-        self.final = out / {"full": "model", "norms": "norms"}.get(settings.method, "adapter")
+        self.final = out / {"full": "model", "norms": "norms", "weights": "weights"}.get(settings.method, "adapter")
 
     def finished(self) -> TrainResult | None:
         """Return the result of a run that came to its end, or None."""
@@ -177,7 +190,7 @@ class _Run:
             beside = [one.teacher for one in (self.guide, self.teacher) if one is not None and one.reads_along]
             with torch.random.fork_rng(devices=[]), packed_mode(self.model, *beside) as self.packed:
                 for step in range(state.step, total):
-                    if self.keeper is not None and self.keeper.stopped(state):
+                    if any(one is not None and one.stopped(state) for one in (self.keeper, self.looks)):
                         break
                     started = time.monotonic()
                     record = self._step(step, total)
@@ -195,6 +208,8 @@ class _Run:
                     }
                     if self.keeper is not None and self.keeper.due(step + 1):
                         record["general"] = self.keeper.look(self.model, state, self.masters, write=log is not None)
+                    if self.looks is not None and self.looks.due(step + 1):
+                        record |= self.looks.look(self.model, state, self.masters, write=log is not None)
                     if log is not None:
                         log.write(record)
                     check_loss(record, state, settings, eased=self.eased)
@@ -217,6 +232,8 @@ class _Run:
             self.keeper.restore(state, self.masters)
             self._publish()
             forgotten = self.keeper.report(self.model, state)
+        if self.looks is not None:
+            self.looks.restore(state, self.masters)
         mean = {
             key: sum(one[key] for one in tail) / len(tail) if tail else float("nan") for key in ("loss", "kd", "ce")
         }
@@ -233,12 +250,15 @@ class _Run:
             resumed_at=resumed_at,
             dtype=str(self.dtype).removeprefix("torch."),
             general=forgotten,
+            best_step=state.lowest_step if self.looks is not None else None,
         )
         if self.rank == 0:
             self._finish(result)
             shutil.rmtree(checkpoints, ignore_errors=True)
             if self.keeper is not None:
                 self.keeper.snapshot.unlink(missing_ok=True)
+            if self.looks is not None:
+                self.looks.snapshot.unlink(missing_ok=True)
             (self.out / curriculum.FILE).unlink(missing_ok=True)
         return result
 
@@ -247,9 +267,10 @@ class _Run:
         settings = self.settings
         self.out.mkdir(parents=True, exist_ok=True)
         self.model.config.use_cache = False
-        if settings.method == "norms":
+        if settings.method in ("norms", "weights"):
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(is_norm(name, parameter))
+                of_blocks = self.blocks is not None and name in self.blocks
+                parameter.requires_grad_(is_norm(name, parameter) or of_blocks)
         elif settings.method == "full":
             for parameter in self.model.parameters():
                 parameter.requires_grad_(True)
@@ -274,7 +295,9 @@ class _Run:
         for name, parameter in self.model.named_parameters():
             exact = parameter.detach()
             parameter.data = exact.to(self.dtype)
-            if name in self.trained:
+            if name in self.trained and self.blocks is not None and name in self.blocks:
+                self.masters |= self.blocks.masters(name)
+            elif name in self.trained:
                 self.masters[name] = exact.float().clone()
             elif settings.method == "full":
                 # Saved as it came: a pass through bf16 would change weights that were never trained.
@@ -289,32 +312,43 @@ class _Run:
             groups.append({"params": decay, "weight_decay": settings.weight_decay})
         if rest:
             groups.append({"params": rest, "weight_decay": 0.0})
+        if self.blocks is not None:
+            groups = self.blocks.groups(self.masters, settings)
         self.optimizer = make_optimizer(settings, groups)
         if self.keeper is not None:
             self.keeper.begin(self.model, self.device, self.dtype)
+        if self.looks is not None:
+            self.looks.begin(self.model, len(self.plan))
         if settings.gradient_checkpointing:
             causal_lm(self.model).gradient_checkpointing_enable({"use_reentrant": False})
 
     def _publish(self) -> None:
         """Copy the masters into the model's weights."""
         with torch.no_grad():
-            for name, master in self.masters.items():
-                self.trained[name].copy_(master)
+            for name, parameter in self.trained.items():
+                if self.blocks is not None and name in self.blocks:
+                    parameter.copy_(self.blocks.weights(name, self.masters))
+                else:
+                    parameter.copy_(self.masters[name])
 
     def _collect(self) -> None:
         """Add the model's gradients to those of the masters, in float32."""
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue
-            master = self.masters[name]
-            if master.grad is None:
-                # The buffer of the last step: fresh pages for every gradient would be zeroed and mapped again.
-                buffer = self.gradients.get(name)
-                if buffer is None:
-                    buffer = self.gradients[name] = torch.empty_like(master)
-                master.grad = buffer.copy_(parameter.grad)
-            else:
-                master.grad += parameter.grad
+            found = {name: parameter.grad}
+            if self.blocks is not None and name in self.blocks:
+                found = self.blocks.gradients(name, parameter.grad, self.masters)
+            for key, gradient in found.items():
+                master = self.masters[key]
+                if master.grad is None:
+                    # The buffer of the last step: fresh pages for every gradient would be zeroed and mapped again.
+                    buffer = self.gradients.get(key)
+                    if buffer is None:
+                        buffer = self.gradients[key] = torch.empty_like(master)
+                    master.grad = buffer.copy_(gradient)
+                else:
+                    master.grad += gradient
             parameter.grad = None
 
     def _norm(self) -> torch.Tensor:
@@ -387,7 +421,7 @@ class _Run:
         loss = (kd + ce) / mass + sum(weight * more[name] for name, weight in settings.guided.items()) + sum(kept)
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("times", 1.0)
             self.optimizer.step()
             self._publish()
         self.optimizer.zero_grad(set_to_none=True)
@@ -498,7 +532,9 @@ class _Run:
         if self.settings.gradient_checkpointing:
             causal_lm(self.model).gradient_checkpointing_disable()
         self.model.config.use_cache = True
-        if self.settings.method == "norms":
+        if self.blocks is not None:
+            self.blocks.save(self.masters, partial)
+        elif self.settings.method == "norms":
             save_norms({name: one for name, one in self.masters.items() if name not in self.beside}, partial)
         else:
             with quiet():

@@ -3,11 +3,13 @@
 The model is SmolLM2-135M, its weights moved within their cells (what a package ships came from 4-bit blocks), once for each seed.
 llama.cpp's own quantizer makes its types with the importance matrix of the calibration text. Ours chooses the types of the matrices
 for a file of the same size (``formats/gguf/allocate.py``); a further arm rounds with feedback on top (``rounding.py`` there),
-one keeps to Q4_0's blocks, and one looks for Q4_K_M's KLD in fewer bytes. Compared is the KLD from the f16 file on the answers of
+and one looks for Q4_K_M's KLD in fewer bytes. Two keep to Q4_0's blocks: one rounds with feedback alone, one trains the rounded
+blocks (quantization-aware distillation, ``training/quantized.py``) on further rows of the task and on chat that the model wrote
+itself, which its rounding saw a share of, too. Compared is the KLD from the f16 file on the answers of
 rows that were not calibrated on: in the domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a
 bootstrap over the rows, each with all seeds.
 
-Not here: AutoRound's files, a model whose columns are multiples of 256, quantization-aware distillation.
+Not here: AutoRound's files, a model whose columns are multiples of 256.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from _common import cache_folder, finish, machine_line, parser, say, table
 from _kld import Reference, calibration, dither, ratio
+from _qad import distil, own_chat
 from _recipe import build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import Row, load_rows
@@ -37,6 +40,9 @@ FEWER = 0.8  # of Q4_K_M's bytes
 Found = dict[tuple[str, str, str], list[np.ndarray]]  # (type, arm, set): KLD of each row, by seed
 
 
+DISTILLED = "rounding, distillation"
+
+
 def best_arm(quick: bool) -> str:
     """Return the arm that the verdict goes by."""
     return "types" if quick else "types, rounding"
@@ -49,8 +55,13 @@ def one_seed(
     sets: dict[str, list[Row]],
     quick: bool,
     found: Found,
+    distilled: tuple[list[Row], list[Row]],
+    only: bool = False,
 ) -> dict[str, tuple[int, int]]:
-    """Quantize one model every way; add the KLD of every row to ``found``. Returns {type: (bytes of llama.cpp's, of ours)}."""
+    """Quantize one model every way; add the KLD of every row to ``found``. Returns {type: (bytes of llama.cpp's, of ours)}.
+
+    ``distilled`` are the rows of the task and others that blocks are trained on; ``only``: nothing but Q4_0's blocks.
+    """
     sizes: dict[str, tuple[int, int]] = {}
     with tempfile.TemporaryDirectory(dir=cache_folder("quality_per_byte")) as name:
         folder = Path(name)
@@ -60,13 +71,6 @@ def one_seed(
         gguf_to_hf(source, checkpoint)
         rows, starts = text
         collect(source, rows, stock)
-        tokens = 1024 if quick else sensitivity.TOKENS
-        report = sensitivity.measure(source, checkpoint, rows, starts, folder / "table", tokens=tokens)
-        say(
-            f"seed {seed}: table of {report.costs} costs in {report.seconds:.0f} s, gradients on {report.tokens} tokens"
-        )
-        costs = json.loads((folder / "table" / "table.json").read_text())["costs"]
-        beside = overhead(read_info(source), costs)
         reference = Reference(source, sets)
 
         def judge(type_: str, arm: str, path: Path) -> int:
@@ -75,6 +79,36 @@ def one_seed(
             size = path.stat().st_size
             path.unlink()
             return size
+
+        def same_blocks() -> None:
+            quantize(source, folder / "same.gguf", "Q4_0", imatrix=stock, feedback=rows)
+            judge("Q4_0", "rounding alone", folder / "same.gguf")
+            task, other = distilled
+            with GgufRunner(source) as runner:
+                mixed = [*rows, *calibration(runner, other[: len(rows)])[0]]
+            quantize(source, folder / "start.gguf", "Q4_0", imatrix=stock, feedback=mixed)
+            started = time.monotonic()
+            tuned = distil(
+                folder / "start.gguf", checkpoint, folder / "trained.gguf", task, other, folder, seed=seed,
+                **({"epochs": 1.0} if quick else {}),
+            )  # fmt: skip
+            said = {key: value for key, value in tuned.to_json().items() if key != "parts"}
+            say(f"seed {seed}: distilled in {time.monotonic() - started:.0f} s: {said}")
+            (folder / "start.gguf").unlink()
+            judge("Q4_0", DISTILLED, folder / "trained.gguf")
+
+        if only:
+            quantize(source, folder / "stock-file.gguf", "Q4_0", imatrix=stock)
+            size = judge("Q4_0", "llama.cpp", folder / "stock-file.gguf")
+            same_blocks()
+            return {"Q4_0": (size, size)}
+        tokens = 1024 if quick else sensitivity.TOKENS
+        report = sensitivity.measure(source, checkpoint, rows, starts, folder / "table", tokens=tokens)
+        say(
+            f"seed {seed}: table of {report.costs} costs in {report.seconds:.0f} s, gradients on {report.tokens} tokens"
+        )
+        costs = json.loads((folder / "table" / "table.json").read_text())["costs"]
+        beside = overhead(read_info(source), costs)
 
         def ours(type_: str, arm: str, size: int, feedback: list[list[int]] | None = None) -> int:
             chosen, out = solve(costs, size - beside).types, folder / "ours.gguf"
@@ -98,8 +132,7 @@ def one_seed(
             if type_ == "Q4_K_M":
                 ours(type_, f"{best_arm(quick)}, fewer bytes", round(FEWER * size), None if quick else rows)
             if type_ == "Q4_0":
-                quantize(source, folder / "same.gguf", type_, imatrix=stock, feedback=rows)
-                judge(type_, "rounding alone", folder / "same.gguf")
+                same_blocks()
             say(f"seed {seed}: {type_} in {time.monotonic() - started:.0f} s")
     return sizes
 
@@ -107,8 +140,10 @@ def one_seed(
 def main() -> None:
     """Quantize every way, compare, print."""
     options = parser(
-        __doc__ or "", quick="one seed, Q4_K_M, 1,024 tokens of gradients, 8 rows of each set, no rounding"
+        __doc__ or "",
+        quick="one seed, 8 rows of each set; Q4_K_M, 1,024 tokens of gradients, no rounding; --only-blocks: an epoch of 64 rows",
     )
+    options.add_argument("--only-blocks", action="store_true", help="nothing but the arms that keep to Q4_0's blocks")
     options.add_argument("--seeds", type=int, default=3, help="how many models")
     given = options.parse_args()
     seeds = 1 if given.quick else given.seeds
@@ -118,10 +153,14 @@ def main() -> None:
     sets = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 48] for name, file in SETS.items()}
     with GgufRunner(base) as runner:
         text = calibration(runner, calibrated)
+    distilled: tuple[list[Row], list[Row]] = ([], [])
+    if given.only_blocks or not given.quick:
+        further = load_rows(data / "train.jsonl")[128 : 128 + (64 if given.quick else 512)]
+        distilled = further, own_chat(base, 64 if given.quick else 256)
     found: Found = {}
     sizes: dict[str, tuple[int, int]] = {}
     for seed in range(seeds):
-        sizes = one_seed(base, seed, text, sets, given.quick, found)
+        sizes = one_seed(base, seed, text, sets, given.quick, found, distilled, given.only_blocks)
     lines, ratios = [], {}
     for (type_, arm, where), klds in found.items():
         ours, peer = np.stack(klds), np.stack(found[type_, "llama.cpp", where])
@@ -143,22 +182,25 @@ def main() -> None:
         return max(ratios[f"{type_}, {arm}, {where}"][0] for where in texts)
 
     inside, outside = ("in domain",), ("out of domain", "ordinary chat")
-    wanted = {"Q4_K_M at most 0.5 on every text": worst("Q4_K_M", best, *SETS) <= 0.5}
-    fewer = worst("Q4_K_M", f"{best}, fewer bytes", *SETS)
-    wanted["20 % fewer bytes at Q4_K_M's KLD on every text"] = fewer <= 1
-    if not given.quick:
-        wanted["IQ4_XS at most 0.5 on every text"] = worst("IQ4_XS", best, *SETS) <= 0.5
-        wanted["Q4_0's blocks at most 0.35 in the domain"] = worst("Q4_0", "rounding alone", *inside) <= 0.35
-        wanted["Q4_0's blocks at most 0.6 out of it, chat included"] = worst("Q4_0", "rounding alone", *outside) <= 0.6
+    wanted: dict[str, bool] = {}
+    if not given.only_blocks:
+        wanted["Q4_K_M at most 0.5 on every text"] = worst("Q4_K_M", best, *SETS) <= 0.5
+        fewer = worst("Q4_K_M", f"{best}, fewer bytes", *SETS)
+        wanted["20 % fewer bytes at Q4_K_M's KLD on every text"] = fewer <= 1
+        if not given.quick:
+            wanted["IQ4_XS at most 0.5 on every text"] = worst("IQ4_XS", best, *SETS) <= 0.5
+    if given.only_blocks or not given.quick:
+        wanted["Q4_0's blocks at most 0.35 in the domain"] = worst("Q4_0", DISTILLED, *inside) <= 0.35
+        wanted["Q4_0's blocks at most 0.6 out of it, chat included"] = worst("Q4_0", DISTILLED, *outside) <= 0.6
     for what, holds in wanted.items():
         print(f"{what}: {'holds' if holds else 'does not hold'}")
-    first = "Q4_K_M", best, "in domain"
+    first = ("Q4_0", DISTILLED, "in domain") if given.only_blocks else ("Q4_K_M", best, "in domain")
     finish(
         name="quality_per_byte",
         ours=round(float(np.concatenate(found[first]).mean()), 6),
-        peer=round(float(np.concatenate(found["Q4_K_M", "llama.cpp", "in domain"]).mean()), 6),
+        peer=round(float(np.concatenate(found[first[0], "llama.cpp", "in domain"]).mean()), 6),
         ratio=ratios[", ".join(first)][0],
-        unit="KLD in domain, nats a token, bytes of Q4_K_M",
+        unit=f"KLD in domain, nats a token, bytes of {first[0]}",
         n=sum(map(len, found[first])),
         wanted="; ".join(wanted),
         holds=all(wanted.values()),

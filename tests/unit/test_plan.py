@@ -29,6 +29,7 @@ FACTS = {
 }  # fmt: skip
 
 ULD: dict[str, Any] = {"score__kind": "dense", "distill__loss__divergence": "uld"}
+BLOCKS: dict[str, Any] = {"tune__parts": "weights", "tune__general": {"files": ["chat.jsonl"]}}
 
 
 @pytest.fixture
@@ -117,10 +118,15 @@ def test_a_key_that_came_later_changes_nothing_until_it_is_used(folder: Path) ->
     assert "heal" in changed(make(folder), make(folder, heal__gradient_checkpointing=True))
 
 
-def test_general_rows_rerun_from_distill_on_wherever_their_file_lies(folder: Path) -> None:
+def write_chat(folder: Path, *names: str) -> None:
+    """Write rows of other text beside the recipe, under some names."""
     rows = [{"id": f"g{n}", "prompt": f"question {n}", "reference": f"answer {n}"} for n in range(20)]
-    for name in ("chat.jsonl", "moved.jsonl"):
+    for name in names or ("chat.jsonl",):
         (folder / name).write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_general_rows_rerun_from_distill_on_wherever_their_file_lies(folder: Path) -> None:
+    write_chat(folder, "chat.jsonl", "moved.jsonl")
     plain, kept = make(folder), make(folder, distill__keep={"files": ["chat.jsonl"]})
     names = changed(plain, kept)
     assert {"distill/1", "distill/gold-sft", "merge"} <= names  # both: they still differ by the soft targets alone
@@ -381,6 +387,44 @@ def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path)
     assert changed(make(folder), make(folder, student=None, **{"quantize__laptop-x86__type": "Q6_K"})) == {
         "quantize/laptop-x86", "evaluate/laptop-x86", "measure/laptop-x86", "package/laptop-x86",
     }  # fmt: skip
+
+
+def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) -> None:
+    write_chat(folder)
+    norms, plan = make(folder), make(folder, **BLOCKS)
+    assert changed(norms, plan) == {f"{step}/phone-midrange" for step in ("tune", "evaluate", "measure", "package")}
+    (before,), (after,) = (one.match("tune/phone-midrange") for one in (norms, plan))
+    assert after.memory > before.memory and after.work.amount > before.work.amount
+    fewer = {**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 15}}
+    assert changed(plan, make(folder, **fewer)) == changed(norms, plan)
+    assert changed(norms, make(folder, tune__parts="norms", tune__code_lr=1.5e-3)) == set()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"tune__parts": "weights"}, "name rows of other text"),
+        ({"tune__code_lr": 1e-2}, "code_lr is of tuned blocks"),
+        ({"tune__general": {"files": ["chat.jsonl"]}}, "general is of tuned blocks"),
+        ({**BLOCKS, "tune__weight_decay": 0.1}, "leave weight_decay out"),
+        ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 9}}, "9 general rows are too few"),
+        (
+            {**BLOCKS, "tune__general": {"files": ["data/general.jsonl"]}},
+            "stands in the training rows and in the suite",
+        ),
+        ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": [5, 5]}}, "has 2 counts for 1 files"),
+        ({**BLOCKS, "tune__targets": ["laptop-x86-onnx"]}, "weights are tuned in GGUF files"),
+        (
+            {**BLOCKS, "tune__targets": ["laptop-x86"], "quantize__laptop-x86__type": "F16"},
+            "no matrix of laptop-x86 in F16 has blocks",
+        ),
+    ],
+)
+def test_blocks_that_cannot_be_tuned_are_refused(folder: Path, overrides: dict[str, Any], message: str) -> None:
+    write_chat(folder)
+    with pytest.raises(RecipeError, match=message) as caught:
+        make(folder, **overrides)
+    assert "tune" in str(caught.value) or "suites" in str(caught.value)
 
 
 def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:

@@ -90,6 +90,25 @@ class BlockFormat:
         levels = self.levels[codes].reshape(*scale.shape, self.group)
         return (levels * scale[..., None] + offset[..., None]).reshape(codes.shape)
 
+    def bases(self, blocks: np.ndarray) -> np.ndarray:
+        """Return the float16 of ``halves``, as float32 [..., halves]."""
+        return np.concatenate([_half(blocks, at) for at in self.halves], axis=-1)
+
+    def multiples(self, blocks: np.ndarray) -> np.ndarray:
+        """Return what the groups' scales, and then their offsets, are the bases times: float32 [..., halves, size / group].
+
+        They are whole numbers, so that a base times its multiple is the scale that ggml computes, to the last bit.
+        """
+        units = self.with_bases(blocks, np.ones((*blocks.shape[:-1], len(self.halves)), dtype=np.float16))
+        return np.stack(self.scales(units)[: len(self.halves)], axis=-2)
+
+    def with_bases(self, blocks: np.ndarray, bases: np.ndarray) -> np.ndarray:
+        """Return the blocks with other bases, float16 [..., halves]; codes and multiples as they were."""
+        out = blocks.copy()
+        for index, at in enumerate(self.halves):
+            out[..., at : at + 2] = np.ascontiguousarray(bases[..., index, None], dtype=np.float16).view(np.uint8)
+        return out
+
     def nearest(self, values: np.ndarray) -> np.ndarray:
         """Return the codes whose levels are nearest to ``values`` (weights less offset, over scale)."""
         if self.levels is _IQ4:
