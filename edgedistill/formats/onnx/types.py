@@ -85,7 +85,7 @@ def smallest(config: Mapping[str, Any]) -> int:
     total = 0
     for name, shape in tensor_shapes(config).items():
         if len(shape) < 2:
-            total += 4 * shape[0]
+            total += 4 * math.prod(shape)
         elif name == "token_embd.weight" and not config.get("tie_word_embeddings", False):
             total += 4 * shape[0] * shape[1]
         else:
