@@ -56,7 +56,7 @@ def measure(
             progress(total + done, 2 * total, f"errors of {matrix.name}")
         importance = np.ascontiguousarray(second_of(moments).diagonal())
         for name, kind in kinds_for(matrix.shape[1], looked_up=matrix.looked_up).items():
-            table[matrix.name][name][1] += moments.cost(nearest(weights, kind, importance).values() - weights)
+            table[matrix.name][name][1] += moments.cost(nearest(weights, kind, importance, every=2).values() - weights)
     shapes = {name: list(one.shape) for name, one in folder.matrices.items()}
     written = {"costs": table, "shapes": shapes, "beside": folder.beside()}
     (out / "table.json").write_text(json.dumps(written))
