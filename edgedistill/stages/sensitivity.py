@@ -58,5 +58,7 @@ class Sensitivity(Stage):
             folder = ctx.work / "checkpoint"
             shutil.rmtree(folder, ignore_errors=True)
             gguf_to_hf(gguf, folder)
-        report = measure(gguf, folder, token_rows, starts, ctx.out, threads=ctx.threads, progress=ctx.progress)
+        report = measure(
+            gguf, folder, token_rows, starts, ctx.out, aside=True, threads=ctx.threads, progress=ctx.progress
+        )
         return {"sensitivity": report.to_json()}

@@ -19,12 +19,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ from edgedistill.store import default_root
 NAME = "build_time"
 TYPES = ("Q4_K_M", "Q8_0")
 MOST_RATIO, MOST_SECONDS = 0.6, 15.0
-LAYERS = 6  # of the model of --quick
+LAYERS = 4  # of the model of --quick
 
 OURS = """
 import sys
@@ -62,9 +64,9 @@ import llama_cpp
 source, out, number, threads = sys.argv[1:]
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype, params.nthread = int(number), int(threads)
-started = time.perf_counter()
+started, used = time.perf_counter(), time.process_time()
 code = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
-print(json.dumps(time.perf_counter() - started))
+print(json.dumps([time.perf_counter() - started, time.process_time() - used]))
 sys.exit(code)
 """
 
@@ -72,7 +74,8 @@ sys.exit(code)
 def main() -> None:
     """Measure both parts and print the verdict."""
     arguments = parser(
-        str(__doc__).partition("\n")[0], quick=f"{LAYERS} layers of the model, one turn, Q4_K_M, 24 rows of text"
+        str(__doc__).partition("\n")[0],
+        quick=f"{LAYERS} layers of the model, one turn, Q4_K_M, 24 rows of text, no last change",
     )
     arguments.add_argument("--rounds", type=int, default=5, help="turns of each side and type")
     arguments.add_argument("--rows", type=int, default=128, help="rows of calibration text")
@@ -85,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=cache_folder(NAME)) as name:
         beside = compare(model, tool, TYPES[:1] if given.quick else TYPES, given.rounds, given.threads, Path(name))
     with tempfile.TemporaryDirectory(dir=cache_folder(NAME)) as name:
-        builds = profile(model, given.rows, Path(name))
+        builds = profile(model, given.rows, given.quick, Path(name))
     print_tables(beside, builds)
     print(f"\n{machine_line(**{'llama-cpp-python': importlib.metadata.version('llama-cpp-python')})}")
     slowest = max((one for what, one in builds.items() if what.startswith("changed")), key=lambda one: one["before"])
@@ -105,6 +108,7 @@ def main() -> None:
         holds=all(ratio.value <= MOST_RATIO for ratio in ratios.values()) and slowest["before"] < MOST_SECONDS,
         ratios={kind: ratio.to_json() for kind, ratio in ratios.items()},
         memory={kind: found["memory"] for kind, found in beside.items()},
+        cpu={kind: found["cpu"] for kind, found in beside.items()},
         builds=builds,
         threads=given.threads,
         quick=given.quick,
@@ -116,7 +120,7 @@ def main() -> None:
 
 def make_model(quick: bool) -> Path:
     """Return the HF folder, made once; with ``quick`` its first layers only."""
-    folder = cache_folder(NAME) / ("model-quick" if quick else "model")
+    folder = cache_folder(NAME) / (f"model-{LAYERS}" if quick else "model")
     if folder.exists():
         return folder
     store = default_root()  # where builds keep models: fetched once for both
@@ -151,7 +155,7 @@ def compare(
     """Return for each type the seconds of each turn of both sides, and the peak of their memory in bytes (all, without files)."""
     found: dict[str, dict[str, Any]] = {}
     for kind in types:
-        one: dict[str, Any] = {"ours": [], "theirs": [], "parts": [], "memory": {}}
+        one: dict[str, Any] = {"ours": [], "theirs": [], "parts": [], "cpu": {}, "memory": {}}
         for turn in range(rounds):
             sides = ["ours", "theirs"] if turn % 2 == 0 else ["theirs", "ours"]
             for side in sides:
@@ -159,16 +163,18 @@ def compare(
                     path.unlink()
                 f16, out = folder / f"{side}-f16.gguf", folder / f"{side}-{kind}.gguf"
                 if side == "ours":
-                    seconds, peaks, _ = timed([sys.executable, "-c", OURS, model, f16, out, kind, threads])
+                    ran = timed([sys.executable, "-c", OURS, model, f16, out, kind, threads])
+                    seconds, cpu, peaks = ran.seconds, ran.cpu, ran.peaks
                 else:
                     command = [sys.executable, tool[0], model, "--outfile", f16, "--outtype", "f16"]
-                    seconds, peaks, _ = timed(command, path=tool[1])
-                    number = FILE_TYPES[kind].number
-                    _, more, said = timed([sys.executable, "-c", THEIRS, f16, out, number, threads])
-                    one["parts"].append((seconds, json.loads(said.strip().splitlines()[-1])))
-                    seconds += one["parts"][-1][1]
-                    peaks = tuple(map(max, zip(peaks, more, strict=True)))
+                    first = timed(command, path=tool[1])
+                    second = timed([sys.executable, "-c", THEIRS, f16, out, FILE_TYPES[kind].number, threads])
+                    taken, used = json.loads(second.out.strip().splitlines()[-1])
+                    one["parts"].append((first.seconds, taken))
+                    seconds, cpu = first.seconds + taken, first.cpu + used
+                    peaks = tuple(map(max, zip(first.peaks, second.peaks, strict=True)))
                 one[side].append(seconds)
+                one["cpu"].setdefault(side, []).append(cpu)
                 one["memory"][side] = tuple(map(max, zip(peaks, one["memory"].get(side, (0, 0)), strict=True)))
             same(folder / f"ours-{kind}.gguf", folder / f"theirs-{kind}.gguf")
             say(f"{kind}, turn {turn + 1}: ours {one['ours'][-1]:.1f} s, llama.cpp's tools {one['theirs'][-1]:.1f} s")
@@ -176,12 +182,20 @@ def compare(
     return found
 
 
-def timed(command: list[Any], *, path: Path | None = None) -> tuple[float, tuple[int, int], str]:
-    """Run a command, ``path`` on its Python path; return its seconds, the peak bytes of its processes (all, without files), and
-    its standard output.
-    """
+@dataclass(frozen=True)
+class Ran:
+    """A command that ended: seconds, processors' seconds, peak bytes of its processes (all, without files), standard output."""
+
+    seconds: float
+    cpu: float
+    peaks: tuple[int, int]
+    out: str
+
+
+def timed(command: list[Any], *, path: Path | None = None) -> Ran:
+    """Run a command, ``path`` on its Python path."""
     peaks = [0, 0]
-    started = time.perf_counter()
+    started, used = time.perf_counter(), children_seconds()
     process = subprocess.Popen(
         [str(part) for part in command],
         stdout=subprocess.PIPE,
@@ -205,7 +219,13 @@ def timed(command: list[Any], *, path: Path | None = None) -> tuple[float, tuple
     watcher.join()
     if process.returncode:
         could_not_measure(NAME, f"{' '.join(map(str, command[:3]))[:200]} failed: {errors.strip()[-1500:]}")
-    return seconds, (peaks[0], peaks[1]), out
+    return Ran(seconds, children_seconds() - used, (peaks[0], peaks[1]), out)
+
+
+def children_seconds() -> float:
+    """Return the processors' seconds of all processes that this one and its children waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def environment(path: Path | None) -> dict[str, str]:
@@ -255,7 +275,7 @@ def same(ours: Path, theirs: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- a profile
 
 
-def profile(model: Path, rows: int, folder: Path) -> dict[str, dict[str, Any]]:
+def profile(model: Path, rows: int, quick: bool, folder: Path) -> dict[str, dict[str, Any]]:
     """Return for each command of the series: seconds in all, before verification, and of each stage that ran."""
     copy_recipe("quickstart", folder / "recipe")
     text = folder / "text.jsonl"
@@ -270,6 +290,8 @@ def profile(model: Path, rows: int, folder: Path) -> dict[str, dict[str, Any]]:
         "changed: a fixed type": ("Q4_K_M", None),
         "changed: another fixed type": ("Q5_K_M", None),
     }
+    if quick:
+        series.popitem()
     store, found = folder / "store", {}
     for what, (kind, size) in series.items():
         (folder / "profile.toml").write_text(
@@ -280,16 +302,16 @@ def profile(model: Path, rows: int, folder: Path) -> dict[str, dict[str, Any]]:
         command = [sys.executable, "-m", "edgedistill", "quantize", model, "-t", folder / "profile.toml"]
         command += ["--calibration", text, "-o", folder / "out"]
         os.environ["EDGEDISTILL_STORE"] = str(store)
-        seconds, peaks, _ = timed(command)
+        of = timed(command)
         ran = [entry for path, entry in entries(store).items() if path not in before]
         checked = sum(one["seconds"] - one["facts"]["quantize"]["seconds"] for one in ran if one["stage"] == "quantize")
         stages = {one["stage"]: round(one["seconds"], 1) for one in sorted(ran, key=lambda one: one["created"])}
         reused = next((one["facts"]["quantize"]["reused"] for one in ran if one["stage"] == "quantize"), 0)
         found[what] = {
-            "seconds": round(seconds, 2), "before": round(seconds - checked, 2), "stages": stages, "reused": reused,
-            "peak": peaks[0],
+            "seconds": round(of.seconds, 2), "before": round(of.seconds - checked, 2), "cpu": round(of.cpu, 2),
+            "stages": stages, "reused": reused, "peak": of.peaks[0],
         }  # fmt: skip
-        say(f"{what}: {seconds:.1f} s, {seconds - checked:.1f} before verification; {stages}")
+        say(f"{what}: {of.seconds:.1f} s, {of.seconds - checked:.1f} before verification; {stages}")
     shutil.rmtree(store)
     return found
 
@@ -309,16 +331,26 @@ def print_tables(beside: dict[str, dict[str, Any]], builds: dict[str, dict[str, 
         rows.append([
             kind, f"{percentile(found['ours'], 0.5):.1f}", f"{percentile(found['theirs'], 0.5):.1f}", " + ".join(parts),
             f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]", str(len(found["ours"])),
+            " / ".join(f"{percentile(found['cpu'][side], 0.5):.1f}" for side in ("ours", "theirs")),
             " / ".join(memory["ours"]), " / ".join(memory["theirs"]),
         ])  # fmt: skip
-    columns = ["type", "ours", "llama.cpp's", "its converter + quantizer", "ratio", "turns", "peak MiB, ours", "theirs"]
+    columns = ["type", "ours", "llama.cpp's", "its converter + quantizer", "ratio", "turns", "cpu s, ours / theirs"]
+    columns += ["peak MiB, ours", "theirs"]
     table("convert and quantize: seconds, medians; peak memory with / without pages of files", columns, rows)
     lines = [
-        [what, f"{one['seconds']:.1f}", f"{one['before']:.1f}", str(one["reused"]), f"{one['peak'] / 2**20:.0f}",
+        [what, *(f"{one[name]:.1f}" for name in ("seconds", "before", "cpu")), str(one["reused"]), f"{one['peak'] / 2**20:.0f}",
          ", ".join(f"{stage} {seconds:g}" for stage, seconds in one["stages"].items()) or "nothing ran"]
         for what, one in builds.items()
     ]  # fmt: skip
-    columns = ["edgedistill quantize", "seconds", "before verification", "tensors found again", "peak MiB", "stages, s"]
+    columns = [
+        "edgedistill quantize",
+        "seconds",
+        "before verification",
+        "cpu s",
+        "tensors found again",
+        "peak MiB",
+        "stages, s",
+    ]
     table("a profile: types for each matrix, rounded by feedback", columns, lines)
 
 

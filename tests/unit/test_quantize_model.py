@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +15,10 @@ import pytest
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.formats.gguf.model_io import all_logits, open_model
+from edgedistill.formats.gguf.quantize import named_after, quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.quantize_model import quantize_model
-from edgedistill.store import Store
+from edgedistill.store import Entry, Store
 from tests.unit.formats.gguf.conftest import TEXT, make_model
 
 IDS = [[(7 * row + 3 * at * at) % 300 + 3 for at in range(24)] for row in range(8)]
@@ -133,33 +131,33 @@ def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: 
 
 
 def test_a_second_size_makes_only_what_is_new_and_the_same_file(model: Path, text: Path, tmp_path: Path) -> None:
-    profile = tmp_path / "profile.toml"
+    profile, store = tmp_path / "profile.toml", Store(tmp_path / "store")
 
-    def make(size: int, store: Store) -> tuple[bytes, dict[str, Any]]:
+    def make(size: int) -> tuple[Path, dict[str, Entry]]:
         profile.write_text(
             'summary = "x"\narch = "x86_64"\n[runtime]\nformat = "gguf"\nengine = "llama.cpp"\nthreads = 1\ncontext = 128\n'
             f'[quantize]\ntype = "auto"\nimatrix = true\nrounding = "gptq"\nsize = {size}\n'
         )
+        before = set(store.all_keys())
         (made,) = quantize_model(
-            str(model), targets=[str(profile)], types=[], out=tmp_path / "out", calibration=text, store=store
+            str(model), targets=[str(profile)], types=[], out=tmp_path / f"{size}", calibration=text, store=store
         )
-        digest = hashlib.sha256(made.path.read_bytes()).hexdigest()
-        entries = [store.load(key) for key in store.all_keys()]
-        found = [one for one in entries if one and one.stage == "quantize" and one.files["model.gguf"].sha256 == digest]
-        return made.path.read_bytes(), dict(found[0].facts)
+        found = {entry.stage: entry for key in set(store.all_keys()) - before if (entry := store.load(key))}
+        return made.path, found
 
-    alone, known = Store(tmp_path / "alone"), Store(tmp_path / "known")
-    large, small = 130_000, 110_000
-    _, first = make(large, known)
-    second, facts = make(small, known)
-    assert facts["reused"] and 0 < facts["quantize"]["reused"] < len(facts["quantize"]["tensors"])
-    assert first["quantize"]["rounding"]["passes"] == 1 and facts["quantize"]["rounding"]["passes"] == 0
-    shutil.copytree(
-        known.root / "entries", alone.root / "entries", dirs_exist_ok=True
-    )  # the table has gradients: not anew
-    for key in list(alone.all_keys()):
-        entry = alone.load(key)
-        if entry is not None and entry.stage == "quantize":
-            alone.discard(key)
-    plain, facts = make(small, alone)
-    assert plain == second and not facts["reused"]
+    _, first = make(130_000)
+    path, second = make(110_000)
+    assert set(second) == {"allocate", "quantize"}
+    before, after = (of["quantize"].facts["quantize"] for of in (first, second))
+    assert (before["rounding"]["passes"], after["rounding"]["passes"]) == (1, 0)
+    assert 0 < after["reused"] < len(after["tensors"])
+    types = json.loads((second["allocate"].path / "types.json").read_text())
+    quantize(
+        first["convert"].path / "model.gguf",
+        tmp_path / "alone.gguf",
+        named_after(types),
+        imatrix=first["sensitivity"].path / "imatrix.gguf",
+        types=types,
+        feedback=json.loads((first["calibrate-text"].path / "tokens.json").read_text()),
+    )
+    assert (tmp_path / "alone.gguf").read_bytes() == path.read_bytes()

@@ -10,7 +10,6 @@ A wrong argument ends the process with an assertion inside ggml: this runs in a 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.formats.gguf.ggml import library
 from edgedistill.formats.gguf.read import TensorInfo, read_info
-from edgedistill.formats.gguf.reuse import Place, rounded_key, tensor_key
+from edgedistill.formats.gguf.reuse import Place, rounded_key, source_digest, tensor_key
 from edgedistill.formats.gguf.types import GGML_TYPES, NEEDS_IMATRIX, row_bytes
 
 if TYPE_CHECKING:
@@ -146,12 +145,9 @@ def _key(source: int, tensor: TensorInfo, type_name: str, means: Mapping[str, np
     """Name a tensor in its new type; "" where it stays as it is."""
     if tensor.type == type_name:
         return ""
-    digest = hashlib.sha256()
-    for at in range(0, tensor.nbytes, _BLOCK):
-        digest.update(os.pread(source, min(_BLOCK, tensor.nbytes - at), tensor.offset + at))
     importance = _importance(tensor, type_name, means)
     own = None if importance is None else importance.tobytes()
-    return tensor_key(digest.hexdigest(), tensor.type, tensor.shape, type_name, own, build)
+    return tensor_key(source_digest(source, tensor), tensor.type, tensor.shape, type_name, own, build)
 
 
 def _copy(files: tuple[int, int], tensor: TensorInfo, offset: int) -> None:

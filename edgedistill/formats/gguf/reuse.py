@@ -2,13 +2,16 @@
 
 A quantized file is an entry of the store; beside it ``log/tensors.json`` says what each of its tensors was made from, and where it
 lies. So no tensor is stored twice, and an entry that is deleted takes its tensors along. Bytes are compared with the digest that
-stands there before they are used: a damaged tensor is quantized anew.
+stands there before they are used: a damaged tensor is quantized anew. The table that types are chosen by has every matrix in every
+type: it leaves those beside it that take longest (``Aside``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from edgedistill.fingerprint import digest
 from edgedistill.formats.gguf.read import TensorInfo
 
 INDEX = "log/tensors.json"  # inside an entry, outside its digest
+_BLOCK = 1 << 22  # bytes read at once
 _VERSION = 1  # of the code that makes tensors: a new one finds none of the old
 
 
@@ -42,6 +46,14 @@ class Place:
         except OSError:
             return None
         return data if hashlib.sha256(data).hexdigest() == self.sha256 else None
+
+
+def source_digest(file: int, tensor: TensorInfo) -> str:
+    """Return the sha256 of a tensor's bytes in an open file."""
+    found = hashlib.sha256()
+    for at in range(0, tensor.nbytes, _BLOCK):
+        found.update(os.pread(file, min(_BLOCK, tensor.nbytes - at), tensor.offset + at))
+    return found.hexdigest()
 
 
 def tensor_key(
@@ -87,3 +99,28 @@ def write_index(
     path = out.parent / INDEX
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"file": out.name, "tensors": places}, sort_keys=True))
+
+
+class Aside:
+    """Tensors in no file of a model: ``log/tensors.bin`` of the entry that ``out`` becomes."""
+
+    def __init__(self, out: Path, nbytes: int) -> None:
+        """Set aside about ``nbytes``: nothing where the disk has less than four times as much."""
+        self.path, self._places = out / "log" / "tensors.bin", {}
+        self.has_room = shutil.disk_usage(out).free > 4 * nbytes
+        self._end = 0
+
+    def add(self, key: str, data: bytes) -> None:
+        """Put a tensor behind the others."""
+        if self.has_room:
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(data)
+            self._places[key] = [self._end, len(data), hashlib.sha256(data).hexdigest()]
+            self._end += len(data)
+
+    def close(self) -> None:
+        """Write where they lie."""
+        if self._places:
+            index = {"file": "log/tensors.bin", "tensors": self._places}
+            (self.path.parent.parent / INDEX).write_text(json.dumps(index, sort_keys=True))

@@ -27,8 +27,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,15 +222,19 @@ def round_file(
             else:
                 together.setdefault((of, tensor.type), []).append(tensor)
         for (of, _), tensors in together.items():
-            if progress:
-                progress(at, len(chosen), f"rounding {tensors[0].name}")
-            second = moments.sums[of]
-            if not np.isfinite(second).all():
+            if not np.isfinite(moments.sums[of]).all():
                 raise StepFailed(f"the input of {tensors[0].name} is not finite: the model is broken")
-            errors |= zip(
-                (one.name for one in tensors), _round_tensors(info, whole, tensors, second, scales), strict=True
-            )
-            at += len(tensors)
+        with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            # Most of it is Python's own loop over the columns, which has one core busy.
+            found = [
+                (tensors, pool.submit(_round_tensors, info, whole, tensors, moments.sums[of], scales))
+                for (of, _), tensors in together.items()
+            ]
+            for tensors, both in found:
+                if progress:
+                    progress(at, len(chosen), f"rounding {tensors[0].name}")
+                errors |= zip((one.name for one in tensors), both.result(), strict=True)
+                at += len(tensors)
     ordered = [errors[tensor.name] for tensor in chosen if tensor.name in errors]
     gained = sum(new < old for old, new in ordered)
     return RoundingReport(

@@ -17,13 +17,16 @@ import numpy as np
 
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf import ggml, imatrix
+from edgedistill.formats.gguf.model_io import library_build
 from edgedistill.formats.gguf.moments import Moments, collect
 from edgedistill.formats.gguf.read import GgufInfo, read_info, read_tensor
+from edgedistill.formats.gguf.reuse import Aside, source_digest, tensor_key
 from edgedistill.formats.gguf.types import GGML_TYPES, PALETTE, allows_quantization, row_bytes
 
 Progress = Callable[[int, int, str], None]
 
 _LEAST = 1e-4  # of the mean importance of a matrix's columns, for each of them
+_SLOW = ("IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ4_NL")  # a model in one of them takes ten times as long as in Q4_K
 TOKENS = 8192  # of text that gradients are taken on: a backward pass costs what training does
 
 
@@ -52,6 +55,7 @@ def measure(
     *,
     palette: Sequence[str] = PALETTE,
     tokens: int = TOKENS,
+    aside: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> SensitivityReport:
@@ -59,7 +63,8 @@ def measure(
     rows that were used: token ids, and where the answer starts) into ``out``.
 
     ``checkpoint`` is the Hugging Face folder with the weights of ``source``. Of the rows that fit the model's context, spread
-    evenly, as many are used as have ``tokens`` tokens. Raises as ``moments.collect``, and UsageError where file and checkpoint
+    evenly, as many are used as have ``tokens`` tokens. With ``aside``, matrices in the types that take longest are left beside the
+    table, for the files that will have them (``reuse``). Raises as ``moments.collect``, and UsageError where file and checkpoint
     are not the same model.
     """
     started = time.monotonic()
@@ -86,6 +91,11 @@ def measure(
         if progress:
             progress(done, 2 * total, f"gradients: {told}")
 
+    slow = sum(
+        shape[0] * row_bytes(name, shape[1])
+        for shape in matrices.values() for name in _SLOW if name in palette and shape[1] % GGML_TYPES[name].block == 0
+    )  # fmt: skip
+    shelf = Aside(out, slow) if aside else None
     found = collect(checkpoint, [row for row, _ in rows], [start for _, start in rows], threads=threads, progress=run)
     for name, moments in found:
         if name not in matrices:
@@ -93,11 +103,15 @@ def measure(
         if progress:
             progress(len(matrices) + len(table), 2 * len(matrices), f"errors of {name}")
         importance = _importance(moments, matrices[name][1])
-        table[name] = _costs(info, name, matrices[name], moments, importance, palette, threads)
         sums[name] = importance.astype(np.float64) * count, count
+        # As ``imatrix.load`` will give it: the file is then quantized as it was here, to the last bit.
+        importance = (sums[name][0].astype(np.float32) / np.float32(count)).astype(np.float32)
+        table[name] = _costs(info, name, matrices[name], moments, importance, palette, threads, shelf)
     if lost := sorted(set(matrices) - set(table)):
         raise UsageError(f"{checkpoint}: has no tensor for {lost[0]} of {source}: not the same model")
     (out / "table.json").write_text(json.dumps({"shapes": matrices, "costs": {name: table[name] for name in matrices}}))
+    if shelf is not None:
+        shelf.close()
     imatrix.save(out / "imatrix.gguf", sums, count, "calibration, weighed by gradients")
     return SensitivityReport(
         rows=len(rows),
@@ -145,12 +159,21 @@ def _costs(
     importance: np.ndarray,
     palette: Sequence[str],
     threads: int | None,
+    shelf: Aside | None,
 ) -> dict[str, list[float]]:
-    """Return {type: [bytes, predicted KLD]} of one matrix, for the types that its rows fit."""
+    """Return {type: [bytes, predicted KLD]} of one matrix, for the types that its rows fit; put slow ones on ``shelf``."""
     weights = read_tensor(info, name)
     found: dict[str, list[float]] = {}
+    tensor = next(one for one in info.tensors if one.name == name)
+    with info.path.open("rb") as file:
+        source = source_digest(file.fileno(), tensor) if shelf is not None else ""
     for type_name in palette:
         if shape[1] % GGML_TYPES[type_name].block == 0:
-            error = ggml.round_trip(weights, type_name, importance, threads=threads) - weights
+            blocks = ggml.quantize_matrix(weights, type_name, importance, threads=threads)
+            error = ggml.dequantize_matrix(blocks, type_name, shape[1]) - weights
             found[type_name] = [shape[0] * row_bytes(type_name, shape[1]), moments.cost(error)]
+            if shelf is not None and type_name in _SLOW:
+                build = library_build()["library_sha256"]
+                key = tensor_key(source, tensor.type, shape, type_name, importance.tobytes(), build)
+                shelf.add(key, blocks.tobytes())
     return found

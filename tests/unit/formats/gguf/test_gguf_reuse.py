@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgedistill.formats.gguf import quantize_worker
+from edgedistill.formats.gguf import quantize_worker, sensitivity
 from edgedistill.formats.gguf.imatrix import collect
 from edgedistill.formats.gguf.model_io import silence
 from edgedistill.formats.gguf.quantize import named_after, quantize
@@ -201,6 +201,23 @@ def test_rounded_tensors_are_found_and_moments_taken_once(
     path = entry(store, "dd4")
     report = quantize(source, path, type, imatrix=matrix, types=types, feedback=TEXT[:3], store=store, threads=1)
     assert report.rounding is not None and report.rounding["passes"] == 1 and path.read_bytes() != first
+
+
+def test_what_the_table_was_made_of_is_taken_from_beside_it(
+    tiny: Tiny, tiny_gguf: Tiny, tmp_path: Path, store: Path
+) -> None:
+    source, table = tiny_gguf(**WIDE), entry(store, "ab1").parent
+    sensitivity.measure(
+        source, tiny(**WIDE), TEXT, [30] * len(TEXT), table, palette=("IQ4_XS", "IQ4_NL", "Q4_0"), aside=True, threads=1
+    )
+    matrices = [tensor.name for tensor in read_info(source).tensors if len(tensor.shape) == 2]
+    types = dict(zip(matrices, ["IQ4_XS", "Q4_0", "IQ4_NL"] * 5, strict=True))
+    path = entry(store, "bb2")
+    report = quantize(source, path, "IQ4_XS", imatrix=table / "imatrix.gguf", types=types, store=store)
+    assert report.reused == sum(kind != "Q4_0" for kind in types.values()) == 10
+    assert path.read_bytes() == stock(
+        source, tmp_path / "stock.gguf", "IQ4_XS", imatrix=table / "imatrix.gguf", types=types
+    )
 
 
 def test_the_index_says_where_tensors_lie(tiny_gguf: Tiny, store: Path) -> None:

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgedistill.formats.gguf.imatrix import save
+from edgedistill.formats.gguf.quantize import quantize
 from edgedistill.formats.gguf.read import read_info, read_tensor
 from tests.unit.formats.gguf.test_gguf_convert import KINDS as LLAMAS
 from tests.unit.formats.gguf.test_gguf_families import KINDS as OTHERS
+from tests.unit.formats.gguf.test_gguf_reuse import stock
 from tests.upstream_converter import convert_upstream
 
 Tiny = Callable[..., Path]
@@ -95,3 +98,19 @@ def test_settings_are_upstreams(kind: str, theirs: dict[str, Path], tiny_gguf: T
         "attention.sliding_window_pattern", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.add_bos_token",
         "tokenizer.ggml.add_eos_token",
     }  # fmt: skip
+
+
+def test_experts_are_quantized_as_llama_cpp_does(tiny: Tiny, tmp_path: Path) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2}
+    source = tmp_path / "experts.gguf"
+    convert_upstream([(tiny("mixtral", **wide), source, "f16", "smollm")])
+    shapes = {tensor.name: tensor.shape for tensor in read_info(source).tensors}
+    experts = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    assert len(experts) == 6 and all(shape[0] == 4 for shape in experts.values())
+    rng = np.random.default_rng(2)  # a row of importance for each expert
+    sums = {name: (rng.uniform(1, 9, shape[0] * shape[-1]), 10) for name, shape in experts.items()}
+    save(tmp_path / "i.gguf", sums, 10, "x")
+    for type_name in ("Q4_K_M", "IQ4_XS"):
+        quantize(source, tmp_path / "ours.gguf", type_name, imatrix=tmp_path / "i.gguf", threads=2)
+        want = stock(source, tmp_path / "stock.gguf", type_name, imatrix=tmp_path / "i.gguf")
+        assert (tmp_path / "ours.gguf").read_bytes() == want, type_name
