@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
         ({"labels__names": ["Log in", "log  in!"]}, r"labels\.names: 'Log in' and 'log  in!' are the same"),
         ({"labels__names": ["a", " b"]}, r"labels\.names"),
         ({"labels__names": ["delivery", "refund"]}, r"the reference '\w+' is none of labels\.names"),
-        ({"labels__by": "majority", "labels__smoothing": 1.0}, r"labels\.smoothing: the most frequent"),
+        ({"labels__by": "majority", "labels__smoothing": 1.0}, r"labels\.smoothing: this is for by = \"samples\""),
         ({"generate__samples": 1}, r"labels\.by: one sample of each prompt is no distribution"),
         ({"generate__style": "think"}, r"generate\.style: a label is a whole answer"),
         (
