@@ -102,14 +102,14 @@ def read_ranking(text: str, names: Sequence[str], first: int = 0) -> tuple[tuple
         found.append(name)
     wanted = first or len(names)
     if len(found) < wanted:
-        return (), f"an order of {len(found)} labels, not {wanted}" if found else "no order of labels"
+        return (), f"an order of {len(found)} of {wanted} labels" if found else "no order of labels"
     return tuple(found[:wanted]), ""
 
 
 def _listed(text: str, names: Sequence[str]) -> list[str]:
     value = _json(text)
     if isinstance(value, list):
-        return [one if isinstance(one, str) else json.dumps(None) for one in value]
+        return [str(one) if isinstance(one, str | int) else "{…}" for one in value]
     found: list[str] = []
     for line in split(text).answer.strip().splitlines():
         bare = line if read_label(line, names) else _NUMBER.sub("", line)  # "1." may be a label
