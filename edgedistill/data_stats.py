@@ -18,7 +18,7 @@ from edgedistill.data.stats import by_difficulty, distance, leaked, lengths, pro
 from edgedistill.errors import UsageError
 from edgedistill.jsonl import json_lines
 from edgedistill.plan import Step
-from edgedistill.report_data import difficulty_sheet, filters_sheet, interval, spent_notes
+from edgedistill.report_data import difficulty_sheet, filters_sheet, interval, labels_note, spent_notes
 from edgedistill.rows import RowStore
 from edgedistill.session import Session
 from edgedistill.stages.filter import Filter
@@ -92,6 +92,7 @@ def _figures(
         "yields": [{**line, **_each(spent, line["out"])} for line in entry.facts.get("yields", [])],
         "difficulty": by_difficulty(rows, kept, [name for name, _ in stage.recovered]),
         "spent": spent,
+        **({"labels": labels} if (labels := entry.facts.get("labels")) else {}),
     }
 
 
@@ -223,6 +224,8 @@ def _notes(stats: dict[str, Any]) -> Iterable[str]:
     made = ", ".join(f"{count} by {name}" for name, count in stats["sources"].items())
     yield f"{stats['answers']} answers of {stats['tokens']:,} tokens to {stats['prompts']} prompts"
     yield f"{stats['kept']} rows kept: {made}"
+    if "labels" in stats:
+        yield f"labels: {labels_note(stats['labels'])}"
     for name, what in (("prompt", "what users say"), ("taught", "what is taught")):
         one = stats["lengths"][name]
         yield f"{what}: {one['median']} words (median), {one['p95']} (95 %), {one['max']} (longest)"

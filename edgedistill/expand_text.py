@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
@@ -12,10 +13,13 @@ from edgedistill.expand_training import Other
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import keyed_metric
 from edgedistill.rates import MIB, RUNTIME_MIB, Work
+from edgedistill.recipe_labels import CHARACTERS
+from edgedistill.recipe_teacher import Teacher
 from edgedistill.stages.analyse import Analyse
 from edgedistill.stages.filter import Filter, ThinkingFilter
 from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateRecovery
 from edgedistill.stages.label_filter import LabelFilter
+from edgedistill.stages.label_likelihoods import LabelLikelihoods
 
 WRONG = 0.2  # share of answers that a teacher is assumed to get wrong, for estimates
 
@@ -37,11 +41,12 @@ class TextSteps(PromptSteps, GradeSteps):
             "manner": self.manner,
             **self._calls(rows),
             **self._generate(),
+            **self._labelled(recipe.teacher),
         }
         proved = {"scores": scores, "min_score": recipe.teacher.min_score, "leave": self._routed()}
         pilot = self._pilot({**question, **proved})
-        asked = Generate(**question, **proved, pilot=pilot)
-        answers = self._asked("generate", asked, self.tokens)
+        asked = self._generates(**question, **proved, pilot=pilot)
+        answers = self._asked("generate", asked, self.tokens + self._said(len(rows)))
         analysed = next((one for one in recipe.filter if one.analysis), None)
         filtered: dict[str, Any] = {
             "answers": answers,
@@ -96,7 +101,8 @@ class TextSteps(PromptSteps, GradeSteps):
         rows = tuple(every[at * len(every) // count] for at in range(count))
         tokens = self.tokens * count / len(every)
         few = {"rows": rows, "rows_digest": rows_digest(rows)}
-        answers = self._asked("generate/pilot", Generate(**{**question, **few}), tokens)
+        stage = self._generates(**{**question, **few})
+        answers = self._asked("generate/pilot", stage, tokens + self._said(count))
         grades = joined([self._grades(answers, tokens, "pilot")])
         fields = {
             "answers": answers,
@@ -116,7 +122,7 @@ class TextSteps(PromptSteps, GradeSteps):
         style, labels, rows = self.recipe.generate.style, self.recipe.labels, self.inputs.prompts
         stage = ThinkingFilter(**fields, style=style) if style in BLOCKS else Filter(**fields)
         if labels is not None:
-            stage = LabelFilter(**fields, labels=labels.names, by=labels.by, smoothing=labels.smoothing)
+            stage = LabelFilter(**fields, labels=labels.names, **labels.rule)
         return self.graph.add(
             name,
             stage,
@@ -124,10 +130,30 @@ class TextSteps(PromptSteps, GradeSteps):
             disk=len(rows) * 800,
         )
 
+    def _labelled(self, one: Teacher) -> dict[str, Any]:
+        """Return what is asked of a teacher in place of a label, as fields of a step; {} where a label is what it answers."""
+        labels = self.recipe.labels
+        if labels is None or labels.by in ("samples", "majority"):
+            return {}
+        if labels.by == "logits":  # how answers are written says nothing
+            return {"labels": labels.names, "max_new_tokens": 1, "top_p": 1.0}
+        schema = labels.schema(one)
+        return {"ask": labels.ask, "json_schema": json.dumps(schema) if schema else ""}
+
+    def _generates(self, **fields: Any) -> Generate:
+        """Return the step in which a teacher answers, or, by the labels' "logits", has a probability for each answer."""
+        return LabelLikelihoods(**fields) if "labels" in fields else Generate(**fields)
+
+    def _said(self, prompts: int) -> float:
+        """Return about how many tokens more it takes to be asked for something else than a label, and to say it."""
+        labels = self.recipe.labels
+        text = labels.ask if labels is not None else ""
+        return prompts * self.recipe.generate.samples * 1.5 * len(text) / CHARACTERS
+
     def _asked_another(self, one: Other, question: dict[str, Any]) -> Key:
         """Add the answers of a teacher beside the first one; with ``filtered`` in the question, those to what others failed."""
         server, role = one.model.server, one.spec.role
-        stage = GenerateRecovery if role == "recovery" else Generate
+        stage = GenerateRecovery if role == "recovery" else self._generates
         told = {"routed": {"only": one.spec.tags}, "ensemble": {"leave": self._routed()}, "recovery": {}}[role]
         manner = server.manner if server else ""
         own = {
@@ -136,9 +162,10 @@ class TextSteps(PromptSteps, GradeSteps):
             "manner": manner,
             "scores": one.proof,
             "min_score": one.spec.min_score,
+            **self._labelled(one.spec),
         }
         asked = stage(**{**question, **own, **told})
-        tokens = self.tokens * (WRONG if role == "recovery" else 1.0)
+        tokens = (self.tokens + self._said(len(self.inputs.prompts))) * (WRONG if role == "recovery" else 1.0)
         if role == "routed":
             tags, every = set(one.spec.tags), self.inputs.prompts
             tokens *= sum(bool(tags & set(row.tags)) for row in every) / len(every)

@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from edgedistill.data.label_answers import ask_ranking, ask_scores, ranking_schema, scores_schema, shortest
 from edgedistill.data.labels import label_key
-from edgedistill.recipe_base import Section
+from edgedistill.recipe_base import Count, Positive, Section
 from edgedistill.toml_source import key_error
 
 if TYPE_CHECKING:
     from edgedistill.recipe import Recipe
+    from edgedistill.recipe_teacher import Asked
 
 Name = Annotated[str, Field(min_length=1, pattern=r"^\S(.*\S)?$")]
 ANY_LABEL = ("format", "refusals", "pii", "language", "decontaminate")
 """Filters that judge an answer without looking at which label it is, or how often it is given."""
+CHARACTERS = 4
+"""Characters of such answers that a token has at most, or hardly more: in fewer tokens none of them fits."""
 
 
 class Labels(Section):
     """A closed set of answers. What the student learns of a prompt is a distribution over them: ``by`` "samples" it is the shares
     of the teacher's answers (``generate.samples``), so that a teacher without logits gives soft targets, too; by "majority" the
-    most frequent answer alone. Each label is a row with its share as its weight, which makes the loss the cross-entropy of the
-    distribution over whole answers. Suites with metric = "label" are scored by these names.
+    most frequent answer alone. By "scores" the teacher is asked to score every label from 0 to 10, by "ranking" to order them: one
+    answer says something of all labels, and several are averaged. By "logits" nothing is asked: a teacher whose weights are here
+    has a probability for each label. Each label is a row with its share as its weight, which makes the loss the cross-entropy of
+    the distribution over whole answers. Suites with metric = "label" are scored by these names.
     """
 
+    OWN: ClassVar[dict[str, tuple[str, ...]]] = {
+        "samples": ("smoothing",),
+        "majority": (),
+        "scores": ("scale", "least", "guided"),
+        "ranking": ("decay", "first", "least", "guided"),
+        "logits": ("least",),
+    }
+    """What each way may be told."""
+
     names: Annotated[tuple[Name, ...], Field(min_length=2)]
-    by: Literal["samples", "majority"] = "samples"
+    by: Literal["samples", "majority", "scores", "ranking", "logits"] = "samples"
     smoothing: Annotated[float, Field(ge=0)] = Field(
         default=0.0,
         description="samples: added to the count of every label, against shares of 0 from few samples (1: Laplace, 0.5: Jeffreys); "
         "every prompt then has a row for every label",
+    )
+    scale: Positive = Field(
+        default=2.0,
+        description="scores: so many points more are e = 2.7 times the share, which is exp(score / scale) over the sum of all",
+    )
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.5, description="ranking: the share of a label is that of the one before it times this"
+    )
+    first: Count | None = Field(
+        default=None, description="ranking: so many labels are ordered, the others have no share; all when left out"
+    )
+    least: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.01,
+        description="scores, ranking, logits: a label with less than this times the largest share has none: each is a row to learn",
+    )
+    guided: bool | None = Field(
+        default=None,
+        description="scores, ranking: the teacher can write nothing but such JSON. When left out, one that llama.cpp or vLLM runs "
+        "cannot; true asks another server for it, too",
     )
 
     @model_validator(mode="after")
@@ -39,9 +73,37 @@ class Labels(Section):
         for name in self.names:
             if (other := seen.setdefault(label_key(name), name)) != name or self.names.count(name) > 1:
                 raise key_error("names", f"{other!r} and {name!r} are the same but for case, punctuation and spacing")
-        if self.by == "majority" and self.smoothing:
-            raise key_error("smoothing", 'the most frequent label has no shares to smooth: set by = "samples"')
+        for name in dict.fromkeys(name for names in self.OWN.values() for name in names):
+            if name not in self.OWN[self.by] and getattr(self, name) != type(self).model_fields[name].default:
+                whose = " or ".join(f'"{by}"' for by, names in self.OWN.items() if name in names)
+                raise key_error(name, f"this is for by = {whose}")
+        if (self.first or 0) > len(self.names):
+            raise key_error("first", f"there are {len(self.names)} labels: leave it out to order all of them")
         return self
+
+    @property
+    def ask(self) -> str:
+        """What the teacher is asked at the end of each prompt; "" where its answer is a label."""
+        if self.by == "scores":
+            return ask_scores(self.names)
+        return ask_ranking(self.names, self.first or 0) if self.by == "ranking" else ""
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """How shares are made of what the teacher says, as the filter's key holds it."""
+        own = [name for name in self.OWN[self.by] if name != "guided"]
+        return {"by": self.by, "smoothing": self.smoothing, **self.model_dump(include={*own}, exclude_none=True)}
+
+    def guides(self, one: Asked) -> bool:
+        """Tell whether a teacher can write nothing but what it is asked for."""
+        able = one.backend == "llama_cpp" or one.vllm is not None
+        return bool(self.ask) and (able if self.guided is None else self.guided)
+
+    def schema(self, one: Asked) -> dict[str, Any] | None:
+        """Return the JSON Schema of a teacher's answers; None where it writes freely."""
+        if not self.guides(one):
+            return None
+        return scores_schema(self.names) if self.by == "scores" else ranking_schema(self.names, self.first or 0)
 
 
 def refuse_labels(recipe: Recipe) -> None:
@@ -58,6 +120,10 @@ def refuse_labels(recipe: Recipe) -> None:
             "one sample of each prompt is no distribution: raise generate.samples and generate.temperature, or set "
             'by = "majority"',
         )
+    if labels.ask:
+        _refuse_asking(recipe, labels)
+    if labels.by == "logits":
+        _refuse_logits(recipe)
     for at, one in enumerate(recipe.filter):
         if one.kind not in ANY_LABEL:
             raise key_error(
@@ -82,3 +148,50 @@ def refuse_labels(recipe: Recipe) -> None:
     for key, why in wrong.items():
         if why:
             raise key_error(key, str(why))
+
+
+def _refuse_asking(recipe: Recipe, labels: Labels) -> None:
+    """Refuse what leaves no room for scores or an order, or would be said to the teacher twice."""
+    generate, answer = recipe.generate, shortest(labels.names, labels.by, labels.first or 0)
+    if generate.json_schema is not None:
+        raise key_error("generate.json_schema", f'labels.by = "{labels.by}" has one of its own: leave it out')
+    if generate.max_new_tokens < len(answer) / CHARACTERS:
+        raise key_error(
+            "generate.max_new_tokens",
+            f'an answer of {len(answer)} characters (labels.by = "{labels.by}") does not fit: set it to {len(answer) // 2 + 8}',
+        )
+    for at, one in enumerate((recipe.teacher, *recipe.teachers)):
+        place = f"teachers.{at - 1}" if at else "teacher"
+        if labels.guides(one) and "response_format" in one.body:
+            raise key_error(
+                f"{place}.body", "the labels set response_format: leave it out, or set labels.guided to false"
+            )
+        if labels.guided and one.backend == "transformers" and one.vllm is None:
+            raise key_error(
+                "labels.guided",
+                f"transformers writes freely, and runs {one.model}: leave the key out, or take vLLM or llama.cpp",
+            )
+
+
+def _refuse_logits(recipe: Recipe) -> None:
+    """Refuse teachers that show no probability of a given answer, and what asks for answers where none are written."""
+    wrong: dict[str, str | bool] = {
+        "generate.samples": recipe.generate.samples > 1 and "probabilities are taken once: set it to 1",
+        "generate.temperature": recipe.generate.temperature > 0
+        and "probabilities are those at temperature 1: set it to 0",
+        "generate.json_schema": recipe.generate.json_schema is not None and "nothing is written: leave it out",
+    }
+    for at, one in enumerate((recipe.teacher, *recipe.teachers)):
+        place = f"teachers.{at - 1}" if at else "teacher"
+        wrong[f"{place}.backend"] = one.backend == "openai" and (
+            'a server gives no probabilities of whole answers: set labels.by = "scores", "ranking" or "samples"'
+        )
+    for at, one in enumerate(recipe.teachers):
+        wrong[f"teachers.{at}.role"] = one.role == "recovery" and "each prompt has its probabilities, and nothing fails"
+    for at, one in enumerate(recipe.filter):
+        wrong[f"filter.{at}.kind"] = (
+            one.kind != "decontaminate" and "it judges what is written, and nothing is: leave it out"
+        )
+    for key, why in wrong.items():
+        if why:
+            raise key_error(key, f'labels.by = "logits": {why}')

@@ -29,7 +29,7 @@ from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
 from edgedistill.refusals_auto import refuse_auto, refuse_onnx
 from edgedistill.refusals_chat import refuse_templates
-from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics
+from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics, warn_of_labels
 from edgedistill.refusals_kv import refuse_kv
 from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.refusals_teachers import refuse_backend, refuse_others
@@ -143,7 +143,7 @@ def refuse(inputs: Inputs) -> list[str]:
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
-    return warnings + refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs)
+    return warnings + refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs) + warn_of_labels(inputs)
 
 
 def _reviews(inputs: Inputs) -> list[str]:

@@ -37,6 +37,17 @@ def refuse_metrics(inputs: Inputs) -> None:
                 raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
 
 
+def warn_of_labels(inputs: Inputs) -> list[str]:
+    """Warn where the teacher is taught to answer with a label alone, and then asked for more."""
+    labels, known = inputs.recipe.labels, [row.reference for row in inputs.gold if row.reference]
+    if labels is None or not labels.ask or not known or any(read_label(one, labels.names) is None for one in known):
+        return []
+    return [
+        f'adapt.files teaches the teacher to answer with a label, and labels.by = "{labels.by}" asks it for more: expect few '
+        'answers that can be read; "samples" and "logits" ask for nothing else, or leave [adapt] out'
+    ]
+
+
 def refuse_languages(inputs: Inputs) -> None:
     """Refuse languages that are not told apart."""
     for at, one in enumerate(inputs.recipe.filter):

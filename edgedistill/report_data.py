@@ -37,6 +37,23 @@ def spent_notes(stats: Mapping[str, Any]) -> Iterable[str]:
         yield f"a kept row: {each['tokens_a_row']:,} tokens, {each['money_a_row']:.4g} money"
 
 
+def labels_note(taught: Mapping[str, Any]) -> str:
+    """Say what the targets are, where answers are labels: what they are made of, how many, and how soft."""
+    by = {
+        "samples": "the shares of their answers",
+        "majority": "the most frequent answer",
+        "scores": "the teacher's scores of all labels",
+        "ranking": "the teacher's order of the labels",
+        "logits": "the probabilities that the teacher has for labels",
+    }[taught["by"]]
+    plain = taught["by"] in ("samples", "majority")
+    differ = "have answers of more than one label" if plain else "have answers that differ in the best label"
+    return (
+        f"{by}, of {taught['prompts']} prompts; {taught['split']} {differ}, {taught['answers']:.1f} answers a prompt "
+        f"{'are labels' if plain else 'are read'}, mean entropy of the targets {taught['entropy']:.3f} nats"
+    )
+
+
 def difficulty_sheet(stats: Mapping[str, Any]) -> Sheet:
     """Lay out of which prompts an answer was kept, before a recovery and after it."""
     found = stats.get("difficulty", ())

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgedistill.report import Figure, Model, ReportData
 from edgedistill.report_cells import count, filled, machine_notes, signed, text
-from edgedistill.report_data import difficulty_sheet, filters_sheet, spent_notes
+from edgedistill.report_data import difficulty_sheet, filters_sheet, labels_note, spent_notes
 from edgedistill.report_work import caches_sheet, drafts_sheet, speeds_sheet, times_sheet, training_sheet, types_sheet
 from edgedistill.tables import Sheet
 from edgedistill.target import format_size
@@ -287,11 +287,7 @@ def labels_sheet(data: ReportData) -> Sheet:
     )
     notes, taught = [], data.yields.get("labels")
     if rows and taught:
-        by = {"samples": "the shares of their answers", "majority": "the most frequent answer"}[taught["by"]]
-        notes.append(
-            f"taught: {by}, of {taught['prompts']} prompts; {taught['split']} have answers of more than one label, "
-            f"{taught['answers']:.1f} answers a prompt are labels, mean entropy of the targets {taught['entropy']:.3f} nats"
-        )
+        notes.append(f"taught: {labels_note(taught)}")
     return filled(Sheet(title="labels", columns=columns, rows=rows, right=frozenset(range(2, 10)), notes=notes))
 
 

@@ -45,6 +45,45 @@ def most_frequent(found: Sequence[str]) -> str:
     return max(dict.fromkeys(found), key=lambda name: counts[name])
 
 
+def score_shares(found: Sequence[Mapping[str, float]], scale: float) -> dict[str, float]:
+    """Return the distribution that scores give, one mapping a sample with the same labels in each: in proportion to
+    exp(mean score / scale). {} of no samples.
+    """
+    if not found:
+        return {}
+    means = {name: math.fsum(one[name] for one in found) / len(found) for name in found[0]}
+    top = max(means.values())
+    return _normalised({name: math.exp((mean - top) / scale) for name, mean in means.items()})
+
+
+def ranking_shares(found: Sequence[Sequence[str]], names: Sequence[str], decay: float) -> dict[str, float]:
+    """Return the mean over samples of the distribution that an order gives: in proportion to 1, decay, decay^2, ... from the best;
+    labels that are in no order are left out. {} of no samples.
+    """
+    shares = dict.fromkeys(names, 0.0)
+    for order in found:
+        for name, share in _normalised({name: decay**at for at, name in enumerate(order)}).items():
+            shares[name] += share / len(found)
+    return {name: share for name, share in shares.items() if share > 0}
+
+
+def mean_shares(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of distributions over the same labels, each normalised. {} of none."""
+    whole = [_normalised(one) for one in found]
+    return {name: math.fsum(one[name] for one in whole) / len(whole) for name in whole[0]} if whole else {}
+
+
+def without_small(distribution: Mapping[str, float], least: float) -> dict[str, float]:
+    """Return a distribution without the labels whose share is under ``least`` times the largest."""
+    top = max(distribution.values(), default=0.0)
+    return _normalised({name: share for name, share in distribution.items() if share > 0 and share >= least * top})
+
+
+def _normalised(weights: Mapping[str, float]) -> dict[str, float]:
+    total = math.fsum(weights.values())
+    return {name: weight / total for name, weight in weights.items()}
+
+
 def entropy(distribution: Mapping[str, float]) -> float:
     """Return the entropy in nats."""
     return -math.fsum(share * math.log(share) for share in distribution.values() if share > 0)

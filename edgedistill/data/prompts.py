@@ -363,6 +363,12 @@ def guided(messages: Sequence[Message], guidance: str | None) -> list[Message]:
     return [{"role": "system", "content": guidance}, *messages]
 
 
+def appended(messages: Sequence[Message], text: str) -> list[Message]:
+    """Return a conversation with something more at the end of its last message."""
+    *before, last = messages
+    return [*before, {**last, "content": f"{last['content']}\n\n{text}"}]
+
+
 def rows_digest(rows: Iterable[Row]) -> str:
     """Return the sha256 (hex) of what the rows say, in their order; spacing and key order do not change it."""
     digest = hashlib.sha256()

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from edgedistill.data.prompts import Row
+from edgedistill.data.prompts import Row, appended
 
 BLOCKS: dict[str, tuple[str, str]] = {
     "think": ("<think>", "</think>"),
@@ -122,8 +122,7 @@ def two_tasks(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 def asking_why(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the conversation with the request for a rationale at the end of its last message."""
-    *before, last = messages
-    return [*before, {**last, "content": f"{last['content']}\n\n{REQUEST}"}]
+    return appended(messages, REQUEST)
 
 
 def share_of_empty(texts: Sequence[str]) -> float:

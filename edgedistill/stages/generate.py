@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.chat import Chat
-from edgedistill.data.prompts import Row, guided
+from edgedistill.data.prompts import Row, appended, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.jsonl import json_lines
@@ -72,6 +72,7 @@ class Generate(Stage):
     only: tuple[str, ...] = later(())  # tags: the prompts that have one of them are put
     leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
     prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
+    ask: str = later("")  # the end of each prompt, that asks for something else than its answer
     template: str = later("")  # digest of that which makes text of a server's calls; the row store has the calls
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
@@ -146,7 +147,10 @@ class Generate(Stage):
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
         own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
-        return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
+        found = (row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
+        if not self.ask:
+            return tuple(found)
+        return tuple(replace(row, messages=tuple(appended(row.messages, self.ask))) for row in found)
 
     def _tell(self, ctx: Context, prompts: int) -> None:
         """Say what the pilot tells of all prompts: rows that will be kept, tokens, the time (loading a model counts in

@@ -87,3 +87,69 @@ def test_shares_of_nothing_are_nothing() -> None:
     assert shares([], NAMES, 1.0) == {}
     assert shares(["a"], NAMES) == {"a": 1.0}
     assert sum(shares(["a", "a", "log in"], NAMES, 0.3).values()) == pytest.approx(1.0)
+
+
+def fresh(folder: Path) -> Path:
+    (folder / "fresh").mkdir()
+    return folder / "fresh"
+
+
+SCORED = [
+    *[("x", '{"Billing": 9, "a": 7, "log in": 1}', "stop"), ("x", '{"Billing": 5, "a": 7, "log in": 1}', "stop")],
+    *[("x", '{"Billing": 9, "a": 7}', "stop"), ("x", "Billing", "stop")],
+    *[("x", '{"Billing": 9, "a": 7, "log in": 11}', "stop"), ("x", '{"Billing": 9, "a"', "length")],
+    *[("y", "nothing fits", "stop")] * 2,
+]
+
+
+def test_scores_of_several_answers_are_averaged_into_one_row_of_each_label(tmp_path: Path) -> None:
+    facts, read = run(tmp_path, stage("x", "y", by="scores", scale=2.0, least=0.1), SCORED)
+    kept = [(one["id"], one["prompt"], one["text"], one["weight"], one["source"]) for one in read("kept.jsonl")]
+    # both have a mean of 7; that of "log in" is 6 points less, e^-3 times the share, which is under least
+    assert kept == [("x", "x", "Billing", 0.5, "teacher"), ("x#1", "x", "a", 0.5, "teacher")]
+    assert [one["why"] for one in read("rejected.jsonl")] == [
+        *("did not end", "no score for log in", "no JSON object of scores"),
+        *("a score for log in that is not from 0 to 10", *["no JSON object of scores"] * 2),
+    ]
+    assert facts["yields"][-1] == {"filter": "labels", "in": 7, "out": 2}
+    told = facts["labels"]
+    assert (told["by"], told["prompts"], told["split"], told["answers"]) == ("scores", 1, 1, 2)
+    assert told["entropy"] == pytest.approx(math.log(2))
+    assert told["shares"] == pytest.approx({"Billing": 0.5, "a": 0.5, "log in": 0.0})
+    _, read = run(fresh(tmp_path), stage("x", by="scores", scale=2.0), SCORED[:1])
+    total = 1 + math.exp(-1) + math.exp(-4)
+    assert {one["text"]: one["weight"] for one in read("kept.jsonl")} == pytest.approx(
+        {"Billing": 1 / total, "a": math.exp(-1) / total, "log in": math.exp(-4) / total}
+    )
+
+
+def test_orders_of_several_answers_are_averaged(tmp_path: Path) -> None:
+    samples = [
+        *[("x", '["a", "Billing", "log in"]', "stop"), ("x", "billing > log in", "stop"), ("x", "a", "stop")],
+        ("y", "no idea", "stop"),
+    ]
+    gold = ({"kind": "pii", "metric": "exact", "otherwise": "gold"},)
+    facts, read = run(tmp_path, stage("x", "y", by="ranking", decay=0.5, first=2, filters=gold), samples)
+    *kept, last = [(one.get("prompt"), one["text"], one.get("weight"), one["source"]) for one in read("kept.jsonl")]
+    weights = {text: weight for _, text, weight, _ in kept}
+    assert weights == pytest.approx({"Billing": 1 / 2, "a": 1 / 3, "log in": 1 / 6})
+    assert last == (None, "Billing", None, "gold")
+    assert [one["why"] for one in read("rejected.jsonl")] == ["an order of 1 of 2 labels", "no label: no idea"]
+    assert (facts["labels"]["split"], facts["labels"]["prompts"]) == (1, 1)
+
+
+def test_probabilities_are_the_shares(tmp_path: Path) -> None:
+    said = '{"Billing": 0.75, "a": 0.249, "log in": 0.001}'
+    _, read = run(tmp_path, stage("x", by="logits", least=0.01), [("x", said, "stop")])
+    assert {one["text"]: one["weight"] for one in read("kept.jsonl")} == pytest.approx(
+        {"Billing": 0.75 / 0.999, "a": 0.249 / 0.999}
+    )
+
+
+def test_why_no_answer_does_as_it_is_asked_is_told(tmp_path: Path) -> None:
+    samples = [("x", "Billing", "stop"), ("x", "a", "stop"), ("x", '{"Billing": 1}', "stop")]
+    with pytest.raises(StepFailed, match=r"none of 3 answers .* most often \(2\): no JSON object of scores") as failed:
+        run(tmp_path, stage("x", by="scores", scale=2.0), samples)
+    assert "labels.guided" in failed.value.hint
+    with pytest.raises(StepFailed, match=r"says something of all labels \(labels.by = \"ranking\"\) passed"):
+        run(fresh(tmp_path), stage("x", by="ranking", decay=0.5), [("x", "a", "length")])
