@@ -317,6 +317,10 @@ def quantize(
     size: Annotated[str | None, typer.Option(help="auto: most bytes of the file, such as '90 MiB'")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the files")] = Path("quantized"),
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
+    general: Annotated[
+        int,
+        typer.Option(min=0, max=1000, help="GGUF: conversations beside it that the model writes itself; 64 will do"),
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what auto chooses, and make no file")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -327,7 +331,7 @@ def quantize(
 
     names = [name for name in (types or "").split(",") if name]
     results = quantize_model(
-        model, targets=target or [], types=names, out=output, calibration=calibration, size=size,
+        model, targets=target or [], types=names, out=output, calibration=calibration, general=general, size=size,
         reporter=TerminalReporter(), dry_run=dry_run,
     )  # fmt: skip
     _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))

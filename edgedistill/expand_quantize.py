@@ -21,6 +21,7 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_wo
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.calibrate import Calibrate
+from edgedistill.stages.converse import Converse
 from edgedistill.stages.kv_cache import KvCache
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
@@ -68,6 +69,16 @@ def add_kv_cache(graph: Graph, name: str, target: Target, model: Key, text: Key,
     return graph.add(name, stage, work, memory=memory, disk=MIB)
 
 
+def add_general(graph: Graph, name: str, model: Key, count: int, params: int, tool: str) -> Key | None:
+    """Add the conversations that a model writes for its own calibration; none of 0."""
+    if not count:
+        return None
+    # Decoded many at once, and the prompts are short: as long as reading a few hundred tokens each.
+    work = Work(kind="forward-gguf", amount=2 * params * count * 300)
+    stage = Converse(model=model, count=count, tool=tool)
+    return graph.add(name, stage, work, memory=3 * params + 700 * MIB, disk=MIB)
+
+
 class QuantizeSteps(TrainingSteps):
     """Adds them for one student at a time."""
 
@@ -109,12 +120,16 @@ class QuantizeSteps(TrainingSteps):
         key = add_kv_cache(self.graph, f"kv-cache/{name}", target, model, text, student_facts(self.inputs))
         return key if kv == AUTO else kv, key
 
+    def _general(self, name: str, gguf: Key, params: int) -> Key | None:
+        return add_general(self.graph, name, gguf, self.recipe.calibrate.general, params, self.llama)
+
     def _calibrate(self, name: str, gguf: Key, kept: Key, params: int) -> Key:
         rows = min(self.recipe.calibrate.rows, len(self.inputs.prompts))
         share = rows / max(1, len(self.inputs.prompts))
+        general = self._general(name.replace("calibrate", "converse"), gguf, params)
         return self.graph.add(
             name,
-            Calibrate(model=gguf, kept=kept, rows=self.recipe.calibrate.rows, tool=self.llama),
+            Calibrate(model=gguf, kept=kept, rows=self.recipe.calibrate.rows, tool=self.llama, general=general),
             Work(kind="forward", amount=2 * params * self.tokens * share),
             memory=3 * params + 300 * MIB,
             disk=4 * MIB,
@@ -123,7 +138,10 @@ class QuantizeSteps(TrainingSteps):
     def _sensitivity(self, name: str, gguf: Key, student: Key, kept: Key) -> Key:
         """Add the table that every target with types of its own chooses from."""
         rows, params = self.recipe.calibrate.rows, self.s_params
-        stage = Sensitivity(model=gguf, checkpoint=student, kept=kept, text=(), rows=rows, tool=self.llama)
+        general = self._general(name.replace("sensitivity", "converse"), gguf, params)
+        stage = Sensitivity(
+            model=gguf, checkpoint=student, kept=kept, text=(), rows=rows, tool=self.llama, general=general
+        )
         return add_sensitivity(self.graph, name, stage, params)
 
     def _sensitivity_onnx(self, name: str, student: Key, kept: Key) -> Key:

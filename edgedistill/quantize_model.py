@@ -15,7 +15,7 @@ from typing import Any
 from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_kv_cache, add_sensitivity, onnx_options
+from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, onnx_options
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, resolve
@@ -62,6 +62,7 @@ def quantize_model(
     types: Sequence[str],
     out: Path,
     calibration: Path | None = None,
+    general: int = 0,
     size: int | str | None = None,
     store: Store | None = None,
     reporter: Reporter | None = None,
@@ -70,7 +71,8 @@ def quantize_model(
     """Quantize ``model`` for every target and to every type; files go to ``out``, by hard link from the store.
 
     The type "auto" chooses one for every matrix, so that the file has ``size`` (bytes, or words such as "90 MiB") at most. With
-    ``dry_run`` the choice is made and no file.
+    ``dry_run`` the choice is made and no file. GGUF files are calibrated on the text of ``calibration`` and on ``general``
+    conversations that the model writes itself.
 
     ``model`` is an HF folder, a full-precision GGUF, or a source (hf:, path:, pypi:, gguf:). ONNX targets need an HF
     folder. Raises UsageError for what cannot work, before anything runs.
@@ -120,16 +122,19 @@ def quantize_model(
     if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
     for name, format_, choice in wanted:
-        if calibration is not None:
+        if calibration is not None or (general and format_ == "gguf"):
             continue
         if choice.type == AUTO or (format_ == "onnx" and choice.rounding == "gptq"):
             what = "choose types" if choice.type == AUTO else "round with feedback"
             raise UsageError(
-                f"{name}: to {what} takes text of the task", "give --calibration FILE: JSONL rows or plain text"
+                f"{name}: to {what} takes text of the task",
+                "give --calibration FILE: JSONL rows or plain text"
+                + ("; or --general 64: text that the model writes itself" if format_ == "gguf" else ""),
             )
         if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required":
             raise UsageError(
-                f"{name}: {choice.type} needs an importance matrix", "give --calibration FILE: JSONL rows or plain text"
+                f"{name}: {choice.type} needs an importance matrix",
+                "give --calibration FILE: JSONL rows or plain text; or --general 64: text that the model writes itself",
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
@@ -140,14 +145,18 @@ def quantize_model(
     for name, target in caches.items():
         for warning in refuse_kv(target, resolved.facts, 0):
             reporter.note(f"{name}: {warning}")
-        if calibration is None:
+        if calibration is None and not general:
             reporter.note(
                 f"{name}: no --calibration FILE to fill the context with, so its KV cache is not compared with f16"
             )
-    plan, keys = _plan(resolved, wanted, calibration, store, speeds, caches)
+    plan, keys = _plan(resolved, wanted, calibration, general, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
-    if calibration is None and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted):
+    if (
+        calibration is None
+        and not general
+        and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted)
+    ):
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
@@ -191,7 +200,7 @@ def _plan(
     resolved: Resolved,
     wanted: list[tuple[str, str, Types]],
     calibration: Path | None,
-    store: Store,
+    general: int,
     speeds: Mapping[str, Any],
     caches: Mapping[str, Target],
 ) -> tuple[Plan, list[Key]]:
@@ -216,11 +225,14 @@ def _plan(
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
-    if text and container is not None:
-        stage = CalibrateText(model=container, text=text, tool=llama)
+    if (text or general) and container is not None:
+        own = add_general(graph, "converse", container, general, params, llama)
+        stage = CalibrateText(model=container, text=text, tool=llama, general=own)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
         if any(choice.type == AUTO and format_ == "gguf" for _, format_, choice in wanted):
-            stage = Sensitivity(model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama)
+            stage = Sensitivity(
+                model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama, general=own
+            )
             sensitivity = add_sensitivity(graph, "sensitivity", stage, params)
     if base is not None and any(choice.type == AUTO and format_ == "onnx" for _, format_, choice in wanted):
         stage = SensitivityOnnx(checkpoint=base, kept=None, text=text, rows=len(text), tool=builder)

@@ -142,9 +142,18 @@ class Score(Section):
 
 
 class Calibrate(Section):
-    """Rows of the training text that the importance matrix is measured on."""
+    """The text that importance matrices, choices of types and rounding go by."""
 
-    rows: Count = 200
+    rows: Annotated[Count, Field(description="of the training text")] = 200
+    general: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1000,
+            description="conversations beside them that the student writes itself: text of all kinds, so that what is "
+            "rounded for the task is not lost for the rest; GGUF targets",
+        ),
+    ] = 0
 
 
 class Temperature(Tabled):

@@ -1,7 +1,7 @@
 """calibrate: measure which inputs of each matrix matter on the task's own text (importance matrix).
 
-In: the converted full-precision GGUF, kept rows. Out: ``imatrix.gguf`` (llama.cpp's format), ``tokens.json``, the text
-that was run. Shared by every target.
+In: the converted full-precision GGUF, kept rows, conversations of its own where it wrote some. Out: ``imatrix.gguf`` (llama.cpp's
+format), ``tokens.json``, the text that was run. Shared by every target.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 
 from edgedistill.fingerprint import Key
 from edgedistill.jsonl import json_lines
-from edgedistill.step import Context, Stage
+from edgedistill.step import Context, Stage, later
+
+
+def _general(ctx: Context, key: Key | None) -> list[list[int]]:
+    """Return the token ids of what the model wrote itself."""
+    from edgedistill.evals.own_text import FILE, read_conversations
+
+    return read_conversations(ctx.path(key, FILE) if key else None)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,7 @@ class Calibrate(Stage):
     kept: Key
     rows: int
     tool: str
+    general: Key | None = later(None)
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Render the conversations with the model's own template and run them."""
@@ -37,6 +45,7 @@ class Calibrate(Stage):
         lines = [json.loads(line) for line in json_lines(ctx.path(self.kept, "kept.jsonl"))[: self.rows]]
         with GgufRunner(gguf, threads=ctx.threads) as runner:
             token_rows, _ = encode_kept(runner, lines)
+        token_rows += _general(ctx, self.general)
         (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
         return {"imatrix": report.to_json()}
@@ -51,6 +60,7 @@ class CalibrateText(Stage):
     model: Key
     text: tuple[str, ...]
     tool: str
+    general: Key | None = later(None)
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Tokenize each piece by itself and run it."""
@@ -60,6 +70,7 @@ class CalibrateText(Stage):
         gguf = ctx.path(self.model, "model.gguf")
         with GgufRunner(gguf, threads=ctx.threads) as runner:
             token_rows = [runner.encode_text(piece)[:512] for piece in self.text]
+        token_rows += _general(ctx, self.general)
         (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)
         return {"imatrix": report.to_json()}

@@ -1,8 +1,8 @@
 """sensitivity: predict what each type would cost in each matrix of a model, on the task's own text.
 
-In: the converted full-precision GGUF, the checkpoint it came from, kept rows or plain text. Out: ``table.json`` (bytes
-and predicted KLD by matrix and type), ``imatrix.gguf`` (columns weighed by what their errors cost), ``text.json`` (what was run).
-Shared by every target.
+In: the converted full-precision GGUF, the checkpoint it came from, kept rows or plain text, conversations of the model's own.
+Out: ``table.json`` (bytes and predicted KLD by matrix and type), ``imatrix.gguf`` (columns weighed by what their errors cost),
+``text.json`` (what was run). Shared by every target.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from edgedistill.fingerprint import Key
 from edgedistill.jsonl import json_lines
-from edgedistill.step import Context, Stage
+from edgedistill.step import Context, Stage, later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,12 @@ class Sensitivity(Stage):
     text: tuple[str, ...]
     rows: int
     tool: str
+    general: Key | None = later(None)
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Encode, take gradients, quantize every matrix to every type."""
         from edgedistill.evals.calibration_text import encode_kept
+        from edgedistill.evals.own_text import FILE, read_conversations
         from edgedistill.evals.runners.gguf import GgufRunner
         from edgedistill.formats.gguf.dequantize import gguf_to_hf
         from edgedistill.formats.gguf.read import first_token, read_info
@@ -52,6 +54,8 @@ class Sensitivity(Stage):
                 bos = first_token(gguf)  # without it a model that was taught with it is another one
                 token_rows = [[*bos, *runner.encode_text(piece)][:most] for piece in self.text]
                 starts = [1] * len(token_rows)
+        more, begun = read_conversations(ctx.path(self.general, FILE) if self.general else None)
+        token_rows, starts = [*token_rows, *more], [*starts, *begun]
         if self.checkpoint is not None:
             folder = ctx.path(self.checkpoint, "model")
         else:

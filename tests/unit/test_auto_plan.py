@@ -39,6 +39,19 @@ def test_targets_share_the_table_and_a_size_reruns_the_choice(folder: Path) -> N
     assert not any(step.stage.name in ("sensitivity", "allocate") for step in make(folder).steps)
 
 
+def test_what_the_student_writes_itself_is_shared_by_all_that_calibrates(folder: Path) -> None:
+    sized = auto("laptop-x86", "80 MiB")
+    plain, plan = make(folder, **sized), make(folder, **sized, calibrate__general=8)
+    assert not any(step.stage.name == "converse" for step in plain.steps)
+    (own,), (gguf,) = plan.match("converse"), plan.match("convert/student")
+    assert set(own.stage.inputs()) == {gguf.key}
+    for name in ("calibrate", "sensitivity"):
+        (step,) = plan.match(name)
+        assert own.key in step.stage.inputs()
+    untouched = {"generate", "filter", "distill/1", "merge", "convert/student", "quantize/laptop-x86-onnx"}
+    assert not changed(plain, plan) & untouched and "quantize/phone-midrange" in changed(plain, plan)
+
+
 def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"

@@ -130,6 +130,21 @@ def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: 
         )
 
 
+def test_a_model_without_text_of_the_task_writes_its_own(model: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    make = {"targets": [], "store": store, "out": tmp_path / "out"}
+    with pytest.raises(UsageError, match="needs an importance matrix") as caught:
+        quantize_model(str(model), types=["IQ2_XS"], **make)
+    assert "or --general 64" in (caught.value.hint or "")
+    (file,) = quantize_model(str(model), types=["auto"], size="140 KiB", general=6, **make)
+    assert file.size <= 140 * 1024
+    (written,) = store.root.glob("entries/*/*/general.json")
+    found = json.loads(written.read_text())
+    assert len(found["tokens"]) == len(found["starts"]) == 6
+    (tokens,) = store.root.glob("entries/*/*/tokens.json")
+    assert json.loads(tokens.read_text()) == found["tokens"]
+
+
 def test_a_second_size_makes_only_what_is_new_and_the_same_file(model: Path, text: Path, tmp_path: Path) -> None:
     profile, store = tmp_path / "profile.toml", Store(tmp_path / "store")
 

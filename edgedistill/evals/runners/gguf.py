@@ -124,10 +124,12 @@ class GgufRunner:
         return render_chat(template.decode("utf-8"), messages, **options)
 
     def end_token(self) -> int:
-        """Return the id with which the chat template ends an answer; the file's end of sequence where it has none.
+        """Return the id with which the chat template ends an answer; the file's end of sequence where there is none.
 
         llama.cpp's own end of turn is a guess by name: for SmolLM2 it is <|endoftext|>, which no answer ends with.
         """
+        if self._end is None and not self._has_template():
+            self._end = int(self._lib.llama_vocab_eos(self._vocab))
         if self._end is None:
             mark = "xyzzy"
             turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": mark}]
@@ -135,6 +137,21 @@ class GgufRunner:
             ends = [token for token in rest if self._lib.llama_vocab_is_eog(self._vocab, token)]
             self._end = ends[0] if ends else int(self._lib.llama_vocab_eos(self._vocab))
         return self._end
+
+    def _has_template(self) -> bool:
+        return bool(self._lib.llama_model_chat_template(self._model, None))
+
+    def around_user(self) -> tuple[list[int], list[int]]:
+        """Return the token ids before and behind a user's first message; without a chat template what a text begins with, and
+        none.
+        """
+        from edgedistill.formats.gguf.read import first_token
+
+        if not self._has_template():
+            return first_token(self.path) or [self.end_token()], []
+        mark = "xyzzy"
+        before, _, behind = self._render([{"role": "user", "content": mark}]).partition(mark)
+        return self.encode_text(before), self.encode_text(behind)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
