@@ -43,7 +43,7 @@ class Tune(Tabled, Training):
     code_lr: Positive = Field(
         default=1.5e-3, description="of the weights' places between the codes, in steps of the grid"
     )
-    scale_lr: Positive = Field(default=1e-3, description="of the blocks' scales, as a share of each")
+    scale_lr: Positive = Field(default=1e-4, description="of the blocks' scales, as a share of each")
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
     general: OtherText | None = None
 

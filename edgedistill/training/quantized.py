@@ -39,13 +39,15 @@ PLACES, FACTORS, CODES, HALVES = ":places", ":factors", ":codes", ":halves"
 class QuantizedWeights:
     """The matrices of a quantized file, by their names in transformers, as something that ``train`` can train.
 
-    ``weights`` are those before rounding, by the same names. The masters of a matrix are its places and factors.
+    ``weights`` are those before rounding, by the same names. Matrices of 8 bits, often the embedding, have lost next to nothing
+    and would take as much memory and time as the others: they are trained only where there are no others. The masters of a
+    matrix are its places and factors.
     """
 
     def __init__(self, path: Path, weights: dict[str, torch.Tensor], device: str = "cpu") -> None:
         self.latents: dict[str, Latents] = {}
         self._start: dict[str, torch.Tensor] = {}
-        for matrix in read_matrices(path):
+        for matrix in read_matrices(path, coarse=True):
             one = self.latents[matrix.name] = Latents(matrix.blocks, matrix.form, device)
             whole = weights.get(matrix.name)
             whole = whole.detach() if whole is not None and tuple(whole.shape) == one.shape else None

@@ -66,7 +66,7 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     lr: float = 2e-4
     code_lr: float = 1.5e-3
-    scale_lr: float = 1e-3
+    scale_lr: float = 1e-4
     epochs: float = 1.0
     steps: int | None = None
     batch_size: int = 16
