@@ -27,7 +27,7 @@ class Tune(Tabled, Training):
     shows little of what rounding did.
     """
 
-    LATER = (*Training.LATER, "parts", "code_lr", "scale_lr", "general")
+    LATER = (*Training.LATER, "parts", "code_lr", "scale_lr", "norm_lr", "general")
 
     targets: Annotated[tuple[str, ...], Field(min_length=1, description="whose files: GGUF targets of this recipe")]
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
@@ -39,18 +39,19 @@ class Tune(Tabled, Training):
     )
     epochs: Positive = 1.0
     batch_size: Count = 8
-    lr: Positive = Field(default=1e-3, description="of the norms")
+    lr: Positive = Field(default=1e-3, description="of the norms, where they are tuned alone")
     code_lr: Positive = Field(
         default=1.5e-3, description="of the weights' places between the codes, in steps of the grid"
     )
-    scale_lr: Positive = Field(default=1e-3, description="of the blocks' scales, as a share of each")
+    scale_lr: Positive = Field(default=1e-4, description="of the blocks' scales, as a share of each")
+    norm_lr: Positive = Field(default=1e-4, description="of the norms, where blocks are tuned with them")
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.95
     general: OtherText | None = None
 
     @model_validator(mode="after")
     def _of_the_parts(self) -> Tune:
         if self.parts == "norms":
-            for name in ("code_lr", "scale_lr", "general"):
+            for name in ("code_lr", "scale_lr", "norm_lr", "general"):
                 if name in self.model_fields_set and getattr(self, name) != type(self).model_fields[name].default:
                     raise key_error(name, f'{name} is of tuned blocks: set parts = "weights", or leave it out')
         elif self.general is None:
@@ -59,6 +60,8 @@ class Tune(Tabled, Training):
                 "weights that are tuned to a task alone may lose the rest: name rows of other text in [tune.general] (files), "
                 'or set parts = "norms"',
             )
+        elif self.lr != type(self).model_fields["lr"].default:
+            raise key_error("lr", "lr is of norms that are tuned alone: set code_lr, scale_lr or norm_lr")
         elif self.weight_decay:
             raise key_error("weight_decay", "codes and scales have no reason to be near 0: leave weight_decay out")
         return self

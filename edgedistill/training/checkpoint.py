@@ -33,9 +33,10 @@ class State:
         0  # the last step whose loss on general rows was within its bound, and how many looks went beyond since
     )
     beyond: int = 0
-    lowest: float = 1e30  # the least divergence on rows held out, where it was, and how many looks since brought less
-    lowest_step: int = 0
+    looked: float = 1e30  # the least divergence on rows held out, and how many looks since were not below it
     without: int = 0
+    lowest: float = 1e30  # the least of weights that may ship, and the step that they are of
+    lowest_step: int = 0
 
 
 def save_checkpoint(

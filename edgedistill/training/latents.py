@@ -17,7 +17,7 @@ import torch
 
 from edgedistill.formats.gguf.blocks import BlockFormat
 
-MARGIN = 0.45
+MARGIN = 0.49
 """How far from its code, in grid units, a weight's place may be at the start: within it, the codes are those of the file."""
 
 

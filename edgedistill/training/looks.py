@@ -25,7 +25,7 @@ EVERY = 8
 ROWS = 16
 """on so many rows of each kind at most, so many of them at a time,"""
 PATIENCE = 3
-"""and ends where so many looks in a row brought nothing."""
+"""and ends where so many looks in a row were not better than all before them."""
 DENSE = LossTerms(kd=1.0, ce=0.0)
 
 
@@ -56,17 +56,19 @@ class Looks:
     def look(self, model: Any, state: State, masters: dict[str, torch.Tensor], *, write: bool) -> dict[str, float]:
         """Look, and keep the weights where they are the best so far; return what the log says of it, nats a token."""
         task, other = self.measure(model)
+        # The first steps of Adam often harm before they help: whether a run still comes down is told by its own looks.
+        state.without = 0 if task < state.looked else state.without + 1
+        state.looked = min(state.looked, task)
         if task < min(state.lowest, self.start[0]) and other <= self.worse * self.start[1]:
-            state.lowest, state.lowest_step, state.without = task, state.step, 0
+            state.lowest, state.lowest_step = task, state.step
             if write:
                 partial = self.snapshot.with_suffix(".partial")
                 save_file({name: one.detach().contiguous() for name, one in masters.items()}, partial)
                 with partial.open("rb") as file:
                     os.fsync(file.fileno())  # a checkpoint that is written after it counts on it
                 os.replace(partial, self.snapshot)
-        else:
-            state.without += 1
-        return {"held_out": task, "other_text": other}
+        start = dict(zip(("held_out_start", "other_text_start"), self.start, strict=True))
+        return {"held_out": task, "other_text": other, **start}
 
     def stopped(self, state: State) -> bool:
         """Tell whether the run is to end here."""

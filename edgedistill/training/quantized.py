@@ -39,13 +39,15 @@ PLACES, FACTORS, CODES, HALVES = ":places", ":factors", ":codes", ":halves"
 class QuantizedWeights:
     """The matrices of a quantized file, by their names in transformers, as something that ``train`` can train.
 
-    ``weights`` are those before rounding, by the same names. The masters of a matrix are its places and factors.
+    ``weights`` are those before rounding, by the same names. Matrices of 8 bits, often the embedding, have lost next to nothing
+    and would take as much memory and time as the others: they are trained only where there are no others. The masters of a
+    matrix are its places and factors.
     """
 
     def __init__(self, path: Path, weights: dict[str, torch.Tensor], device: str = "cpu") -> None:
         self.latents: dict[str, Latents] = {}
         self._start: dict[str, torch.Tensor] = {}
-        for matrix in read_matrices(path):
+        for matrix in read_matrices(path, coarse=True):
             one = self.latents[matrix.name] = Latents(matrix.blocks, matrix.form, device)
             whole = weights.get(matrix.name)
             whole = whole.detach() if whole is not None and tuple(whole.shape) == one.shape else None
@@ -69,13 +71,13 @@ class QuantizedWeights:
         return dict(zip((name + PLACES, name + FACTORS), found, strict=True))
 
     def groups(self, masters: dict[str, torch.Tensor], settings: TrainSettings) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: ``times`` is each one's learning rate over ``settings.lr``, which is that of norms."""
-        found = []
-        for ending, rate in ((PLACES, settings.code_lr), (FACTORS, settings.scale_lr)):
-            params = [one for key, one in masters.items() if key.endswith(ending)]
-            found.append({"params": params, "times": rate / settings.lr})
-        rest = [one for key, one in masters.items() if not key.endswith((PLACES, FACTORS))]
-        return [{**group, "weight_decay": 0.0} for group in (*found, {"params": rest}) if group["params"]]
+        """Return the optimiser's groups: ``times`` is each one's learning rate over ``settings.lr``, which is that of none."""
+        kinds: dict[float, list[torch.Tensor]] = {}
+        rates = {PLACES: settings.code_lr, FACTORS: settings.scale_lr}
+        for key, one in masters.items():
+            rate = next((rate for ending, rate in rates.items() if key.endswith(ending)), settings.norm_lr)
+            kinds.setdefault(rate, []).append(one)
+        return [{"params": params, "times": rate / settings.lr, "weight_decay": 0.0} for rate, params in kinds.items()]
 
     def save(self, masters: dict[str, torch.Tensor], folder: Path) -> None:
         """Write codes (uint8) and bases (float16) of every matrix, and the norms (float32), to ``folder/weights.safetensors``."""

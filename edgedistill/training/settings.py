@@ -25,7 +25,7 @@ WINDOW = 20
 """Steps over which the loss is averaged before it is called divergent."""
 LATER = (
     *("optimizer", "gradient_checkpointing", "on_policy", "on_policy_tokens", "on_policy_temperature"),
-    *("features", "keep", "curriculum", "code_lr", "scale_lr"),
+    *("features", "keep", "curriculum", "code_lr", "scale_lr", "norm_lr"),
 )
 """Settings that came later: at their default they are no part of a run's digest."""
 OPTIMIZERS = ("adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop")
@@ -57,8 +57,8 @@ class TrainSettings:
     relative error (``hidden.py``), ``features`` what else is compared of them (``features.py``). ``on_policy`` is the share of
     rows that the student writes itself (``on_policy.py``), up to ``on_policy_tokens`` tokens drawn at
     ``on_policy_temperature``. ``curriculum`` names what orders the rows of the first epoch from easy to hard (``curriculum.py``).
-    ``code_lr`` (steps of the grid) and ``scale_lr`` (shares of the scales) are the learning rates of a quantized file's blocks
-    (``quantized.py``), whose norms have ``lr``. ``gradient_norms`` is every how many steps the norms of the kd, ce and features
+    ``code_lr`` (steps of the grid), ``scale_lr`` (shares of the scales) and ``norm_lr`` are the learning rates of a quantized
+    file's blocks and norms (``quantized.py``). ``gradient_norms`` is every how many steps the norms of the kd, ce and features
     gradients are taken apart (0: never).
     """
 
@@ -66,7 +66,8 @@ class TrainSettings:
     lora: LoraSettings = field(default_factory=LoraSettings)
     lr: float = 2e-4
     code_lr: float = 1.5e-3
-    scale_lr: float = 1e-3
+    scale_lr: float = 1e-4
+    norm_lr: float = 1e-4
     epochs: float = 1.0
     steps: int | None = None
     batch_size: int = 16

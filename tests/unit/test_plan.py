@@ -407,6 +407,7 @@ def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) 
         ({"tune__code_lr": 1e-2}, "code_lr is of tuned blocks"),
         ({"tune__general": {"files": ["chat.jsonl"]}}, "general is of tuned blocks"),
         ({**BLOCKS, "tune__weight_decay": 0.1}, "leave weight_decay out"),
+        ({**BLOCKS, "tune__lr": 1e-2}, "set code_lr, scale_lr or norm_lr"),
         ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 9}}, "9 general rows are too few"),
         (
             {**BLOCKS, "tune__general": {"files": ["data/general.jsonl"]}},

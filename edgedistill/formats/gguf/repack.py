@@ -31,14 +31,19 @@ class Matrix:
         return FORMATS[self.type]
 
 
-def read_matrices(path: Path) -> Iterator[Matrix]:
-    """Read the matrices of a file whose types ``blocks.FORMATS`` knows, one after the other. Raises UsageError as
-    ``read_info``.
+def read_matrices(path: Path, *, coarse: bool = False) -> Iterator[Matrix]:
+    """Read the matrices of a file whose types ``blocks.FORMATS`` knows, one after the other; with ``coarse``, those of 8 bits
+    only where there are no others. Raises UsageError as ``read_info``.
     """
     import numpy as np
 
     info = read_info(path)
-    for name, tensor in _places(info).items():
+    places = _places(info)
+    fine = {name for name, tensor in places.items() if tensor.type == "Q8_0"}
+    left_out = fine if coarse and len(fine) < len(places) else set()
+    for name, tensor in places.items():
+        if name in left_out:
+            continue
         raw = np.fromfile(info.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         blocks = raw.reshape(tensor.shape[0], -1, FORMATS[tensor.type].bytes)
         heads = _heads(info, tensor.name)

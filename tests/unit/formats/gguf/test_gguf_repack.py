@@ -40,6 +40,8 @@ def test_what_was_read_is_what_transformers_has_and_goes_back_byte_by_byte(
     for name, one in matrices.items():
         values = one.form.values(one.blocks, one.form.codes(one.blocks))
         np.testing.assert_array_equal(values.reshape(weights[name].shape), weights[name])
+    coarse = [one.type for one in read_matrices(path, coarse=True)]
+    assert ("Q8_0" in coarse) is (type_ == "Q8_0") and len(coarse) >= 14
     same = tmp_path / "same.gguf"
     shutil.copyfile(path, same)
     assert replace_codes(same, {name: parts(one) for name, one in matrices.items()}) == len(matrices) == 15
