@@ -10,6 +10,7 @@ import pytest
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.evals import kv_cache
 from edgedistill.evals.kv_cache import LAST, compare_caches, long_rows, rows_for
 from edgedistill.evals.runners.gguf import GgufRunner
 from tests.unit.formats.gguf.conftest import make_model
@@ -90,8 +91,11 @@ def test_heads_that_no_block_fits_are_told_with_the_key(tiny_file: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_real_model_loses_little_by_eight_bits_and_much_by_four(smollm2_gguf: Path) -> None:
+def test_the_real_model_loses_little_by_eight_bits_and_much_by_four(
+    smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys lose more by few bits than values do: the order in which "auto" tries types rests on it."""
+    monkeypatch.setattr(kv_cache, "MAX_ROWS", 6)
     with GgufRunner(smollm2_gguf) as runner:
         text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
         texts = [runner.encode_text(text[at : at + 900]) for at in range(0, 27_000, 900)]
