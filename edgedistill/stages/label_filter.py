@@ -69,11 +69,9 @@ class LabelFilter(Filter):
             order, why = read_ranking(answer["text"], self.labels, self.first)
             return (answer, why) if why else ({**answer, "best": order[0], "said": order}, "")
         scores, why = read_scores(answer["text"], self.labels)
-        return (
-            (answer, why)
-            if why
-            else ({**answer, "best": max(scores, key=lambda name: scores[name]), "said": scores}, "")
-        )
+        if why:
+            return answer, why
+        return {**answer, "best": max(scores, key=lambda name: scores[name]), "said": scores}, ""
 
     def chosen(self, passed: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return one answer of each label, with its share; smoothing adds labels that nobody gave."""
