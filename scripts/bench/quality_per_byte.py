@@ -1,13 +1,14 @@
-"""A type for every matrix against llama.cpp's mixes: same model, same calibration text, same bytes.
+"""A type for every matrix against llama.cpp's mixes: same model, same rows of the task, same bytes.
 
 The model is SmolLM2-135M, its weights moved within their cells (what a package ships came from 4-bit blocks), once for each seed.
-llama.cpp's own quantizer makes its types with the importance matrix of the calibration text. Ours chooses the types of the matrices
-for a file of the same size (``formats/gguf/allocate.py``); a further arm rounds with feedback on top (``rounding.py`` there),
-and one looks for Q4_K_M's KLD in fewer bytes. Two keep to Q4_0's blocks: one rounds with feedback alone, one trains the rounded
-blocks (quantization-aware distillation, ``training/quantized.py``) on further rows of the task and on chat that the model wrote
-itself, which its rounding saw a share of, too. Compared is the KLD from the f16 file on the answers of
-rows that were not calibrated on: in the domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a
-bootstrap over the rows, each with all seeds.
+llama.cpp's own quantizer makes its types with the importance matrix of rows of the task (other text beside them brought it no
+closer when that was tried). Ours sees conversations beside these rows that the model writes itself (``evals/own_text.py``), and
+chooses the types of the matrices for a file of the same size (``formats/gguf/allocate.py``); a further arm rounds with feedback on
+top (``rounding.py`` there), and one looks for Q4_K_M's KLD in fewer bytes. Three keep to Q4_0's blocks: rounding with feedback by
+the task's rows alone, by both texts, and then trained (quantization-aware distillation, ``training/quantized.py``) on further rows
+of the task and more conversations. Compared is the KLD from the f16 file on the answers of rows that were not calibrated on: in the
+domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a bootstrap over the rows, each with all
+seeds.
 
 Not here: AutoRound's files, a model whose columns are multiples of 256.
 """
@@ -26,6 +27,7 @@ from _qad import distil, own_chat
 from _recipe import build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import Row, load_rows
+from edgedistill.evals.own_text import own_conversations
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf import sensitivity
 from edgedistill.formats.gguf.allocate import overhead, solve
@@ -36,6 +38,7 @@ from edgedistill.formats.gguf.read import read_info
 
 TYPES = ("Q4_K_M", "IQ4_XS", "Q4_0")
 SETS = {"in domain": "dev", "out of domain": "dev-ood", "ordinary chat": "general"}
+GENERAL = 64  # conversations
 FEWER = 0.8  # of Q4_K_M's bytes
 Found = dict[tuple[str, str, str], list[np.ndarray]]  # (type, arm, set): KLD of each row, by seed
 
@@ -71,6 +74,9 @@ def one_seed(
         gguf_to_hf(source, checkpoint)
         rows, starts = text
         collect(source, rows, stock)
+        with GgufRunner(source) as runner:
+            own, begun = own_conversations(runner, 8 if quick else GENERAL, seed=seed)
+        mixed = [*rows, *own]
         reference = Reference(source, sets)
 
         def judge(type_: str, arm: str, path: Path) -> int:
@@ -81,11 +87,10 @@ def one_seed(
             return size
 
         def same_blocks() -> None:
-            quantize(source, folder / "same.gguf", "Q4_0", imatrix=stock, feedback=rows)
-            judge("Q4_0", "rounding alone", folder / "same.gguf")
+            for arm, seen in (("rounding alone, text of the task", rows), ("rounding alone", mixed)):
+                quantize(source, folder / "same.gguf", "Q4_0", imatrix=stock, feedback=seen)
+                judge("Q4_0", arm, folder / "same.gguf")
             task, other = distilled
-            with GgufRunner(source) as runner:
-                mixed = [*rows, *calibration(runner, other[: len(rows)])[0]]
             quantize(source, folder / "start.gguf", "Q4_0", imatrix=stock, feedback=mixed)
             started = time.monotonic()
             tuned = distil(
@@ -103,7 +108,7 @@ def one_seed(
             same_blocks()
             return {"Q4_0": (size, size)}
         tokens = 1024 if quick else sensitivity.TOKENS
-        report = sensitivity.measure(source, checkpoint, rows, starts, folder / "table", tokens=tokens)
+        report = sensitivity.measure(source, checkpoint, mixed, [*starts, *begun], folder / "table", tokens=tokens)
         say(
             f"seed {seed}: table of {report.costs} costs in {report.seconds:.0f} s, gradients on {report.tokens} tokens"
         )
@@ -128,9 +133,9 @@ def one_seed(
             size = judge(type_, "llama.cpp", folder / "stock-file.gguf")
             sizes[type_] = size, ours(type_, "types", size)
             if not quick:
-                ours(type_, "types, rounding", size, rows)
+                ours(type_, "types, rounding", size, mixed)
             if type_ == "Q4_K_M":
-                ours(type_, f"{best_arm(quick)}, fewer bytes", round(FEWER * size), None if quick else rows)
+                ours(type_, f"{best_arm(quick)}, fewer bytes", round(FEWER * size), None if quick else mixed)
             if type_ == "Q4_0":
                 same_blocks()
             say(f"seed {seed}: {type_} in {time.monotonic() - started:.0f} s")
