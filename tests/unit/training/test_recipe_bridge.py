@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edgedistill.recipe_base import Training
 from edgedistill.recipe_distill import Distill, Keep
+from edgedistill.recipe_tune import Tune
 from edgedistill.training.recipe import strip_adapter, train_settings
 from edgedistill.training.settings import LATER, KeepSettings, TrainSettings
 
@@ -42,7 +43,7 @@ def test_accumulation_cuts_a_batch_and_leaves_the_step_what_it_was() -> None:
 
 def test_what_a_key_leaves_out_is_what_the_trainer_does_without_it() -> None:
     """Settings that came later are not in a key at the recipe's default: the trainer's own has to be the same."""
-    fields = {**Training.model_fields, **Distill.model_fields}
+    fields = {**Tune.model_fields, **Training.model_fields, **Distill.model_fields}
     assert {name: fields[name].default for name in LATER} == {name: getattr(TrainSettings, name) for name in LATER}
     general = asdict(KeepSettings())
     assert {name: Keep.model_fields[name].default for name in general} == general
