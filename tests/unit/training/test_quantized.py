@@ -53,7 +53,7 @@ def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("four"), "Q4_0")
 
 
-@pytest.mark.parametrize("type_", ["Q4_0", "IQ4_NL", "Q4_K_M"])
+@pytest.mark.parametrize("type_", ["Q4_0", "IQ4_NL", pytest.param("Q4_K_M", marks=pytest.mark.slow)])
 def test_the_packed_file_is_closer_by_what_was_measured(type_: str, four_bits: Made, tmp_path: Path) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 256} if "K" in type_ else {}
     made = four_bits if type_ == "Q4_0" else Made(tmp_path, type_, **wide)

@@ -86,7 +86,7 @@ def entry(store: Path, name: str) -> Path:
         ("Q4_K_M", WIDE, True),
         ("Q4_K_M", {}, False),
         ("Q2_K_S", WIDE, True),
-        ("IQ2_M", WIDE, True),
+        pytest.param("IQ2_M", WIDE, True, marks=pytest.mark.slow),
         ("IQ4_NL", {"to": "bf16", "tie_word_embeddings": False}, True),
         ("Q8_0", {"to": "f32"}, False),
         ("F16", {"to": "f32"}, False),

@@ -100,6 +100,7 @@ def test_settings_are_upstreams(kind: str, theirs: dict[str, Path], tiny_gguf: T
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_experts_are_quantized_as_llama_cpp_does(tiny: Tiny, tmp_path: Path) -> None:
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 4, "num_experts_per_tok": 2}
     source = tmp_path / "experts.gguf"

@@ -40,6 +40,7 @@ def made(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_auto_keeps_to_its_size(tiny_hf: Path, tmp_path: Path, made: dict[str, Any]) -> None:
     name = target(tmp_path, "small", 'type = "auto"\nsize = "180 KiB"')
     (auto,) = quantize_model(str(tiny_hf), targets=[name], **made)
