@@ -319,7 +319,9 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
     general: Annotated[
         int,
-        typer.Option(min=0, max=1000, help="GGUF: conversations beside it that the model writes itself; 64 will do"),
+        typer.Option(
+            min=0, max=1000, help="GGUF: conversations beside it, or alone, that the model writes itself (64)"
+        ),
     ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what auto chooses, and make no file")] = False,
     as_json: JsonOption = False,

@@ -36,7 +36,7 @@ class Converse(Stage):
         if not rows:
             raise StepFailed(
                 "the model writes no conversation of its own: it ends before the first word",
-                "set calibrate.general = 0",
+                "set calibrate.general = 0, or leave --general out",
             )
         (ctx.out / FILE).write_text(json.dumps({"tokens": rows, "starts": starts}))
         return {"conversations": len(rows), "tokens": sum(map(len, rows))}
