@@ -21,7 +21,7 @@ REDUCED = {
     "teacher.min_score": {},
     "adapt.rows": 32,
     "adapt.epochs": 1.0,
-    "student.ffn_rows": 64,
+    "student.ffn_rows": 24,
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,
@@ -51,9 +51,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
-    """Fewer tokens for each speed; the same processes, pairs and repetitions."""
+    """Fewer tokens and repetitions for each speed; the same processes and pairs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=128, tg=32, ttft_prompts=4))
+        patch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=128, tg=32, ttft_prompts=4, reps=3))
         yield
 
 

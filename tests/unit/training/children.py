@@ -11,6 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# what the trainer imports when it needs it: once here, before the forks, not in every child
+import peft  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
 from edgedistill.training.lora import LoraSettings
 from edgedistill.training.losses import LossTerms
 from edgedistill.training.settings import TrainResult
