@@ -20,6 +20,7 @@ from edgedistill.data.traces import Render, turns
 from edgedistill.data.verdicts import Verdict, read_verdicts
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
+from edgedistill.fingerprint import file_digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
@@ -30,6 +31,7 @@ from edgedistill.target import Target
 from edgedistill.training.shaping import choose_layers
 
 TRACES = "tool-trace"  # the style whose rows are whole traces
+_KEPT = 16 << 20  # bytes of a file whose rows the process keeps
 FEWEST = 10  # general rows: one in five is held out, and an interval needs two
 
 
@@ -66,6 +68,29 @@ class Inputs:
         return self.teacher.server
 
 
+@dataclass(frozen=True)
+class _Content:
+    """A file by what is in it: the next plan of this process (a sweep makes many) need not parse the same bytes again."""
+
+    digest: str
+    suffix: str
+    path: Path = field(compare=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(content: _Content, traces: bool, columns: Columns) -> tuple[list[Row], dict[str, str]]:
+    return placed_rows(content.path, traces=traces, columns=columns)
+
+
+def _placed(path: Path, traces: bool, columns: Columns) -> tuple[list[Row], dict[str, str]]:
+    """Return `placed_rows` of a file; rows of large ones are not kept, since most are not used."""
+    try:
+        content = _Content(file_digest(path), path.suffix, path) if 0 < path.stat().st_size <= _KEPT else None
+    except OSError:  # a folder, or what the reader has a message for
+        content = None
+    return _parsed(content, traces, columns) if content else placed_rows(path, traces=traces, columns=columns)
+
+
 class _Files:
     """Files of rows beside a recipe, each parsed once however many keys name it; ``traces`` where a row is a whole trace."""
 
@@ -78,7 +103,7 @@ class _Files:
         try:
             if (path, reference, made) not in self._read:
                 self._check(path, file, key)
-                self._read[path, reference, made] = placed_rows(path, traces=self.traces, columns=made)
+                self._read[path, reference, made] = _placed(path, self.traces, made)
             return picked(*self._read[path, reference, made], path, columns, need_reference=reference, need_tests=tests)
         except ColumnError as error:
             table = key.removesuffix("files")

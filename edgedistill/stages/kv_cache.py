@@ -68,4 +68,4 @@ class KvCache(Stage):
         from edgedistill.devices.local import Settings, Worker
 
         with Worker(ctx.path(self.model, "model.gguf"), self.threads, kv=kv) as worker:
-            return int(worker.ask("fill", context=self.context, prompt=Settings().pp)["peak_rss"])
+            return int(worker.ask("fill", context=self.context, prompt=Settings(threads=self.threads).pp)["peak_rss"])

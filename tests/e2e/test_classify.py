@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ def lines(session: Session, step: str, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (entry.path / name).read_text().splitlines()]
 
 
+def plain_label(text: str) -> str:
+    """Take off what a model puts around a word."""
+    return re.sub(r"[^a-z ]", "", text.lower()).strip()
+
+
 def plain_macro_f1(rows: list[dict[str, Any]], names: list[str]) -> float:
     """Work out macro-F1 in the plainest way."""
-    pairs = [(row["reference"], row["text"].strip().lower().rstrip(".")) for row in rows]
+    pairs = [(row["reference"], plain_label(row["text"])) for row in rows]
     each = []
     for name in names:
         hits = sum(wanted == given == name for wanted, given in pairs)
@@ -70,7 +76,7 @@ def test_shares_are_learnt_and_the_report_says_whether_they_helped(tmp_path: Pat
     assert len(answers) == PROMPTS * SAMPLES
     given: dict[str, Counter[str]] = {}
     for one in answers:
-        label = one["text"].strip().lower().rstrip(".")
+        label = plain_label(one["text"])
         if one["finish"] == "stop" and label in names:
             given.setdefault(one["id"], Counter())[label] += 1
     kept = lines(session, "filter", "kept.jsonl")

@@ -49,6 +49,18 @@ def test_a_row_of_one_token_is_compared_too(tmp_path: Path) -> None:
     assert report.logit_scale > 0
 
 
+@pytest.mark.parametrize("times", [1, 30_000])
+def test_rounding_is_held_against_the_spread_of_the_logits(tmp_path: Path, times: float) -> None:
+    base, adapter = _adapted(tmp_path)
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(times)
+    model.save_pretrained(base)
+    report = merge(base, adapter, tmp_path / "merged", rows=ROWS)
+    assert (report.max_logit_difference > 1e-3) == (times > 1)
+    assert report.tolerance == pytest.approx(1e-3 * max(1.0, report.logit_scale))
+
+
 def test_merge_to_bf16_says_what_the_rounding_costs(tmp_path: Path) -> None:
     base, adapter = _adapted(tmp_path)
     report = merge(base, adapter, tmp_path / "merged", rows=ROWS, dtype="bfloat16", tolerance=10.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from math import fsum
 
 import pytest
 from hypothesis import given, settings
@@ -49,12 +50,12 @@ def test_no_choice_is_better(
     assert found.kld <= best * (1 + GAP) + 1e-5
 
     speed, shapes = dict(zip(TYPES, seconds, strict=True)), dict.fromkeys(table, (2, 3))
-    of = [sum(6 * speed[name] for name in types) for types, _, _ in choices]
+    of = [fsum(6 * speed[name] for name in types) for types, _, _ in choices]
     total = sorted(of)[len(of) // 2]
     allowed = [cost for (_, size, cost), used in zip(choices, of, strict=True) if size <= limit and used <= total]
     if allowed:
         quick = solve(table, limit, [Limit(what="decoding", of=speed, total=total)], shapes)
-        assert sum(6 * speed[name] for name in quick.types.values()) <= total * (1 + 1e-6)
+        assert fsum(6 * speed[name] for name in quick.types.values()) <= total * (1 + 1e-6)
         assert quick.kld <= min(allowed) * (1 + GAP) + 1e-5
     else:
         with pytest.raises(UsageError, match="all limits at once: size, decoding"):
