@@ -16,18 +16,19 @@ from edgedistill.session import prepare
 from edgedistill.store import Store
 
 SIZES = {"drills": 16, "train": 48, "lists": 12, "holdout": 8, "ood": 6, "general": 3}
-PROMPTS = 40  # what the teacher is asked
+PROMPTS = 24  # what the teacher is asked
 REDUCED = {
     "teacher.min_score": {},
     "adapt.rows": 32,
     "adapt.epochs": 1.0,
     "student.ffn_rows": 24,
+    "heal.rows": 24,
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,
     "tune.skip": 0,
     "tune.rows": 12,
-    "prompts.rows": [32, PROMPTS - 32],
+    "prompts.rows": [16, PROMPTS - 16],
     "generate.batch_size": 8,
     "generate.max_new_tokens": 40,
     "gates.min_retention": {},

@@ -144,6 +144,7 @@ def test_the_phones_file_is_rounded_and_tuned_and_is_llama_cpps(built: Any) -> N
 
 
 @pytest.mark.onnx
+@pytest.mark.slow  # the format has tests of its own
 def test_the_onnx_artifact_goes_all_the_way_too(built: Any, session_of: Callable[..., Any]) -> None:
     target = "laptop-x86-onnx"
     session = session_of(targets=[target], **{"gates.min_speedup": None, "gates.min_shrink": None, "baselines": {}})

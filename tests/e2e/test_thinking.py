@@ -39,7 +39,9 @@ def build(session_of: Callable[..., Any], folder: Path, **overrides: Any) -> Any
         **{
             "gates.min_speedup": None,
             "baselines": {},
+            "prompts.rows": [32, 8],
             "adapt.rows": [48, 16, 12],
+            "heal.rows": [48, 16, 12],
             "adapt.epochs": 3.0,
             "generate.max_new_tokens": 96,
             "suites.holdout.max_new_tokens": 96,

@@ -11,9 +11,10 @@ import pytest
 
 from edgedistill.evals.suites import WHOLE_TRACES
 from edgedistill.runner import Runner
-from tests.e2e.conftest import PROMPTS, SIZES, read_jsonl, reduce
+from tests.e2e.conftest import SIZES, read_jsonl, reduce
 
 TARGET = "phone-midrange"
+TRACES = 40
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -48,7 +49,9 @@ def test_a_student_learns_calls_and_answers(session_of: Callable[..., Any], fold
             "suites.holdout.grammar": None,
             "suites.ood.metric": "tool-calls",
             "gates.min_speedup": None,
+            "prompts.rows": [TRACES - 8, 8],
             "adapt.rows": [48, 16, 12],
+            "heal.rows": [48, 16, 12],
             "adapt.epochs": 3.0,
         },
     )
@@ -60,12 +63,11 @@ def test_a_student_learns_calls_and_answers(session_of: Callable[..., Any], fold
     def found(step: str) -> Any:
         return session.store.load(session.plan.match(step)[0].key)
 
-    traces = PROMPTS
     lines = read_jsonl(found("filter").path / "kept.jsonl")
-    assert len(lines) == 2 * traces and len({line["trace"] for line in lines}) == traces
+    assert len(lines) == 2 * TRACES and len({line["trace"] for line in lines}) == TRACES
     assert all(line["messages"][-1]["role"] == ("tool" if line["id"].endswith("/2") else "user") for line in lines)
     scored = found("score").facts["rows"]
-    assert traces <= scored < len(lines)  # recorded calls and their answers are one sequence each
+    assert TRACES <= scored < len(lines)  # recorded calls and their answers are one sequence each
     for step in ("evaluate/teacher", "evaluate/student", "evaluate/gold-sft", f"evaluate/{TARGET}"):
         summary = found(step).facts["suites"]["holdout"]
         assert summary["metric"] == "tool-calls" and summary["n"] == 2 * SIZES["holdout"]

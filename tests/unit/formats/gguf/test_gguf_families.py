@@ -20,6 +20,7 @@ from edgedistill.formats.gguf.quantize import dry_run, quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.formats.gguf.types import estimate_file_size, plan_tensors, tensor_shapes
 from edgedistill.models import folder_facts
+from tests.unit.formats.gguf.error_costs import ROWS, STARTS, cost_ratios
 
 Tiny = Callable[..., Path]
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
@@ -140,9 +141,6 @@ def test_predictions_are_what_errors_cost(family: str, tiny: Tiny, tmp_path: Pat
     import torch
     from transformers import AutoModelForCausalLM
 
-    rng = np.random.default_rng(5)
-    rows = [rng.integers(3, 300, length).tolist() for length in rng.integers(12, 40, 60)]
-    starts = [len(row) // 2 for row in rows]
     folder = shutil.copytree(tiny(**SMALL[family]), tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -151,31 +149,11 @@ def test_predictions_are_what_errors_cost(family: str, tiny: Tiny, tmp_path: Pat
                 value *= 0.1  # larger than the inputs, as they were drawn, they make all tokens alike
     model.save_pretrained(folder)
 
-    def distributions() -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([
-                model(torch.tensor([row])).logits[0, start - 1 : -1].log_softmax(-1)
-                for row, start in zip(rows, starts, strict=True)
-            ])  # fmt: skip
-
-    whole, weights, where = distributions(), dict(model.named_parameters()), places(folder)
-    found = dict(collect(folder, rows, starts, threads=1))
-    matrices = sorted(name for name, value in weights.items() if value.ndim == 2 and "wpe" not in name)
+    where, found = places(folder), dict(collect(folder, ROWS, STARTS, threads=1))
+    matrices = sorted(name for name, value in model.named_parameters() if value.ndim == 2 and "wpe" not in name)
     assert set(found) == {where[name][0] for name in matrices}
-    ratios = {}
-    for hf in matrices:
-        name, order = where[hf]
-        value, seen = weights[hf], []
-        for _ in range(3):
-            error = (rng.standard_normal(value.shape) * 0.01 * float(value.detach().std())).astype(np.float32)
-            kept = value.data.clone()
-            value.data += torch.from_numpy(error)
-            other = distributions()
-            value.data = kept
-            kld = float((whole.exp() * (whole - other)).sum(-1).mean())
-            turned = error.T if family == "gpt2" and ".h." in hf else error  # Conv1D
-            seen.append(found[name].cost(np.ascontiguousarray(order(turned))) / kld)
-        ratios[name] = float(np.mean(seen))
+    turned = (lambda name: ".h." in name) if family == "gpt2" else (lambda name: False)  # Conv1D
+    ratios = cost_ratios(model, where, found, matrices, turned=turned, seed=5)
     assert all(0.6 < ratio < 1.6 for ratio in ratios.values()), ratios
     assert 0.85 < np.mean(list(ratios.values())) < 1.15, ratios
 

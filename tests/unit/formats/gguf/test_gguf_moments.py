@@ -13,43 +13,19 @@ from transformers import AutoModelForCausalLM
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.convert import places
 from edgedistill.formats.gguf.moments import Moments, collect
+from tests.unit.formats.gguf.error_costs import ROWS, STARTS, cost_ratios
 
 Tiny = Callable[..., Path]
-RNG = np.random.default_rng(5)
-ROWS = [RNG.integers(3, 300, length).tolist() for length in RNG.integers(12, 40, 60)]
-STARTS = [len(row) // 2 for row in ROWS]
-
-
-def distributions(model: torch.nn.Module) -> torch.Tensor:
-    """Return the log-probabilities at the places that count: [places, vocabulary]."""
-    with torch.no_grad():
-        return torch.cat([
-            model(torch.tensor([row])).logits[0, start - 1 : -1].log_softmax(-1)
-            for row, start in zip(ROWS, STARTS, strict=True)
-        ])  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_predictions_are_what_errors_cost(tiny: Tiny, tied: bool) -> None:
     folder = tiny(tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    whole, weights, where = distributions(model), dict(model.named_parameters()), places(folder)
-    found = dict(collect(folder, ROWS, STARTS, threads=1))
-    matrices = {name for name, value in weights.items() if value.ndim == 2}
+    where, found = places(folder), dict(collect(folder, ROWS, STARTS, threads=1))
+    matrices = sorted(name for name, value in model.named_parameters() if value.ndim == 2)
     assert set(found) == {where[name][0] for name in matrices}
-    rng, ratios = np.random.default_rng(0), {}
-    for hf in sorted(matrices):
-        name, order = where[hf]
-        value, seen = weights[hf], []
-        for _ in range(3):
-            error = (rng.standard_normal(value.shape) * 0.01 * float(value.detach().std())).astype(np.float32)
-            kept = value.data.clone()
-            value.data += torch.from_numpy(error)
-            other = distributions(model)
-            value.data = kept
-            kld = float((whole.exp() * (whole - other)).sum(-1).mean())
-            seen.append(found[name].cost(np.ascontiguousarray(order(error))) / kld)
-        ratios[name] = float(np.mean(seen))
+    ratios = cost_ratios(model, where, found, matrices, seed=0)
     assert all(0.7 < ratio < 1.4 for ratio in ratios.values()), ratios
     assert 0.9 < np.mean(list(ratios.values())) < 1.1, ratios
 
