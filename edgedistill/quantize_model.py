@@ -110,6 +110,13 @@ def quantize_model(
             "--size is for --types auto: other types have the size that they have, targets quantize.size",
             "--types auto",
         )
+    goals: dict[Path, str] = {}
+    for name, format_, _ in wanted:
+        goal = _goal(out, model, name, format_)
+        if (other := goals.setdefault(goal, name)) != name:
+            raise UsageError(
+                f"{other} and {name} would both be written to {goal}", "one after the other, each with a folder: -o DIR"
+            )
     if dry_run and any(choice.type != AUTO for _, _, choice in wanted):
         raise UsageError("--dry-run shows what auto chooses", "--types auto --size '90 MiB' --dry-run")
     is_gguf = resolved.path.is_file()
@@ -356,13 +363,19 @@ def _chosen(store: Store, plan: Plan, line: tuple[str, str, Types]) -> Quantized
     )
 
 
+def _goal(out: Path, model: str, name: str, format_: str) -> Path:
+    """Return where a file goes. A profile that was given as a file is called by its name."""
+    stem = Path(model.split(":", 1)[-1]).name.removesuffix(".gguf") or "model"
+    called = Path(name).stem if name.endswith(".toml") or "/" in name else name  # as ``find_target`` tells them apart
+    return out / (f"{stem}-{called}.gguf" if format_ == "gguf" else f"{stem}-{called}")
+
+
 def _publish(store: Store, plan: Plan, key: Key, line: tuple[str, str, Types], out: Path, model: str) -> Quantized:
     name, format_, choice = line
     entry = store.load(key)
     if entry is None:
         raise EdgeDistillError(f"quantize/{name}: its entry disappeared")
-    stem = Path(model.split(":", 1)[-1]).name.removesuffix(".gguf") or "model"
-    goal = out / (f"{stem}-{name}.gguf" if format_ == "gguf" else f"{stem}-{name}")
+    goal = _goal(out, model, name, format_)
     source = entry.path / ("model.gguf" if format_ == "gguf" else "onnx")
     try:
         if goal.is_dir():

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,26 @@ def test_what_cannot_be_chosen_is_refused_before_anything_runs(
     with pytest.raises(UsageError, match=said):
         quantize_model(str(model), targets=[], types=types, out=tmp_path, store=Store(tmp_path / "s"), **more)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "s" / "entries").exists() or not any((tmp_path / "s" / "entries").iterdir())
+
+
+def profile(path: Path, lines: str, *, format_: str = "gguf") -> str:
+    path.parent.mkdir(exist_ok=True)
+    engine = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}[format_]
+    path.write_text(
+        f'summary = "x"\narch = "x86_64"\n[runtime]\nformat = "{format_}"\nengine = "{engine}"\nthreads = 1\ncontext = 128\n'
+        f"[quantize]\n{lines}\n"
+    )
+    return str(path)
+
+
+def test_a_file_is_called_by_the_name_of_the_profile_that_was_given_as_a_file(model: Path, tmp_path: Path) -> None:
+    mine = profile(tmp_path / "mine" / "phone.toml", 'type = "Q4_0"')
+    make: dict[str, Any] = {"types": [], "store": Store(tmp_path / "store"), "out": tmp_path / "out"}
+    (made,) = quantize_model(str(model), targets=[mine], **make)
+    assert made.path == tmp_path / "out" / "tiny-phone.gguf" and list((tmp_path / "out").iterdir()) == [made.path]
+    yours = profile(tmp_path / "yours" / "phone.toml", 'type = "Q8_0"')
+    with pytest.raises(UsageError, match=r"phone\.toml would both be written to .*tiny-phone\.gguf"):
+        quantize_model(str(model), targets=[mine, yours], **make)
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
