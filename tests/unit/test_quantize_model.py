@@ -15,6 +15,7 @@ import pytest
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
+from edgedistill.formats.gguf.convert import convert
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import named_after, quantize
 from edgedistill.formats.gguf.read import read_info
@@ -136,6 +137,18 @@ def test_a_file_is_called_by_the_name_of_the_profile_that_was_given_as_a_file(mo
     yours = profile(tmp_path / "yours" / "phone.toml", 'type = "Q8_0"')
     with pytest.raises(UsageError, match=r"phone\.toml would both be written to .*tiny-phone\.gguf"):
         quantize_model(str(model), targets=[mine, yours], **make)
+
+
+def test_a_file_that_is_a_link_is_taken_as_what_it_points_to(model: Path, tmp_path: Path) -> None:
+    """A hub's cache holds its files so, by a way relative to the link."""
+    whole, link = convert(model, tmp_path / "blobs" / "b1", dtype="f16").path, tmp_path / "snapshot" / "tiny.gguf"
+    link.parent.mkdir()
+    link.symlink_to(Path("..") / "blobs" / "b1")
+    store = Store(tmp_path / "store")
+    (made,) = quantize_model(str(link), targets=[], types=["Q8_0"], out=tmp_path / "out", store=store)
+    assert read_info(made.path).file_type == "Q8_0"
+    (kept,) = (path for path in store.root.glob("entries/*/*/model.gguf") if path.samefile(whole))
+    assert not kept.is_symlink()
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
