@@ -265,6 +265,7 @@ def _plan(
             types=types,
             sensitivity=table if types else None,
             text=text if onnx and choice.rounding == "gptq" else (),
+            imported=base is None and choice.type == "F16",
             rows=sample_rows(),
             **onnx_options(choice),
         )

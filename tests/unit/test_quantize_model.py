@@ -151,6 +151,15 @@ def test_a_file_that_is_a_link_is_taken_as_what_it_points_to(model: Path, tmp_pa
     assert not kept.is_symlink()
 
 
+@pytest.mark.parametrize("whole", ["f32", "bf16", "f16"])
+def test_f16_is_f16_whatever_the_file_was(whole: str, model: Path, tmp_path: Path) -> None:
+    source = convert(model, tmp_path / "whole.gguf", dtype=whole).path
+    make: dict[str, Any] = {"targets": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    (made,) = quantize_model(str(source), types=["F16"], **make)
+    found = read_info(made.path)
+    assert found.file_type == "F16" and {one.type for one in found.tensors if len(one.shape) == 2} == {"F16"}
+
+
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no choice of types brings this model under 20 KiB: the smallest makes about"):
         quantize_model(
