@@ -280,7 +280,9 @@ def _calibration_text(path: Path) -> tuple[str, ...]:
     """Read calibration text: rows (prompt and reference), or plain text in pieces of about 2,000 characters."""
     if path.suffix in (".jsonl", ".gz", ".parquet") or path.is_dir():
         rows = load_rows(path)
-        return tuple("\n".join([*(str(m["content"]) for m in row.messages), row.reference or ""]) for row in rows[:400])
+        return tuple(
+            "\n".join([*(str(m.get("content") or "") for m in row.messages), row.reference or ""]) for row in rows[:400]
+        )
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -19,7 +19,7 @@ from edgedistill.formats.gguf.convert import convert
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import named_after, quantize
 from edgedistill.formats.gguf.read import read_info
-from edgedistill.quantize_model import quantize_model
+from edgedistill.quantize_model import _calibration_text, quantize_model
 from edgedistill.store import Entry, Store
 from tests.unit.formats.gguf.conftest import TEXT, make_model
 
@@ -158,6 +158,16 @@ def test_f16_is_f16_whatever_the_file_was(whole: str, model: Path, tmp_path: Pat
     (made,) = quantize_model(str(source), types=["F16"], **make)
     found = read_info(made.path)
     assert found.file_type == "F16" and {one.type for one in found.tensors if len(one.shape) == 2} == {"F16"}
+
+
+def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "alarm", "arguments": {"at": "7:00"}}}]}
+    turns = [{"role": "user", "content": "wake me"}, call, {"role": "tool", "content": "set"}]
+    path = tmp_path / "rows.jsonl"
+    for content in ({}, {"content": None}, {"content": ""}):
+        turns[1] = call | content
+        path.write_text(json.dumps({"messages": turns, "reference": "Done."}) + "\n")
+        assert _calibration_text(path) == ("wake me\n\nset\nDone.",)
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
