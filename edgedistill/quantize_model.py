@@ -72,7 +72,7 @@ def quantize_model(
 
     The type "auto" chooses one for every matrix, so that the file has ``size`` (bytes, or words such as "90 MiB") at most. With
     ``dry_run`` the choice is made and no file. GGUF files are calibrated on the text of ``calibration`` and on ``general``
-    conversations that the model writes itself.
+    conversations that the model writes itself; what ONNX targets round goes by ``calibration`` alone.
 
     ``model`` is an HF folder, a full-precision GGUF, or a source (hf:, path:, pypi:, gguf:). ONNX targets need an HF
     folder. Raises UsageError for what cannot work, before anything runs.
@@ -128,6 +128,11 @@ def quantize_model(
         )
     if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
+    if general and all(format_ == "onnx" for _, format_, _ in wanted):
+        raise UsageError(
+            "--general is for GGUF files: llama.cpp writes the conversations",
+            "leave it out; ONNX targets go by --calibration FILE",
+        )
     for name, format_, choice in wanted:
         if calibration is not None or (general and format_ == "gguf"):
             continue
@@ -147,6 +152,8 @@ def quantize_model(
         if format_ == "onnx":
             for warning in refuse_onnx(find_target(name, Path()), "this model", resolved.facts.config()):
                 reporter.note(warning)
+            if general and (choice.type == AUTO or choice.rounding == "gptq"):
+                reporter.note(f"{name}: --general is for GGUF files: it goes by --calibration alone")
         elif choice.type == AUTO:
             _refuse_choice(resolved, name, choice, reporter if name in targets else None)
     for name, target in caches.items():

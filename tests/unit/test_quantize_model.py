@@ -20,6 +20,7 @@ from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import named_after, quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.quantize_model import _calibration_text, quantize_model
+from edgedistill.runner import Reporter
 from edgedistill.store import Entry, Store
 from tests.unit.formats.gguf.conftest import TEXT, make_model
 
@@ -168,6 +169,22 @@ def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: 
         turns[1] = call | content
         path.write_text(json.dumps({"messages": turns, "reference": "Done."}) + "\n")
         assert _calibration_text(path) == ("wake me\n\nset\nDone.",)
+
+
+def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_path: Path) -> None:
+    laptop = profile(tmp_path / "laptop.toml", 'type = "int4"\nrounding = "gptq"', format_="onnx")
+    make: dict[str, Any] = {"targets": [laptop], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    with pytest.raises(UsageError, match="--general is for GGUF files"):
+        quantize_model(str(model), types=[], general=4, calibration=text, **make)
+    notes: list[str] = []
+
+    class Noted(Reporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    with pytest.raises(UsageError, match="no choice of types"):  # of the GGUF file; before anything runs
+        quantize_model(str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=Noted(), **make)
+    assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in notes
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
