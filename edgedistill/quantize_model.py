@@ -174,6 +174,9 @@ def quantize_model(
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
+        for name, format_, choice in wanted:
+            if format_ == "gguf" and choice.rounding == "gptq":  # which takes an importance matrix, too
+                reporter.note(f"{name}: no --calibration FILE: rounded to the nearest value, not by gptq")
     outcome = Runner(plan, store, reporter).build()
     for error in outcome.failed.values():
         raise error

@@ -120,6 +120,16 @@ def test_what_cannot_be_chosen_is_refused_before_anything_runs(
     assert not (tmp_path / "s" / "entries").exists() or not any((tmp_path / "s" / "entries").iterdir())
 
 
+class Noted(Reporter):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def profile(path: Path, lines: str, *, format_: str = "gguf") -> str:
     path.parent.mkdir(exist_ok=True)
     engine = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}[format_]
@@ -176,15 +186,20 @@ def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_
     make: dict[str, Any] = {"targets": [laptop], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
     with pytest.raises(UsageError, match="--general is for GGUF files"):
         quantize_model(str(model), types=[], general=4, calibration=text, **make)
-    notes: list[str] = []
-
-    class Noted(Reporter):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
+    reporter = Noted()
     with pytest.raises(UsageError, match="no choice of types"):  # of the GGUF file; before anything runs
-        quantize_model(str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=Noted(), **make)
-    assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in notes
+        quantize_model(
+            str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=reporter, **make
+        )
+    assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in reporter.notes
+
+
+def test_rounding_that_there_is_no_text_for_is_told(model: Path, tmp_path: Path) -> None:
+    phone = profile(tmp_path / "phone.toml", 'type = "Q4_0"\nimatrix = true\nrounding = "gptq"')
+    reporter = Noted()
+    make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    quantize_model(str(model), targets=[phone], reporter=reporter, **make)
+    assert f"{phone}: no --calibration FILE: rounded to the nearest value, not by gptq" in reporter.notes
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
