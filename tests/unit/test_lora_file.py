@@ -153,6 +153,8 @@ def test_what_a_file_has_no_place_for_is_refused_in_words(make: Make, tmp_path: 
     out.write_bytes(b"")
     with pytest.raises(UsageError, match="is there already"):
         export_lora(str(model), adapter, out)
+    with pytest.raises(UsageError, match=r"x\.gguf: cannot be written \(File exists\)"):
+        export_lora(str(model), adapter, out / "x.gguf")
     out.unlink()
     with pytest.raises(UsageError, match=r"a \.gguf file") as found:
         export_lora(str(model), adapter, tmp_path / "out.bin")
