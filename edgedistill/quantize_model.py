@@ -150,6 +150,11 @@ def quantize_model(
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
+            if not package_version("onnxruntime-genai"):
+                raise UsageError(
+                    f"target {name}: ONNX needs onnxruntime-genai, which is not installed",
+                    "pip install 'edgedistill[onnx]'",
+                )
             for warning in refuse_onnx(find_target(name, Path()), "this model", resolved.facts.config()):
                 reporter.note(warning)
             if general and (choice.type == AUTO or choice.rounding == "gptq"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgedistill import quantize_model as quantizing
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.formats.gguf.convert import convert
@@ -181,6 +182,7 @@ def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: 
         assert _calibration_text(path) == ("wake me\n\nset\nDone.",)
 
 
+@pytest.mark.onnx
 def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_path: Path) -> None:
     laptop = profile(tmp_path / "laptop.toml", 'type = "int4"\nrounding = "gptq"', format_="onnx")
     make: dict[str, Any] = {"targets": [laptop], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
@@ -192,6 +194,17 @@ def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_
             str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=reporter, **make
         )
     assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in reporter.notes
+
+
+def test_a_missing_runtime_is_refused_before_anything_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = quantizing.package_version
+    monkeypatch.setattr(quantizing, "package_version", lambda name: "" if "onnx" in name else here(name))
+    laptop, store = profile(tmp_path / "laptop.toml", 'type = "int4"', format_="onnx"), Store(tmp_path / "store")
+    with pytest.raises(UsageError, match="ONNX needs onnxruntime-genai, which is not installed") as caught:
+        quantize_model(str(model), targets=[laptop], types=["Q4_0"], out=tmp_path / "out", store=store)
+    assert "edgedistill[onnx]" in caught.value.hint and not list(store.all_keys())
 
 
 def test_rounding_that_there_is_no_text_for_is_told(model: Path, tmp_path: Path) -> None:
