@@ -150,6 +150,11 @@ def quantize_model(
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
+            if resolved.facts.template is False:
+                raise UsageError(
+                    f"{name}: an ONNX folder is proved on chat prompts, and the model has no chat template",
+                    "add its chat_template.jinja to the folder, or take a GGUF target",
+                )
             if not package_version("onnxruntime-genai"):
                 raise UsageError(
                     f"target {name}: ONNX needs onnxruntime-genai, which is not installed",

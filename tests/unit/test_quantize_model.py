@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,20 @@ def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_
             str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=reporter, **make
         )
     assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in reporter.notes
+
+
+def test_a_base_model_has_no_chat_template(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    make: dict[str, Any] = {"out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    laptop = profile(tmp_path / "laptop.toml", 'type = "int4"', format_="onnx")
+    with pytest.raises(UsageError, match="proved on chat prompts, and the model has no chat template"):
+        quantize_model(str(folder), targets=[laptop], types=[], **make)
+    (made,) = quantize_model(str(folder), targets=[], types=["Q4_0"], general=2, **make)
+    assert read_info(made.path).chat_template == "" and read_info(made.path).file_type == "Q4_0"
 
 
 def test_a_missing_runtime_is_refused_before_anything_runs(
