@@ -211,6 +211,34 @@ def test_a_base_model_has_no_chat_template(model: Path, tmp_path: Path) -> None:
     assert read_info(made.path).chat_template == "" and read_info(made.path).file_type == "Q4_0"
 
 
+def test_layers_of_a_file_may_differ(model: Path, tmp_path: Path) -> None:
+    """Where they do, the header has a list with a number of each layer."""
+    import gguf
+
+    reader = gguf.GGUFReader(convert(model, tmp_path / "plain.gguf", dtype="f16").path)
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama")
+    for name, field in reader.fields.items():
+        kind, value = field.types[0], field.contents()
+        if name.endswith((".head_count", ".head_count_kv", ".feed_forward_length")):
+            writer.add_array(name, [value] * 3)
+        elif kind == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, value)
+        elif not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    make: dict[str, Any] = {"targets": [], "types": ["Q4_0"], "store": Store(tmp_path / "store")}
+    lists, plain = (
+        quantize_model(str(tmp_path / f"{name}.gguf"), out=tmp_path, **make)[0].path for name in ("lists", "plain")
+    )
+    assert read_info(lists).of_arch("attention.head_count_kv") == [2, 2, 2]
+    assert [one.type for one in read_info(lists).tensors] == [one.type for one in read_info(plain).tensors]
+
+
 def test_a_missing_runtime_is_refused_before_anything_runs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
