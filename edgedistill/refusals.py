@@ -140,6 +140,8 @@ def refuse(inputs: Inputs) -> list[str]:
         warnings.append(
             "gates.max_kv_kld: no target has a runtime.kv_cache other than f16, so there is nothing to measure"
         )
+    if recipe.calibrate.general and all(target.runtime.format != "gguf" for target in all_targets(inputs)):
+        warnings.append("calibrate.general: it is for GGUF targets, and the recipe has none")
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
