@@ -170,9 +170,10 @@ def quantize_model(
         for warning in refuse_kv(target, resolved.facts, 0):
             reporter.note(f"{name}: {warning}")
         if calibration is None and not general:
-            reporter.note(
-                f"{name}: no --calibration FILE to fill the context with, so its KV cache is not compared with f16"
+            missed = (
+                "no types are chosen for its KV cache" if target.kv == AUTO else "its KV cache is not compared with f16"
             )
+            reporter.note(f"{name}: no --calibration FILE to fill the context with, so {missed}")
     plan, keys = _plan(resolved, wanted, calibration, general, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))

@@ -250,6 +250,20 @@ def test_a_missing_runtime_is_refused_before_anything_runs(
     assert "edgedistill[onnx]" in caught.value.hint and not list(store.all_keys())
 
 
+@pytest.mark.parametrize(
+    ("kv", "told"),
+    [("auto", "no types are chosen for its KV cache"), ("q8_0", "its KV cache is not compared with f16")],
+)
+def test_a_cache_that_there_is_no_text_for_is_told(kv: str, told: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "tiny", num_attention_heads=2, num_key_value_heads=1)
+    phone = Path(profile(tmp_path / "phone.toml", 'type = "Q8_0"\n[limits]\npeak_rss = "1 GiB"'))
+    phone.write_text(phone.read_text().replace("threads = 1", f'threads = 1\nkv_cache = "{kv}"'))
+    reporter = Noted()
+    make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    quantize_model(str(folder), targets=[str(phone)], reporter=reporter, **make)
+    assert f"{phone}: no --calibration FILE to fill the context with, so {told}" in reporter.notes
+
+
 def test_rounding_that_there_is_no_text_for_is_told(model: Path, tmp_path: Path) -> None:
     phone = profile(tmp_path / "phone.toml", 'type = "Q4_0"\nimatrix = true\nrounding = "gptq"')
     reporter = Noted()
