@@ -420,15 +420,15 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
     from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits
 
+    name = target.name if who == "this student" else f"{target.name}, {who}"
     if target.runtime.format == "onnx":
         if not package_version("onnxruntime-genai"):
             raise UsageError(
                 f"target {target.name}: ONNX needs onnxruntime-genai, which is not installed",
                 "pip install 'edgedistill[onnx]'",
             )
-        return refuse_onnx(target, who, student_facts(inputs).config())
+        return [f"{name}: {warning}" for warning in refuse_onnx(target, who, student_facts(inputs).config())]
     limit = target.limits.file_size
-    name = target.name if who == "this student" else f"{target.name}, {who}"
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type

@@ -85,6 +85,8 @@ def test_onnx_targets_round_on_kept_rows_and_share_a_table_of_their_own(folder: 
     assert set(table.stage.inputs()) == {kept.key, merged.key}
     assert {choice.key, table.key, merged.key} == set(file.stage.inputs())
     assert not any(step.stage.name == "sensitivity" for step in chosen.steps)
+    (said,) = (line for line in chosen.warnings if "does not look at" in line)
+    assert said.startswith(f'{ONNX}: type = "auto" does not look at pp512') and "kernels" not in said  # they are GGUF's
 
 
 def test_what_onnx_cannot_reach_or_make_is_refused(folder: Path) -> None:
