@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
+WIDER = ("F32", "BF16")  # than F16, in bits or in range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,7 @@ def _plan(
     llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
     gguf_tool = f"gguf {package_version('gguf')}"
     size = Work(kind="bytes", amount=2 * params)
-    base = container = None
+    base = container = wide = None
     if resolved.path.is_file() and resolved.kind != "pypi":
         container = graph.add("import", ImportGguf(source_digest=resolved.digest, path=resolved.path.absolute()), size)
     else:
@@ -250,6 +251,9 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
+            if any(format_ == "gguf" and choice.type in WIDER for _, format_, choice in wanted):
+                work = Work(kind="convert", amount=4 * params)
+                wide = graph.add("convert/f32", replace(convert, dtype="f32"), work, disk=4 * params)
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
@@ -268,7 +272,7 @@ def _plan(
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
-        model = base if onnx else container
+        model = base if onnx else wide if wide and choice.type in WIDER else container
         assert model is not None  # the checks above leave no other case
         types, table = None, of_onnx if onnx else sensitivity
         if choice.type == AUTO:

@@ -20,7 +20,7 @@ from edgedistill.fingerprint import Key
 from edgedistill.formats.gguf.convert import convert
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import named_after, quantize
-from edgedistill.formats.gguf.read import read_info
+from edgedistill.formats.gguf.read import read_info, read_tensor
 from edgedistill.quantize_model import _calibration_text, quantize_model
 from edgedistill.runner import Reporter
 from edgedistill.store import Entry, Store
@@ -171,6 +171,20 @@ def test_f16_is_f16_whatever_the_file_was(whole: str, model: Path, tmp_path: Pat
     (made,) = quantize_model(str(source), types=["F16"], **make)
     found = read_info(made.path)
     assert found.file_type == "F16" and {one.type for one in found.tensors if len(one.shape) == 2} == {"F16"}
+
+
+def test_wider_types_have_the_weights_of_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    """And not what is left of these in 16 bits."""
+    import torch
+    from safetensors.torch import load_file
+
+    make: dict[str, Any] = {"targets": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    made = quantize_model(str(model), types=["F32", "BF16", "F16"], **make)
+    own = load_file(model / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    for one, kind in zip(made, (torch.float32, torch.bfloat16, torch.float16), strict=True):
+        info = read_info(one.path)
+        assert info.file_type == one.type
+        np.testing.assert_array_equal(read_tensor(info, "blk.1.ffn_up.weight"), own.to(kind).float().numpy())
 
 
 def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: Path) -> None:
