@@ -187,6 +187,14 @@ def test_wider_types_have_the_weights_of_the_checkpoint(model: Path, tmp_path: P
         np.testing.assert_array_equal(read_tensor(info, "blk.1.ffn_up.weight"), own.to(kind).float().numpy())
 
 
+def test_calibration_text_begins_as_the_models_text_does(text: Path, tmp_path: Path) -> None:
+    folder, store = make_model(tmp_path / "tiny", bos=True), Store(tmp_path / "store")
+    quantize_model(str(folder), targets=[], types=["Q4_0"], calibration=text, out=tmp_path / "out", store=store)
+    (file,) = store.root.glob("entries/*/*/tokens.json")
+    rows = json.loads(file.read_text())
+    assert len(rows) > 1 and all(row[0] == 1 != row[1] and len(row) <= 512 for row in rows)  # <|im_start|>, its BOS
+
+
 def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "alarm", "arguments": {"at": "7:00"}}}]}
     turns = [{"role": "user", "content": "wake me"}, call, {"role": "tool", "content": "set"}]
