@@ -46,6 +46,8 @@ def export(
     if to != TO and (base is not None or rows is not None):
         raise UsageError("--base and --rows are for --to gguf-lora", "leave them out")
     if to == TO and (recipe / ADAPTER).is_file():
+        if set_:
+            raise UsageError(f"--set is for a recipe, and {recipe} is an adapter", "leave it out")
         if base is None:
             raise UsageError(
                 f"{recipe} is an adapter, and its base is not named", "--base MODEL: what it was trained on"

@@ -32,7 +32,7 @@ from edgedistill.training.shaping import choose_layers
 
 TRACES = "tool-trace"  # the style whose rows are whole traces
 _KEPT = 16 << 20  # bytes of a file whose rows the process keeps
-FEWEST = 10  # general rows: one in five is held out, and an interval needs two
+FEWEST = 10  # general rows, and those of [tune]: one in five is held out, and an interval needs two
 
 
 @dataclass(frozen=True, kw_only=True)

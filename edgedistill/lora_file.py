@@ -35,6 +35,10 @@ def export_lora(
         raise UsageError(f"{out}: is there already", "give another file: -o FILE.gguf")
     if out.suffix != ".gguf":
         raise UsageError(f"{out}: llama.cpp expects a .gguf file", f"-o {out.with_suffix('.gguf')}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written ({error.strerror})", "give another file: -o FILE.gguf") from None
     text = text_to_compare(rows)
     folder = base_folder(model, note)
     _refuse(check_adapter(folder, adapter), adapter)

@@ -395,15 +395,20 @@ def _gguf_facts(path: Path) -> ModelFacts:
 
     info = read_info(path)
     tokens = info.metadata.get("tokenizer.ggml.tokens", [])
-    heads = int(info.of_arch("attention.head_count", 1))
+
+    def number(key: str, default: int) -> int:
+        value = info.of_arch(key, default)
+        return int(max(value, default=default) if isinstance(value, list) else value)  # a list: layers that differ
+
+    heads = number("attention.head_count", 1)
     licence = path.with_suffix(".licence")
     return ModelFacts(
         architecture=info.architecture,
         layers=info.n_layers,
         hidden=info.hidden,
         heads=heads,
-        kv_heads=int(info.of_arch("attention.head_count_kv", heads)),
-        ffn=int(info.of_arch("feed_forward_length", 0)),
+        kv_heads=number("attention.head_count_kv", heads),
+        ffn=number("feed_forward_length", 0),
         vocab=len(tokens),
         tied=all(tensor.name != "output.weight" for tensor in info.tensors),
         context=info.context_length,
@@ -411,7 +416,7 @@ def _gguf_facts(path: Path) -> ModelFacts:
         quantized_from=info.file_type if info.is_quantized else "",
         licence=info.license or (licence.read_text() if licence.is_file() else "") or "not stated",
         size=path.stat().st_size,
-        head_dim=int(info.of_arch("attention.key_length", 0)),
+        head_dim=number("attention.key_length", 0),
         template=bool(info.chat_template),
     )
 

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
+WIDER = ("F32", "BF16")  # than F16, in bits or in range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ def quantize_model(
 
     The type "auto" chooses one for every matrix, so that the file has ``size`` (bytes, or words such as "90 MiB") at most. With
     ``dry_run`` the choice is made and no file. GGUF files are calibrated on the text of ``calibration`` and on ``general``
-    conversations that the model writes itself.
+    conversations that the model writes itself; what ONNX targets round goes by ``calibration`` alone.
 
     ``model`` is an HF folder, a full-precision GGUF, or a source (hf:, path:, pypi:, gguf:). ONNX targets need an HF
     folder. Raises UsageError for what cannot work, before anything runs.
@@ -112,6 +113,13 @@ def quantize_model(
             "--size is for --types auto: other types have the size that they have, targets quantize.size",
             "--types auto",
         )
+    goals: dict[Path, str] = {}
+    for name, format_, _ in wanted:
+        goal = _goal(out, model, name, format_)
+        if (other := goals.setdefault(goal, name)) != name:
+            raise UsageError(
+                f"{other} and {name} would both be written to {goal}", "one after the other, each with a folder: -o DIR"
+            )
     if dry_run and any(choice.type != AUTO for _, _, choice in wanted):
         raise UsageError("--dry-run shows what auto chooses", "--types auto --size '90 MiB' --dry-run")
     is_gguf = resolved.path.is_file()
@@ -123,6 +131,11 @@ def quantize_model(
         )
     if is_gguf and resolved.kind != "pypi" and any(format_ == "onnx" for _, format_, _ in wanted):
         raise UsageError("an ONNX target needs the HF folder, not a GGUF", "give the folder that save_pretrained wrote")
+    if general and all(format_ == "onnx" for _, format_, _ in wanted):
+        raise UsageError(
+            "--general is for GGUF files: llama.cpp writes the conversations",
+            "leave it out; ONNX targets go by --calibration FILE",
+        )
     for name, format_, choice in wanted:
         if calibration is not None or (general and format_ == "gguf"):
             continue
@@ -140,17 +153,30 @@ def quantize_model(
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
+            if resolved.facts.template is False:
+                raise UsageError(
+                    f"{name}: an ONNX folder is proved on chat prompts, and the model has no chat template",
+                    "add its chat_template.jinja to the folder, or take a GGUF target",
+                )
+            if not package_version("onnxruntime-genai"):
+                raise UsageError(
+                    f"target {name}: ONNX needs onnxruntime-genai, which is not installed",
+                    "pip install 'edgedistill[onnx]'",
+                )
             for warning in refuse_onnx(find_target(name, Path()), "this model", resolved.facts.config()):
                 reporter.note(warning)
+            if general and (choice.type == AUTO or choice.rounding == "gptq"):
+                reporter.note(f"{name}: --general is for GGUF files: it goes by --calibration alone")
         elif choice.type == AUTO:
             _refuse_choice(resolved, name, choice, reporter if name in targets else None)
     for name, target in caches.items():
         for warning in refuse_kv(target, resolved.facts, 0):
             reporter.note(f"{name}: {warning}")
         if calibration is None and not general:
-            reporter.note(
-                f"{name}: no --calibration FILE to fill the context with, so its KV cache is not compared with f16"
+            missed = (
+                "no types are chosen for its KV cache" if target.kv == AUTO else "its KV cache is not compared with f16"
             )
+            reporter.note(f"{name}: no --calibration FILE to fill the context with, so {missed}")
     plan, keys = _plan(resolved, wanted, calibration, general, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
@@ -162,6 +188,9 @@ def quantize_model(
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
+        for name, format_, choice in wanted:
+            if format_ == "gguf" and choice.rounding == "gptq":  # which takes an importance matrix, too
+                reporter.note(f"{name}: no --calibration FILE: rounded to the nearest value, not by gptq")
     outcome = Runner(plan, store, reporter).build()
     for error in outcome.failed.values():
         raise error
@@ -210,7 +239,7 @@ def _plan(
     llama = f"llama-cpp-python {package_version('llama-cpp-python')}"
     gguf_tool = f"gguf {package_version('gguf')}"
     size = Work(kind="bytes", amount=2 * params)
-    base = container = None
+    base = container = wide = None
     if resolved.path.is_file() and resolved.kind != "pypi":
         container = graph.add("import", ImportGguf(source_digest=resolved.digest, path=resolved.path.absolute()), size)
     else:
@@ -224,6 +253,9 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
+            if any(format_ == "gguf" and choice.type in WIDER for _, format_, choice in wanted):
+                work = Work(kind="convert", amount=4 * params)
+                wide = graph.add("convert/f32", replace(convert, dtype="f32"), work, disk=4 * params)
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
@@ -242,7 +274,7 @@ def _plan(
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
-        model = base if onnx else container
+        model = base if onnx else wide if wide and choice.type in WIDER else container
         assert model is not None  # the checks above leave no other case
         types, table = None, of_onnx if onnx else sensitivity
         if choice.type == AUTO:
@@ -260,6 +292,7 @@ def _plan(
             types=types,
             sensitivity=table if types else None,
             text=text if onnx and choice.rounding == "gptq" else (),
+            imported=base is None and choice.type == "F16",
             rows=sample_rows(),
             **onnx_options(choice),
         )
@@ -274,7 +307,9 @@ def _calibration_text(path: Path) -> tuple[str, ...]:
     """Read calibration text: rows (prompt and reference), or plain text in pieces of about 2,000 characters."""
     if path.suffix in (".jsonl", ".gz", ".parquet") or path.is_dir():
         rows = load_rows(path)
-        return tuple("\n".join([*(str(m["content"]) for m in row.messages), row.reference or ""]) for row in rows[:400])
+        return tuple(
+            "\n".join([*(str(m.get("content") or "") for m in row.messages), row.reference or ""]) for row in rows[:400]
+        )
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -358,13 +393,19 @@ def _chosen(store: Store, plan: Plan, line: tuple[str, str, Types]) -> Quantized
     )
 
 
+def _goal(out: Path, model: str, name: str, format_: str) -> Path:
+    """Return where a file goes. A profile that was given as a file is called by its name."""
+    stem = Path(model.split(":", 1)[-1]).name.removesuffix(".gguf") or "model"
+    called = Path(name).stem if name.endswith(".toml") or "/" in name else name  # as ``find_target`` tells them apart
+    return out / (f"{stem}-{called}.gguf" if format_ == "gguf" else f"{stem}-{called}")
+
+
 def _publish(store: Store, plan: Plan, key: Key, line: tuple[str, str, Types], out: Path, model: str) -> Quantized:
     name, format_, choice = line
     entry = store.load(key)
     if entry is None:
         raise EdgeDistillError(f"quantize/{name}: its entry disappeared")
-    stem = Path(model.split(":", 1)[-1]).name.removesuffix(".gguf") or "model"
-    goal = out / (f"{stem}-{name}.gguf" if format_ == "gguf" else f"{stem}-{name}")
+    goal = _goal(out, model, name, format_)
     source = entry.path / ("model.gguf" if format_ == "gguf" else "onnx")
     try:
         if goal.is_dir():

@@ -140,6 +140,8 @@ def refuse(inputs: Inputs) -> list[str]:
         warnings.append(
             "gates.max_kv_kld: no target has a runtime.kv_cache other than f16, so there is nothing to measure"
         )
+    if recipe.calibrate.general and all(target.runtime.format != "gguf" for target in all_targets(inputs)):
+        warnings.append("calibrate.general: it is for GGUF targets, and the recipe has none")
     _refuse_order(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
@@ -418,15 +420,15 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
     from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits
 
+    name = target.name if who == "this student" else f"{target.name}, {who}"
     if target.runtime.format == "onnx":
         if not package_version("onnxruntime-genai"):
             raise UsageError(
                 f"target {target.name}: ONNX needs onnxruntime-genai, which is not installed",
                 "pip install 'edgedistill[onnx]'",
             )
-        return refuse_onnx(target, who, student_facts(inputs).config())
+        return [f"{name}: {warning}" for warning in refuse_onnx(target, who, student_facts(inputs).config())]
     limit = target.limits.file_size
-    name = target.name if who == "this student" else f"{target.name}, {who}"
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type

@@ -111,6 +111,6 @@ def _unheeded(target: Target, *, heeded: bool) -> list[str]:
     if not names:
         return []
     told = f'type = "auto" does not look at {", ".join(names)}: measuring tells whether they hold'
-    if any(name in names for name in speeds):
+    if target.runtime.format == "gguf" and any(name in names for name in speeds):
         told += " (to choose by speed: edgedistill targets kernels, and runtime.kernels in the profile)"
     return [told]

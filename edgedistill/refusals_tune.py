@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from edgedistill.errors import RecipeError
-from edgedistill.inputs import Inputs, all_targets, student_facts
+from edgedistill.inputs import FEWEST, Inputs, all_targets, student_facts
 from edgedistill.target import AUTO
 
 
 def refuse_tuning(inputs: Inputs) -> list[str]:
-    """Refuse to tune what cannot be dequantized, or has no blocks to tune; warn where the text was taught already."""
+    """Refuse to tune what cannot be dequantized, what has no blocks to tune, and too few rows; warn where the text was taught."""
     tune = inputs.recipe.tune
     if tune is None:
         return []
@@ -26,6 +26,13 @@ def refuse_tuning(inputs: Inputs) -> list[str]:
         told = _untunable(inputs)
     if told is not None:
         raise RecipeError(*told, key="tune.targets", file=inputs.path)
+    if len(inputs.tuning) < FEWEST:
+        raise RecipeError(
+            f"{len(inputs.tuning)} rows are too few to tune {tune.parts} on: one in five is held out",
+            f"give at least {FEWEST}",
+            key="tune.rows" if tune.rows else "tune.files",
+            file=inputs.path,
+        )
     taught = {row.id for row in (*inputs.prompts, *inputs.gold, *inputs.healing)}
     seen = sum(row.id in taught for row in inputs.tuning)
     if not seen:

@@ -56,7 +56,7 @@ class CalibrateText(Stage):
     """Collect squared activations over plain text: ``quantize MODEL --calibration FILE``."""
 
     name: ClassVar[str] = "calibrate-text"
-    version: ClassVar[int] = 2  # 2: tokens.json
+    version: ClassVar[int] = 3  # 2: tokens.json; 3: pieces begin as the model's text does
     model: Key
     text: tuple[str, ...]
     tool: str
@@ -66,10 +66,12 @@ class CalibrateText(Stage):
         """Tokenize each piece by itself and run it."""
         from edgedistill.evals.runners.gguf import GgufRunner
         from edgedistill.formats.gguf.imatrix import collect
+        from edgedistill.formats.gguf.read import first_token
 
         gguf = ctx.path(self.model, "model.gguf")
+        bos = first_token(gguf)  # without it a model that was taught with it is another one
         with GgufRunner(gguf, threads=ctx.threads) as runner:
-            token_rows = [runner.encode_text(piece)[:512] for piece in self.text]
+            token_rows = [[*bos, *runner.encode_text(piece)][:512] for piece in self.text]
         token_rows += _general(ctx, self.general)
         (ctx.out / "tokens.json").write_text(json.dumps(token_rows))
         report = collect(gguf, token_rows, ctx.out / "imatrix.gguf", threads=ctx.threads, progress=ctx.progress)

@@ -25,8 +25,9 @@ class ImportGguf(Stage):
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Link, or copy from another disk."""
+        source = self.path.resolve()  # a link to a link would point nowhere from there
         try:
-            os.link(self.path, ctx.out / "model.gguf")
+            os.link(source, ctx.out / "model.gguf")
         except OSError:
-            shutil.copyfile(self.path, ctx.out / "model.gguf")
+            shutil.copyfile(source, ctx.out / "model.gguf")
         return {"size": (ctx.out / "model.gguf").stat().st_size}

@@ -42,6 +42,7 @@ class Quantize(Stage):
     kept: Key | None = later(None)
     text: tuple[str, ...] = later(())
     calibrated: int = later(0)
+    imported: bool = later(False)  # F16 of a file that convert did not write: it may be in any full precision
     rows: tuple[Row, ...] = unkeyed()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
@@ -51,7 +52,7 @@ class Quantize(Stage):
         from edgedistill.formats.gguf.quantize import named_after, quantize
 
         source, out = ctx.path(self.model, "model.gguf"), ctx.out / "model.gguf"
-        if self.type == "F16":  # what convert wrote already
+        if self.type == "F16" and not self.imported:  # what convert wrote already
             os.link(source, out)
             return {"size": out.stat().st_size, "type": "F16"}
         types = json.loads(ctx.path(self.types, "types.json").read_text()) if self.types else None

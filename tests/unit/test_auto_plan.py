@@ -52,6 +52,13 @@ def test_what_the_student_writes_itself_is_shared_by_all_that_calibrates(folder:
     assert not changed(plain, plan) & untouched and "quantize/phone-midrange" in changed(plain, plan)
 
 
+def test_conversations_that_no_target_goes_by_are_warned_of(folder: Path) -> None:
+    alone: dict[str, Any] = {"targets": [ONNX], "quantize": {}, "tune": None, "gates": {}}
+    told = "calibrate.general: it is for GGUF targets, and the recipe has none"
+    assert told in make(folder, **alone, calibrate__general=8).warnings
+    assert told not in make(folder, **alone).warnings + make(folder, calibrate__general=8).warnings
+
+
 def test_a_size_that_no_choice_meets_is_refused(folder: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"no type brings this student under 20 MiB: the smallest choice makes about \d+"
@@ -78,6 +85,8 @@ def test_onnx_targets_round_on_kept_rows_and_share_a_table_of_their_own(folder: 
     assert set(table.stage.inputs()) == {kept.key, merged.key}
     assert {choice.key, table.key, merged.key} == set(file.stage.inputs())
     assert not any(step.stage.name == "sensitivity" for step in chosen.steps)
+    (said,) = (line for line in chosen.warnings if "does not look at" in line)
+    assert said.startswith(f'{ONNX}: type = "auto" does not look at pp512') and "kernels" not in said  # they are GGUF's
 
 
 def test_what_onnx_cannot_reach_or_make_is_refused(folder: Path) -> None:

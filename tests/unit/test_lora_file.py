@@ -153,6 +153,8 @@ def test_what_a_file_has_no_place_for_is_refused_in_words(make: Make, tmp_path: 
     out.write_bytes(b"")
     with pytest.raises(UsageError, match="is there already"):
         export_lora(str(model), adapter, out)
+    with pytest.raises(UsageError, match=r"x\.gguf: cannot be written \(File exists\)"):
+        export_lora(str(model), adapter, out / "x.gguf")
     out.unlink()
     with pytest.raises(UsageError, match=r"a \.gguf file") as found:
         export_lora(str(model), adapter, tmp_path / "out.bin")
@@ -202,5 +204,7 @@ def test_the_command_line(make: Make, tmp_path: Path, monkeypatch: pytest.Monkey
     assert told.exit_code == 0, told.output
     assert "llama-server -m BASE.gguf --lora llama-adapter-lora.gguf" in told.output
     assert read_info(tmp_path / "llama-adapter-lora.gguf").metadata["general.name"] == "llama-adapter"
+    wrong = CliRunner().invoke(app, [*command, "--base", str(model), "--set", "distill.lr=1e-4"])
+    assert isinstance(wrong.exception, UsageError) and "--set is for a recipe" in wrong.exception.message
     wrong = CliRunner().invoke(app, ["export", "--to", "unsloth", "--base", str(model)])
     assert isinstance(wrong.exception, UsageError) and "--to gguf-lora" in wrong.exception.message

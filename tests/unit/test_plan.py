@@ -409,6 +409,8 @@ def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) 
         ({**BLOCKS, "tune__weight_decay": 0.1}, "leave weight_decay out"),
         ({**BLOCKS, "tune__lr": 1e-2}, "set code_lr, scale_lr or norm_lr"),
         ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 9}}, "9 general rows are too few"),
+        ({**BLOCKS, "tune__rows": 4}, "8 rows are too few to tune weights on"),
+        ({"tune__rows": 4}, "8 rows are too few to tune norms on"),
         (
             {**BLOCKS, "tune__general": {"files": ["data/general.jsonl"]}},
             "stands in the training rows and in the suite",

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgedistill import quantize_model as quantizing
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
+from edgedistill.formats.gguf.convert import convert
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import named_after, quantize
-from edgedistill.formats.gguf.read import read_info
-from edgedistill.quantize_model import quantize_model
+from edgedistill.formats.gguf.read import read_info, read_tensor
+from edgedistill.quantize_model import _calibration_text, quantize_model
+from edgedistill.runner import Reporter
 from edgedistill.store import Entry, Store
 from tests.unit.formats.gguf.conftest import TEXT, make_model
 
@@ -115,6 +120,178 @@ def test_what_cannot_be_chosen_is_refused_before_anything_runs(
     with pytest.raises(UsageError, match=said):
         quantize_model(str(model), targets=[], types=types, out=tmp_path, store=Store(tmp_path / "s"), **more)  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "s" / "entries").exists() or not any((tmp_path / "s" / "entries").iterdir())
+
+
+class Noted(Reporter):
+    """Keeps what is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def profile(path: Path, lines: str, *, format_: str = "gguf") -> str:
+    path.parent.mkdir(exist_ok=True)
+    engine = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}[format_]
+    path.write_text(
+        f'summary = "x"\narch = "x86_64"\n[runtime]\nformat = "{format_}"\nengine = "{engine}"\nthreads = 1\ncontext = 128\n'
+        f"[quantize]\n{lines}\n"
+    )
+    return str(path)
+
+
+def test_a_file_is_called_by_the_name_of_the_profile_that_was_given_as_a_file(model: Path, tmp_path: Path) -> None:
+    mine = profile(tmp_path / "mine" / "phone.toml", 'type = "Q4_0"')
+    make: dict[str, Any] = {"types": [], "store": Store(tmp_path / "store"), "out": tmp_path / "out"}
+    (made,) = quantize_model(str(model), targets=[mine], **make)
+    assert made.path == tmp_path / "out" / "tiny-phone.gguf" and list((tmp_path / "out").iterdir()) == [made.path]
+    yours = profile(tmp_path / "yours" / "phone.toml", 'type = "Q8_0"')
+    with pytest.raises(UsageError, match=r"phone\.toml would both be written to .*tiny-phone\.gguf"):
+        quantize_model(str(model), targets=[mine, yours], **make)
+
+
+def test_a_file_that_is_a_link_is_taken_as_what_it_points_to(model: Path, tmp_path: Path) -> None:
+    """A hub's cache holds its files so, by a way relative to the link."""
+    whole, link = convert(model, tmp_path / "blobs" / "b1", dtype="f16").path, tmp_path / "snapshot" / "tiny.gguf"
+    link.parent.mkdir()
+    link.symlink_to(Path("..") / "blobs" / "b1")
+    store = Store(tmp_path / "store")
+    (made,) = quantize_model(str(link), targets=[], types=["Q8_0"], out=tmp_path / "out", store=store)
+    assert read_info(made.path).file_type == "Q8_0"
+    (kept,) = (path for path in store.root.glob("entries/*/*/model.gguf") if path.samefile(whole))
+    assert not kept.is_symlink()
+
+
+@pytest.mark.parametrize("whole", ["f32", "bf16", "f16"])
+def test_f16_is_f16_whatever_the_file_was(whole: str, model: Path, tmp_path: Path) -> None:
+    source = convert(model, tmp_path / "whole.gguf", dtype=whole).path
+    make: dict[str, Any] = {"targets": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    (made,) = quantize_model(str(source), types=["F16"], **make)
+    found = read_info(made.path)
+    assert found.file_type == "F16" and {one.type for one in found.tensors if len(one.shape) == 2} == {"F16"}
+
+
+def test_wider_types_have_the_weights_of_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    """And not what is left of these in 16 bits."""
+    import torch
+    from safetensors.torch import load_file
+
+    make: dict[str, Any] = {"targets": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    made = quantize_model(str(model), types=["F32", "BF16", "F16"], **make)
+    own = load_file(model / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    for one, kind in zip(made, (torch.float32, torch.bfloat16, torch.float16), strict=True):
+        info = read_info(one.path)
+        assert info.file_type == one.type
+        np.testing.assert_array_equal(read_tensor(info, "blk.1.ffn_up.weight"), own.to(kind).float().numpy())
+
+
+def test_calibration_text_begins_as_the_models_text_does(text: Path, tmp_path: Path) -> None:
+    folder, store = make_model(tmp_path / "tiny", bos=True), Store(tmp_path / "store")
+    quantize_model(str(folder), targets=[], types=["Q4_0"], calibration=text, out=tmp_path / "out", store=store)
+    (file,) = store.root.glob("entries/*/*/tokens.json")
+    rows = json.loads(file.read_text())
+    assert len(rows) > 1 and all(row[0] == 1 != row[1] and len(row) <= 512 for row in rows)  # <|im_start|>, its BOS
+
+
+def test_calls_of_tools_in_calibration_text_have_no_text_of_their_own(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "alarm", "arguments": {"at": "7:00"}}}]}
+    turns = [{"role": "user", "content": "wake me"}, call, {"role": "tool", "content": "set"}]
+    path = tmp_path / "rows.jsonl"
+    for content in ({}, {"content": None}, {"content": ""}):
+        turns[1] = call | content
+        path.write_text(json.dumps({"messages": turns, "reference": "Done."}) + "\n")
+        assert _calibration_text(path) == ("wake me\n\nset\nDone.",)
+
+
+@pytest.mark.onnx
+def test_conversations_of_its_own_are_not_for_onnx(model: Path, text: Path, tmp_path: Path) -> None:
+    laptop = profile(tmp_path / "laptop.toml", 'type = "int4"\nrounding = "gptq"', format_="onnx")
+    make: dict[str, Any] = {"targets": [laptop], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    with pytest.raises(UsageError, match="--general is for GGUF files"):
+        quantize_model(str(model), types=[], general=4, calibration=text, **make)
+    reporter = Noted()
+    with pytest.raises(UsageError, match="no choice of types"):  # of the GGUF file; before anything runs
+        quantize_model(
+            str(model), types=["auto"], size="20 KiB", general=4, calibration=text, reporter=reporter, **make
+        )
+    assert f"{laptop}: --general is for GGUF files: it goes by --calibration alone" in reporter.notes
+
+
+def test_a_base_model_has_no_chat_template(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "base")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    make: dict[str, Any] = {"out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    laptop = profile(tmp_path / "laptop.toml", 'type = "int4"', format_="onnx")
+    with pytest.raises(UsageError, match="proved on chat prompts, and the model has no chat template"):
+        quantize_model(str(folder), targets=[laptop], types=[], **make)
+    (made,) = quantize_model(str(folder), targets=[], types=["Q4_0"], general=2, **make)
+    assert read_info(made.path).chat_template == "" and read_info(made.path).file_type == "Q4_0"
+
+
+def test_layers_of_a_file_may_differ(model: Path, tmp_path: Path) -> None:
+    """Where they do, the header has a list with a number of each layer."""
+    import gguf
+
+    reader = gguf.GGUFReader(convert(model, tmp_path / "plain.gguf", dtype="f16").path)
+    writer = gguf.GGUFWriter(tmp_path / "lists.gguf", "llama")
+    for name, field in reader.fields.items():
+        kind, value = field.types[0], field.contents()
+        if name.endswith((".head_count", ".head_count_kv", ".feed_forward_length")):
+            writer.add_array(name, [value] * 3)
+        elif kind == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, value)
+        elif not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, value, kind)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    make: dict[str, Any] = {"targets": [], "types": ["Q4_0"], "store": Store(tmp_path / "store")}
+    lists, plain = (
+        quantize_model(str(tmp_path / f"{name}.gguf"), out=tmp_path, **make)[0].path for name in ("lists", "plain")
+    )
+    assert read_info(lists).of_arch("attention.head_count_kv") == [2, 2, 2]
+    assert [one.type for one in read_info(lists).tensors] == [one.type for one in read_info(plain).tensors]
+
+
+def test_a_missing_runtime_is_refused_before_anything_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = quantizing.package_version
+    monkeypatch.setattr(quantizing, "package_version", lambda name: "" if "onnx" in name else here(name))
+    laptop, store = profile(tmp_path / "laptop.toml", 'type = "int4"', format_="onnx"), Store(tmp_path / "store")
+    with pytest.raises(UsageError, match="ONNX needs onnxruntime-genai, which is not installed") as caught:
+        quantize_model(str(model), targets=[laptop], types=["Q4_0"], out=tmp_path / "out", store=store)
+    assert "edgedistill[onnx]" in caught.value.hint and not list(store.all_keys())
+
+
+@pytest.mark.parametrize(
+    ("kv", "told"),
+    [("auto", "no types are chosen for its KV cache"), ("q8_0", "its KV cache is not compared with f16")],
+)
+def test_a_cache_that_there_is_no_text_for_is_told(kv: str, told: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "tiny", num_attention_heads=2, num_key_value_heads=1)
+    phone = Path(profile(tmp_path / "phone.toml", 'type = "Q8_0"\n[limits]\npeak_rss = "1 GiB"'))
+    phone.write_text(phone.read_text().replace("threads = 1", f'threads = 1\nkv_cache = "{kv}"'))
+    reporter = Noted()
+    make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    quantize_model(str(folder), targets=[str(phone)], reporter=reporter, **make)
+    assert f"{phone}: no --calibration FILE to fill the context with, so {told}" in reporter.notes
+
+
+def test_rounding_that_there_is_no_text_for_is_told(model: Path, tmp_path: Path) -> None:
+    phone = profile(tmp_path / "phone.toml", 'type = "Q4_0"\nimatrix = true\nrounding = "gptq"')
+    reporter = Noted()
+    make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
+    quantize_model(str(model), targets=[phone], reporter=reporter, **make)
+    assert f"{phone}: no --calibration FILE: rounded to the nearest value, not by gptq" in reporter.notes
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:

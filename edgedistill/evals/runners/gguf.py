@@ -142,16 +142,17 @@ class GgufRunner:
         return bool(self._lib.llama_model_chat_template(self._model, None))
 
     def around_user(self) -> tuple[list[int], list[int]]:
-        """Return the token ids before and behind a user's first message; without a chat template what a text begins with, and
-        none.
+        """Return the token ids before and behind a user's first message. Where the chat template has nothing before it, or there
+        is none, a text begins as ``first_token`` says, else with the end of one.
         """
         from edgedistill.formats.gguf.read import first_token
 
+        first = first_token(self.path) or [self.end_token()]
         if not self._has_template():
-            return first_token(self.path) or [self.end_token()], []
+            return first, []
         mark = "xyzzy"
         before, _, behind = self._render([{"role": "user", "content": mark}]).partition(mark)
-        return self.encode_text(before), self.encode_text(behind)
+        return self.encode_text(before) or first, self.encode_text(behind)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 

@@ -179,9 +179,9 @@ def compare_logits(
     """Require that the unquantized ``gguf`` computes what transformers does on ``prompts``.
 
     A prompt is a text (encoded without added special tokens), token ids, or messages (rendered with the folder's chat
-    template). Token ids are compared first, on ``texts`` and on the prompts' own text. Raises StepFailed when the
-    configuration or the ids differ, when logits differ by more than a share of their own spread (``MAX_DIFF``,
-    ``MEAN_DIFF``), or when the greedy continuations of ``greedy`` tokens part at anything but a tie.
+    template; their text alone where it has none). Token ids are compared first, on ``texts`` and on the prompts' own text. Raises
+    StepFailed when the configuration or the ids differ, when logits differ by more than a share of their own spread
+    (``MAX_DIFF``, ``MEAN_DIFF``), or when the greedy continuations of ``greedy`` tokens part at anything but a tie.
     """
     import numpy as np
     import torch
@@ -238,7 +238,7 @@ def compare_logits(
 
 
 def _render(model_dir: Path, prompt: Prompt) -> str | list[int]:
-    """Return text or token ids; messages are rendered with the chat template of the folder."""
+    """Return text or token ids; messages are rendered with the chat template of the folder, where it has one."""
     if isinstance(prompt, str):
         return prompt
     if prompt and isinstance(prompt[0], Mapping):
@@ -246,6 +246,8 @@ def _render(model_dir: Path, prompt: Prompt) -> str | list[int]:
 
         hugging = AutoTokenizer.from_pretrained(model_dir)
         messages = [dict(cast(Mapping[str, Any], message)) for message in prompt]
+        if not hugging.chat_template:  # a base model: it is shown the text alone
+            return "\n".join(str(message.get("content") or "") for message in messages)
         return str(hugging.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     return [int(cast(int, token)) for token in prompt]
 

@@ -46,15 +46,28 @@ def test_draws_hang_on_the_seed_alone(gguf: Path) -> None:
     assert [row[:12] for row in alone] == [row[:12] for row in first[0]]
 
 
-def test_without_a_template_it_is_plain_text(gguf: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(gguf.parent, tmp_path / "plain")
+def with_template(gguf: Path, folder: Path, template: str | None) -> Path:
+    shutil.copytree(gguf.parent, folder)
     (folder / "model.gguf").unlink()
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    if template is None:
+        del settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    convert(folder, folder / "model.gguf", dtype="f16")
-    with GgufRunner(folder / "model.gguf") as runner:
+    return convert(folder, folder / "model.gguf", dtype="f16").path
+
+
+def test_a_template_that_begins_with_the_message_has_something_to_go_on_from(gguf: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    with GgufRunner(with_template(gguf, tmp_path / "bare", template)) as runner:
+        start, rest = runner.around_user()
+        assert len(start) == 1 and rest == runner.encode_text("\n")
+        rows, _ = own_conversations(runner, 3)
+    assert len(rows) == 3
+
+
+def test_without_a_template_it_is_plain_text(gguf: Path, tmp_path: Path) -> None:
+    with GgufRunner(with_template(gguf, tmp_path / "plain", None)) as runner:
         start, rest = runner.around_user()
         assert len(start) == 1 and rest == []
         rows, _ = own_conversations(runner, 3)

@@ -208,6 +208,14 @@ def test_nan_stops_the_step(tmp_path: Path) -> None:
     assert _log(tmp_path)[0]["loss"] is None
 
 
+def test_rates_that_are_told_are_those_of_the_table() -> None:
+    """``[tune]`` of blocks refuses lr."""
+    blocks = TrainSettings(method="weights", code_lr=2e-3)
+    with pytest.raises(StepFailed) as failure:
+        check_loss({"step": 1, "loss": math.nan, "gradient": 1.0}, State(), blocks)
+    assert failure.value.hint.startswith("try code_lr = 0.0005, scale_lr = 2.5e-05, norm_lr = 2.5e-05, a longer")
+
+
 def _watch(losses: list[float]) -> int:
     """Feed losses to the check and return how many it let through."""
     state = State()
