@@ -30,6 +30,8 @@ MOST_BYTES = 200_000_000
 TAG = "edgedistill"
 """The key of a batch's metadata that has our name for it."""
 ENDED = ("completed", "failed", "expired", "cancelled")
+UNTRIED = ("batch_expired", "batch_cancelled")
+"""Errors of requests that a batch did not come to before it ended (OpenAI has a third, of those that took too long)."""
 FULL = "token_limit_exceeded"
 """Why OpenAI fails a batch where too many tokens are queued already: it may be sent again when another has ended."""
 NONE_HERE = (404, 405, 501)
@@ -301,10 +303,10 @@ class Batches:
                         name, reply = str(line["custom_id"]), line.get("response") or {}
                         body: Any = reply.get("body")
                         good = reply.get("status_code") == 200 and isinstance(body, dict)
-                        expired = (line.get("error") or {}).get("code") == "batch_expired"
+                        untried = (line.get("error") or {}).get("code") in UNTRIED
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue  # it tells of no request
-                    yield name, body if good else None, not expired
+                    yield name, body if good else None, not untried
 
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -176,6 +176,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
         ("failed invalid_model", "ok", "failed: too much: invalid_model", "mend"),
         ("expired", "expired", "expired without an answer", "build again"),
         ("cancelled", "lost", "was cancelled", "build again"),
+        ("cancelled", "cancelled", "was cancelled", "build again"),
     ],
 )
 def test_what_brings_nothing_fails(tmp_path: Path, fate: str, deed: str, told: str, hint: str) -> None:
@@ -185,6 +186,15 @@ def test_what_brings_nothing_fails(tmp_path: Path, fate: str, deed: str, told: s
             found.run()
     assert hint in error.value.hint and len(there.batches) == 1 and not there.single
     assert (found.spent.tokens == 0) == (deed != "lost")
+
+
+def test_what_a_cancelled_batch_did_not_begin_is_not_asked_at_once_for_the_whole_price(tmp_path: Path) -> None:
+    with BatchServer(plan=lambda row, batch: "ok" if row < 4 else "cancelled", fate=lambda batch: "cancelled") as there:
+        found = Asked(tmp_path, server(there.url))
+        with pytest.raises(StepFailed, match="was cancelled"):
+            found.run()
+        assert not there.single and len(there.batches) == 1
+        assert found.stored == everything(4) and found.spent.tokens == there.billed == 4 * EACH.tokens
 
 
 def test_a_batch_that_the_server_has_forgotten_is_put_again(tmp_path: Path) -> None:
