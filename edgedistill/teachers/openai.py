@@ -193,6 +193,8 @@ class OpenAITeacher:
             message = choice["message"]
             text, calls = message.get("content") or "", read_reply(message)
             thought = next((message[field] for field in THOUGHTS if message.get(field)), "")
+            if other := next((one for one in (text, thought) if not isinstance(one, str)), None):
+                raise TypeError(f"its content is no text but a {type(other).__name__}")
             tokens = [float(one["logprob"]) for one in ((choice.get("logprobs") or {}).get("content") or ())]
             count = int((reply.get("usage") or {}).get("completion_tokens") or len(tokens))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
