@@ -19,6 +19,7 @@ from typing import Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest
+from edgedistill.jsonl import whole
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -185,7 +186,7 @@ def _answered(key: str, raw: str) -> Answered:
     body: dict[str, Any] = json.loads(raw)
     return Answered(
         key=key,
-        text=body["text"],
+        text=whole(body["text"]),
         token_ids=tuple(body["token_ids"]),
         finish=body["finish"],
         logprob=body["logprob"],

@@ -19,7 +19,7 @@ from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, appended, guided
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key, canonical_json
-from edgedistill.jsonl import json_lines
+from edgedistill.jsonl import json_lines, whole
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
@@ -142,7 +142,7 @@ class Generate(Stage):
         from edgedistill.teachers.calls import NO_CALL, write_calls
 
         text, good = write_calls(*conversation(question.messages), answer.text, answer.calls, self.chat.render)
-        return text, answer.finish if good or answer.finish != "stop" else NO_CALL
+        return whole(text), answer.finish if good or answer.finish != "stop" else NO_CALL
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""

@@ -1,0 +1,68 @@
+"""The step that asks, by itself: a served teacher, a row store, and the view that it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from edgedistill.chat import Chat
+from edgedistill.data.prompts import Row
+from edgedistill.fingerprint import Key
+from edgedistill.rows import RowStore
+from edgedistill.served import Server
+from edgedistill.stages.generate import Generate
+from edgedistill.step import Context
+from tests.calling_server import CallingServer, call
+from tests.unit.tool_template import TEMPLATE, TOOL
+
+TEACHER = Key("a" * 64)
+
+
+def rows(*prompts: str, **more: Any) -> tuple[Row, ...]:
+    return tuple(Row(id=text, messages=({"role": "user", "content": text},), **more) for text in prompts)
+
+
+def made(there: CallingServer, prompts: tuple[Row, ...], **fields: Any) -> Generate:
+    """Return the step that asks a server these prompts."""
+    how: dict[str, Any] = {"style": "answer", "samples": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 10}
+    asked = {"seed": 0, "batch_size": 16, "scores": None, "min_score": {}, "rows": prompts, "rows_digest": ""}
+    server = Server(urls=(there.url,), model="m", key_env="NO_SUCH_KEY", concurrency=1, timeout=10, retries=0)
+    return Generate(teacher=TEACHER, server=server, **{**how, **asked, **fields})
+
+
+def run(folder: Path, stage: Generate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run the step on the row store of a folder; return its facts and the lines of its view."""
+    out = folder / f"out-{len(list(folder.iterdir()))}"
+    out.mkdir()
+    entries: Any = {TEACHER: SimpleNamespace(digest="teacher", path=folder / "none")}
+    ctx = Context(
+        out=out,
+        work=folder,
+        entries=entries,
+        rows=RowStore(folder),
+        threads=1,
+        progress=lambda done, total, what: None,
+        note=lambda text: None,
+    )
+    facts = dict(stage.run(ctx))
+    return facts, [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_half_a_surrogate_pair_in_an_answer_or_a_call_loses_that_character_and_not_the_build(tmp_path: Path) -> None:
+    """JSON may hold one, and no file in UTF-8 can: an answer that was paid for and stored would end every build after it."""
+
+    def say(body: dict[str, Any]) -> dict[str, Any]:
+        if body.get("tools"):
+            return {"tool_calls": [call("weather", json.dumps({"city": "Oslo \ud83d"}))]}
+        return {"content": "Fine \ud83d!"}
+
+    chat = Chat(source="x", template=TEMPLATE, for_tools=TEMPLATE, bos="", eos="")
+    with CallingServer(say) as there:
+        prompts = rows("hello") + rows("rain?", tools=(TOOL,))
+        facts, lines = run(tmp_path, made(there, prompts, chat=chat))
+        assert lines[0]["text"] == "Fine \ufffd!"
+        assert '"Oslo \ufffd"' in lines[1]["text"] and lines[1]["finish"] == "stop"
+        assert (facts["asked"], len(there.bodies)) == (2, 2)
+        assert run(tmp_path, made(there, prompts, chat=chat)) == ({**facts, "asked": 0, "from_store": 2}, lines)
