@@ -149,11 +149,28 @@ def placed_rows(
                 f"{where}: id {row.id!r} was used before, {before}",
                 "Ids name rows in the store and must be unique in a file: rename one, or remove the repeated row.",
             )
+        _refuse_halves(row, where)
         seen[row.id] = spot
         rows.append(row)
     if not rows:
         raise UsageError(f"{path}: no rows", 'Write one JSON object a line, such as {"id": "a1", "prompt": "Hello"}.')
     return rows, seen
+
+
+def _refuse_halves(row: Row, where: str) -> None:
+    texts = [row.id, row.reference, row.rationale, row.split, row.seed_id, row.tests, row.guidance, *row.tags]
+    texts += [message.get("content") for message in row.messages]
+    nested = [row.tools, row.reasoning_gym, [message for message in row.messages if len(message) > 2]]
+    text = "".join(filter(None, texts)) + (_ENCODER.encode(nested) if any(nested) else "")
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: row {row.id!r} holds half of a character ({text[error.start]!a}, of a surrogate pair)",
+            "Take it out, or write \\ufffd (U+FFFD) for it: JSON may hold it, and no tokenizer reads it.",
+        ) from None
 
 
 def _check_tests(row: Row, where: str) -> None:

@@ -114,6 +114,25 @@ def test_order_of_messages(tmp_path: Path) -> None:
     assert len(row.messages) == 3
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "x \ud83d"},
+        {"messages": [{"role": "system", "content": "\ude00"}, {"role": "user", "content": "x"}]},
+        {"prompt": "x", "reference": "\ud83d y"},
+        {"prompt": "x", "guidance": "\ud83d"},
+        {"prompt": "x", "tags": ["\ud83d"]},
+        {"prompt": "x", "id": "\ud83d"},
+        {"prompt": "x", "tools": [{"type": "function", "function": {"name": "\ud83d"}}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_before_anybody_is_asked(tmp_path: Path, more: dict[str, Any]) -> None:
+    path = write(tmp_path, {"id": "a", "prompt": "whole: \U0001f600"}, {"id": "b", **more})
+    with pytest.raises(UsageError, match=r"rows\.jsonl:2: row '.*' holds half of a character") as error:
+        load_rows(path)
+    assert "U+FFFD" in error.value.hint
+
+
 def test_missing_empty_and_other_files(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     with pytest.raises(UsageError, match="no such file") as caught:
