@@ -73,6 +73,8 @@ class Generate(Stage):
     leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
     prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     ask: str = later("")  # the end of each prompt, that asks for something else than its answer
+    # (ask, json_schema) of the samples after the first, where they are asked otherwise
+    turned: tuple[tuple[str, str], ...] = later(())
     template: str = later("")  # digest of that which makes text of a server's calls; the row store has the calls
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
@@ -88,7 +90,8 @@ class Generate(Stage):
         rows = self.to_ask(ctx)
         if self.pilot is not None:
             self._tell(ctx, len(rows))
-        questions = self._questions(ctx, [(asked(row), sample) for row in rows for sample in range(self.samples)])
+        samples = range(self.samples)
+        questions = self._questions(ctx, [(self._put(row, sample), sample) for row in rows for sample in samples])
         stored, missing = self._answers(ctx, questions)
         tokens = 0
         with (ctx.out / "rows.jsonl").open("w") as file:
@@ -109,18 +112,33 @@ class Generate(Stage):
 
     def _questions(self, ctx: Context, asks: Iterable[tuple[tuple[tuple[Any, ...], ...], int]]) -> list[Question]:
         """Return what is asked, (messages, number of the sample), as the row store keys it."""
-        sampling = (
-            ("max_new_tokens", self.max_new_tokens),
-            ("style", self.style),
-            ("temperature", self.temperature),
-            ("top_p", self.top_p),
-            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
-        )
+        ways = [
+            (
+                ("max_new_tokens", self.max_new_tokens),
+                ("style", self.style),
+                ("temperature", self.temperature),
+                ("top_p", self.top_p),
+                *((name, value) for name, value in (("json_schema", schema), ("manner", self.manner)) if value),
+            )
+            for _, schema in self._ways()
+        ]
         teacher = ctx.entries[self.teacher].digest
         return [
-            Question(teacher=teacher, messages=messages, sampling=sampling, seed=self.seed, sample=sample)
+            Question(
+                teacher=teacher, messages=messages, sampling=ways[sample % len(ways)], seed=self.seed, sample=sample
+            )
             for messages, sample in asks
         ]
+
+    def _ways(self) -> tuple[tuple[str, str], ...]:
+        """Return what the samples of a prompt are asked in turn, and what they can write."""
+        return ((self.ask, self.json_schema), *self.turned)
+
+    def _put(self, row: Row, sample: int) -> tuple[tuple[Any, ...], ...]:
+        """Return a row as it is put for one sample, as the row store keys it."""
+        ways = self._ways()
+        ask, _ = ways[sample % len(ways)]
+        return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
     def _answers(self, ctx: Context, questions: list[Question]) -> tuple[dict[str, Answered], int]:
         """Return the answers by the questions' keys, and how many questions had to be put."""
@@ -147,10 +165,7 @@ class Generate(Stage):
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
         own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
-        found = (row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
-        if not self.ask:
-            return tuple(found)
-        return tuple(replace(row, messages=tuple(appended(row.messages, self.ask))) for row in found)
+        return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
 
     def _tell(self, ctx: Context, prompts: int) -> None:
         """Say what the pilot tells of all prompts: rows that will be kept, tokens, the time (loading a model counts in
@@ -246,6 +261,7 @@ class Generate(Stage):
                 sampling=sampling,
                 row_ids=[one.key for one in questions],
                 tools=[tools for _, tools in shown],
+                json_schemas=[str(dict(one.sampling).get("json_schema", "")) for one in questions],
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
                 progress=far if self.server is not None and self.server.batch is not None else None,
@@ -257,7 +273,7 @@ class Generate(Stage):
         if self.server is None:
             from edgedistill.teachers.llama_cpp import LlamaCppTeacher
 
-            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads, json_schema=self.json_schema)
+            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads)
         from edgedistill.teachers.openai import OpenAITeacher
 
         weights = ctx.path(self.teacher, "model")
@@ -265,7 +281,6 @@ class Generate(Stage):
             self.server,
             rows=ctx.rows.path,
             style=self.style,
-            json_schema=self.json_schema,
             weights=weights,
             batched=True,
             note=ctx.note,

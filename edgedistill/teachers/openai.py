@@ -59,10 +59,7 @@ class OpenAITeacher:
             self.launched = Servers(weights, server.launch, logs=rows.parent / "logs", note=note)
             server = replace(server, urls=self.launched.urls)
         self.server, self.tokenizer, self.style = server, tokenizer, style
-        self.guide: dict[str, Any] = {}
-        if json_schema:
-            named = {"name": "answer", "schema": json.loads(json_schema)}
-            self.guide = {"response_format": {"type": "json_schema", "json_schema": named}}
+        self.json_schema = json_schema
         try:
             self.requests = Requests(server, None if rows is None else server.ledger(rows))
         except BaseException:  # a key that can be none
@@ -101,6 +98,7 @@ class OpenAITeacher:
         sampling: Sampling,
         row_ids: Sequence[str] | None = None,
         tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+        json_schemas: Sequence[str] | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[list[Answer]], None] | None = None,
         on_ask: Callable[[int], None] | None = None,
@@ -109,8 +107,8 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
-        `Requests.post`.
+        ``json_schemas`` are those of the prompts, where they have their own. ``batch_size`` says nothing here: how many are asked
+        at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
         """
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
@@ -147,8 +145,11 @@ class OpenAITeacher:
                 on_batch(answers)
             return unread
 
+        schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(prompts)
+        guides = {schema: _guide(schema) for schema in schemas}
         bodies = [
-            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling) for at, sample in jobs
+            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, guides[schemas[at]])
+            for at, sample in jobs
         ]
         path, singly = "/chat/completions", list(range(len(jobs)))
         if self.batches is not None:
@@ -169,7 +170,13 @@ class OpenAITeacher:
         yield from (one for one in found if one is not None)
 
     def _question(
-        self, messages: Messages, tools: Sequence[dict[str, Any]], name: str, sample: int, sampling: Sampling
+        self,
+        messages: Messages,
+        tools: Sequence[dict[str, Any]],
+        name: str,
+        sample: int,
+        sampling: Sampling,
+        guide: dict[str, Any],
     ) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         if sampling.temperature > 0:
@@ -183,7 +190,7 @@ class OpenAITeacher:
             "temperature": sampling.temperature,
             **drawn,
             **({"logprobs": True} if self.server.abilities.logprobs else {}),
-            **self.guide,
+            **guide,
             **self.server.body,
         }
 
@@ -308,3 +315,11 @@ class OpenAITeacher:
             "distributions need one tokenizer: take a student of the teacher's family, or set score.kind = 'none' and "
             "distill.loss.kd = 0",
         )
+
+
+def _guide(schema: str) -> dict[str, Any]:
+    """Return what a request says so that nothing but JSON by a schema is written; nothing where there is none."""
+    if not schema:
+        return {}
+    named = {"name": "answer", "schema": json.loads(schema)}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from edgedistill.chat import Chat
+from edgedistill.data.label_answers import ask_scores, rotated, scores_schema
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.rows import RowStore
+from edgedistill.rows import Question, RowStore
 from edgedistill.served import Server
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
@@ -66,3 +67,51 @@ def test_half_a_surrogate_pair_in_an_answer_or_a_call_loses_that_character_and_n
         assert '"Oslo \ufffd"' in lines[1]["text"] and lines[1]["finish"] == "stop"
         assert (facts["asked"], len(there.bodies)) == (2, 2)
         assert run(tmp_path, made(there, prompts, chat=chat)) == ({**facts, "asked": 0, "from_store": 2}, lines)
+
+
+NAMES = ("play", "call", "alarm")
+
+
+def test_labels_are_put_in_another_place_in_each_sample_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    def asking(samples: int) -> dict[str, Any]:
+        said = [
+            (ask_scores(names), json.dumps(scores_schema(names))) for names in (rotated(NAMES, at) for at in range(3))
+        ]
+        (ask, schema), *turned = said[:samples]
+        how = {"samples": samples, "temperature": 1.0}
+        return {"ask": ask, "json_schema": schema, "turned": tuple(turned), **how}
+
+    def shown(body: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        prompt, _, ask = body["messages"][-1]["content"].partition("\n\n")
+        form = json.loads(ask[ask.index("{") :].replace(": N", ": 0"))
+        guide = body["response_format"]["json_schema"]["schema"]
+        return prompt, tuple(form), tuple(guide["properties"])
+
+    with CallingServer(lambda body: {"content": json.dumps(dict.fromkeys(shown(body)[1], 5))}) as there:
+        first, only = run(tmp_path, made(there, rows("hello", "bye"), **asking(1)))
+        assert first["asked"] == 2 and [shown(body) for body in there.bodies] == [
+            (prompt, NAMES, NAMES) for prompt in ("hello", "bye")
+        ]
+        # a single sample is asked as it always was, so that its answers are found again
+        old = Question(
+            teacher="teacher",
+            messages=(("user", f"hello\n\n{ask_scores(NAMES)}"),),
+            sampling=(
+                *(("max_new_tokens", 10), ("style", "answer"), ("temperature", 1.0), ("top_p", 1.0)),
+                ("json_schema", json.dumps(scores_schema(NAMES))),
+            ),
+            seed=0,
+        )
+        assert only[0]["row"] == old.key
+        there.bodies.clear()
+        more, lines = run(tmp_path, made(there, rows("hello", "bye"), **asking(4)))
+        assert (more["asked"], more["from_store"]) == (6, 2)  # sample 0 is the one of before
+        turned = {(prompt, rotated(NAMES, at), rotated(NAMES, at)) for prompt in ("hello", "bye") for at in range(3)}
+        assert {shown(body) for body in there.bodies} == turned  # the fourth is put as the first, and drawn anew
+        assert [(line["id"], line["sample"]) for line in lines] == [
+            (one, at) for one in ("hello", "bye") for at in range(4)
+        ]
+        assert len({line["row"] for line in lines}) == 8 and [lines[0], lines[4]] == only
+        assert [tuple(json.loads(line["text"])) for line in lines[:4]] == [rotated(NAMES, at) for at in range(4)]
+        assert run(tmp_path, made(there, rows("hello", "bye"), **asking(4)))[0] == {**more, "asked": 0, "from_store": 8}
+        assert RowStore(tmp_path).asked_again() == []
