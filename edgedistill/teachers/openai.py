@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.data.thinking import BLOCKS
+from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import digest
 from edgedistill.served import SCORED, Server
@@ -209,7 +209,7 @@ class OpenAITeacher:
                 f"{self.server.url}: an answer of another form than OpenAI's ({type(error).__name__}: {error})",
                 "is teacher.server an OpenAI-compatible one?",
             ) from None
-        if thought and self.style in BLOCKS:
+        if thought and self.style in BLOCKS and self.style not in AFTER:  # what was thought before says nothing after
             start, end = BLOCKS[self.style]
             text = f"{start}\n{thought.strip()}\n{end}\n{text.lstrip()}"
         return Answer(

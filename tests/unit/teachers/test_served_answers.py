@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from edgedistill.data.thinking import join, split
 from edgedistill.errors import StepFailed
 from edgedistill.served import Server
 from edgedistill.teachers.openai import OpenAITeacher
@@ -39,3 +40,11 @@ def test_an_answer_that_is_no_text_is_told_of_and_not_stored(tmp_path: Path, mes
         answered(tmp_path, message, style="think")
     (one,) = answered(tmp_path, {"content": "Hi", "reasoning_content": " so\n"}, style="think")
     assert one.text == "<think>\nso\n</think>\nHi"
+
+
+@pytest.mark.parametrize("style", ["explanation", "verification"])
+def test_thoughts_before_an_answer_are_not_the_block_after_it(tmp_path: Path, style: str) -> None:
+    text = join(style, "It is so because of that.", "42")
+    (one,) = answered(tmp_path, {"content": text, "reasoning_content": "Let me think."}, style=style)
+    assert one.text == text
+    assert split(one.text)[:2] == ("It is so because of that.", "42")
