@@ -291,6 +291,15 @@ def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
         raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
 
 
+def write_lines(path: Path, text: str) -> None:
+    """Write JSONL, whatever the suffix of ``path`` says. Raises UsageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
+
+
 def as_lines(found: Iterable[Mapping[str, Any]]) -> str:
     """Return records as JSONL."""
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
