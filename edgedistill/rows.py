@@ -118,16 +118,21 @@ class RowStore:
 
     def get(self, keys: Iterable[str]) -> dict[str, Answered]:
         """Return those of ``keys`` that are stored."""
-        wanted, found = list(keys), {}
+        return {key: _answered(key, answer) for key, answer in self._select("key, answer", keys)}
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Return which of ``keys`` are stored."""
+        return {key for (key,) in self._select("key", keys)}
+
+    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
+        wanted = list(keys)
         if not self.path.exists():
-            return {}
+            return
         with self._open() as db:
             for start in range(0, len(wanted), 500):
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
-                for key, answer in db.execute(f"SELECT key, answer FROM rows WHERE key IN ({marks})", part):
-                    found[key] = _answered(key, answer)
-        return found
+                yield from db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part)
 
     def asking(self, questions: Iterable[Question]) -> None:
         """Record that these questions are about to be put."""

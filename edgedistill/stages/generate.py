@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
 
+PIECE = 500
+"""Answers that are in memory at once while the view is written."""
+
 
 def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
     """Return a row as the row store keys it: (role, content) of each message, then as JSON what else it holds, before them
@@ -92,10 +95,12 @@ class Generate(Stage):
             self._tell(ctx, len(rows))
         samples = range(self.samples)
         questions = self._questions(ctx, [(self._put(row, sample), sample) for row in rows for sample in samples])
-        stored, missing = self._answers(ctx, questions)
-        tokens = 0
-        with (ctx.out / "rows.jsonl").open("w") as file:
+        missing = self._ask_missing(ctx, questions)
+        tokens, stored = 0, dict[str, Answered]()
+        with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index, question in enumerate(questions):
+                if index % PIECE == 0:  # all at once would take as much memory as all tokens, many times over
+                    stored = ctx.rows.get(one.key for one in questions[index : index + PIECE])
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count
                 text, finish = self.shown(question, answer)
@@ -140,9 +145,9 @@ class Generate(Stage):
         ask, _ = ways[sample % len(ways)]
         return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
-    def _answers(self, ctx: Context, questions: list[Question]) -> tuple[dict[str, Answered], int]:
-        """Return the answers by the questions' keys, and how many questions had to be put."""
-        stored = ctx.rows.get(question.key for question in questions)
+    def _ask_missing(self, ctx: Context, questions: list[Question]) -> int:
+        """Put the questions that the row store has no answer to; return how many they were."""
+        stored = ctx.rows.known(question.key for question in questions)
         missing = {question.key: question for question in questions if question.key not in stored}
         found = len(questions) - len(missing)
         if missing:
@@ -150,8 +155,7 @@ class Generate(Stage):
                 self._ask(ctx, list(missing.values()), found, len(questions))
             else:
                 self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
-            stored = ctx.rows.get(question.key for question in questions)
-        return stored, len(missing)
+        return len(missing)
 
     def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
         """Return an answer's text, with its calls as the student is to write them, and why it ended."""

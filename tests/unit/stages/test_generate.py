@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from edgedistill.chat import Chat
 from edgedistill.data.label_answers import ask_scores, rotated, scores_schema
 from edgedistill.data.prompts import Row
 from edgedistill.fingerprint import Key
-from edgedistill.rows import Question, RowStore
+from edgedistill.rows import Answered, Question, RowStore
 from edgedistill.served import Server
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
@@ -67,6 +68,25 @@ def test_half_a_surrogate_pair_in_an_answer_or_a_call_loses_that_character_and_n
         assert '"Oslo \ufffd"' in lines[1]["text"] and lines[1]["finish"] == "stop"
         assert (facts["asked"], len(there.bodies)) == (2, 2)
         assert run(tmp_path, made(there, prompts, chat=chat)) == ({**facts, "asked": 0, "from_store": 2}, lines)
+
+
+def test_what_is_stored_is_not_in_memory_all_at_once(tmp_path: Path) -> None:
+    """The tokens of an answer take 36 bytes each while they are a tuple."""
+    prompts, tokens = rows(*(f"p{at}" for at in range(2400))), 300
+    with CallingServer(lambda body: {}) as there:
+        stage, store = made(there, prompts), RowStore(tmp_path)
+    how = (("max_new_tokens", 10), ("style", "answer"), ("temperature", 0.0), ("top_p", 1.0))
+    asked = [Question(teacher="teacher", messages=(("user", row.id),), sampling=how, seed=0) for row in prompts]
+    ids = tuple(range(1000, 1000 + tokens))
+    store.add((one, Answered(key=one.key, text="yes", token_ids=ids, finish="stop", logprob=-1.0)) for one in asked)
+    tracemalloc.start()
+    try:
+        facts, lines = run(tmp_path, stage)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (facts["asked"], facts["tokens"], len(lines)) == (0, len(prompts) * tokens, len(prompts))
+    assert peak < 0.6 * 36 * tokens * len(prompts)
 
 
 NAMES = ("play", "call", "alarm")
