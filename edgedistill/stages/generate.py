@@ -10,14 +10,14 @@ teacher is put those that it failed itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, appended, guided
-from edgedistill.errors import StepFailed
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key, canonical_json
 from edgedistill.jsonl import json_lines, whole
 from edgedistill.rows import Answered, Question
@@ -95,7 +95,7 @@ class Generate(Stage):
             self._tell(ctx, len(rows))
         samples = range(self.samples)
         questions = self._questions(ctx, [(self._put(row, sample), sample) for row in rows for sample in samples])
-        missing = self._ask_missing(ctx, questions)
+        missing = self._ask_missing(ctx, questions, [row.id for row in rows for _ in samples])
         tokens, stored = 0, dict[str, Answered]()
         with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index, question in enumerate(questions):
@@ -145,16 +145,23 @@ class Generate(Stage):
         ask, _ = ways[sample % len(ways)]
         return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
-    def _ask_missing(self, ctx: Context, questions: list[Question]) -> int:
-        """Put the questions that the row store has no answer to; return how many they were."""
+    def _ask_missing(self, ctx: Context, questions: list[Question], ids: Sequence[str]) -> int:
+        """Put the questions that the row store has no answer to; return how many they were. ``ids`` are the rows' that they are
+        about, for messages: teachers know them by their keys.
+        """
         stored = ctx.rows.known(question.key for question in questions)
         missing = {question.key: question for question in questions if question.key not in stored}
         found = len(questions) - len(missing)
-        if missing:
-            if self.server is None and not self._file(ctx).is_file():
-                self._ask(ctx, list(missing.values()), found, len(questions))
-            else:
-                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
+        if not missing:
+            return 0
+        here = self.server is None and not self._file(ctx).is_file()
+        try:
+            (self._ask if here else self._ask_as_they_end)(ctx, list(missing.values()), found, len(questions))
+        except UsageError as error:
+            for question, row_id in zip(questions, ids, strict=True):
+                if question.key in error.message:
+                    raise UsageError(error.message.replace(question.key, row_id), error.hint) from None
+            raise
         return len(missing)
 
     def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
@@ -210,12 +217,9 @@ class Generate(Stage):
         from edgedistill.teachers.transformers import TransformersTeacher
 
         teacher = TransformersTeacher(ctx.path(self.teacher, "model"))
-        shown = [conversation(question.messages) for question in questions]
-        prompts = teacher.encode(
-            [messages for messages, _ in shown],
-            [question.key for question in questions],
-            tools=[tools for _, tools in shown],
-        )
+        shown, keys = [conversation(question.messages) for question in questions], [one.key for one in questions]
+        prompts = teacher.encode([messages for messages, _ in shown], keys, tools=[tools for _, tools in shown])
+        teacher.refuse_long(prompts, keys, self.max_new_tokens)  # the longest are put last, hours later
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from edgedistill.chat import Chat
 from edgedistill.data.label_answers import ask_scores, rotated, scores_schema
 from edgedistill.data.prompts import Row
+from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.rows import Answered, Question, RowStore
 from edgedistill.served import Server
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
 from tests.calling_server import CallingServer, call
+from tests.unit.formats.gguf.conftest import make_model
 from tests.unit.tool_template import TEMPLATE, TOOL
 
 TEACHER = Key("a" * 64)
@@ -38,7 +43,7 @@ def run(folder: Path, stage: Generate) -> tuple[dict[str, Any], list[dict[str, A
     """Run the step on the row store of a folder; return its facts and the lines of its view."""
     out = folder / f"out-{len(list(folder.iterdir()))}"
     out.mkdir()
-    entries: Any = {TEACHER: SimpleNamespace(digest="teacher", path=folder / "none")}
+    entries: Any = {TEACHER: SimpleNamespace(digest="teacher", path=folder / "teacher")}
     ctx = Context(
         out=out,
         work=folder,
@@ -68,6 +73,17 @@ def test_half_a_surrogate_pair_in_an_answer_or_a_call_loses_that_character_and_n
         assert '"Oslo \ufffd"' in lines[1]["text"] and lines[1]["finish"] == "stop"
         assert (facts["asked"], len(there.bodies)) == (2, 2)
         assert run(tmp_path, made(there, prompts, chat=chat)) == ({**facts, "asked": 0, "from_store": 2}, lines)
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(tmp_path: Path) -> None:
+    """Prompts are put by length, so that the last one, after hours, would be it."""
+    make_model(tmp_path / "teacher" / "model", max_position_embeddings=64)
+    prompts = rows("short") + rows(" ".join(["alarm"] * 60))
+    with CallingServer(lambda body: {}) as there:
+        stage = replace(made(there, (prompts[0], replace(prompts[1], id="long"))), server=None, batch_size=1)
+    with pytest.raises(UsageError, match=r"row 'long': a prompt of .* do not fit the teacher's context of 64"):
+        run(tmp_path, stage)
+    assert RowStore(tmp_path).counts() == {"rows": 0, "asks": 0}
 
 
 def test_what_is_stored_is_not_in_memory_all_at_once(tmp_path: Path) -> None:
