@@ -157,10 +157,11 @@ class Generate(Stage):
         here = self.server is None and not self._file(ctx).is_file()
         try:
             (self._ask if here else self._ask_as_they_end)(ctx, list(missing.values()), found, len(questions))
-        except UsageError as error:
+        except (UsageError, StepFailed) as error:
+            kind = StepFailed if isinstance(error, StepFailed) else UsageError
             for question, row_id in zip(questions, ids, strict=True):
                 if question.key in error.message:
-                    raise UsageError(error.message.replace(question.key, row_id), error.hint) from None
+                    raise kind(error.message.replace(question.key, row_id), error.hint) from None
             raise
         return len(missing)
 

@@ -166,6 +166,7 @@ class OpenAITeacher:
             [bodies[job] for job in singly],
             lambda one, reply: take(singly[one], reply),
             on_ask=lambda one: asking(singly[one]),
+            names=[names[jobs[job][0]] for job in singly],
         )
         yield from (one for one in found if one is not None)
 

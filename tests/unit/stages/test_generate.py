@@ -14,13 +14,15 @@ import pytest
 from edgedistill.chat import Chat
 from edgedistill.data.label_answers import ask_scores, rotated, scores_schema
 from edgedistill.data.prompts import Row
-from edgedistill.errors import UsageError
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.rows import Answered, Question, RowStore
 from edgedistill.served import Server
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
 from tests.calling_server import CallingServer, call
+from tests.http_server import JsonServer
+from tests.planned_server import Planned
 from tests.unit.formats.gguf.conftest import make_model
 from tests.unit.tool_template import TEMPLATE, TOOL
 
@@ -31,7 +33,7 @@ def rows(*prompts: str, **more: Any) -> tuple[Row, ...]:
     return tuple(Row(id=text, messages=({"role": "user", "content": text},), **more) for text in prompts)
 
 
-def made(there: CallingServer, prompts: tuple[Row, ...], **fields: Any) -> Generate:
+def made(there: JsonServer, prompts: tuple[Row, ...], **fields: Any) -> Generate:
     """Return the step that asks a server these prompts."""
     how: dict[str, Any] = {"style": "answer", "samples": 1, "temperature": 0.0, "top_p": 1.0, "max_new_tokens": 10}
     asked = {"seed": 0, "batch_size": 16, "scores": None, "min_score": {}, "rows": prompts, "rows_digest": ""}
@@ -84,6 +86,18 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_is_answered(tmp_path: Pa
     with pytest.raises(UsageError, match=r"row 'long': a prompt of .* do not fit the teacher's context of 64"):
         run(tmp_path, stage)
     assert RowStore(tmp_path).counts() == {"rows": 0, "asks": 0}
+
+
+def test_a_prompt_that_a_server_refuses_is_named_by_its_row(tmp_path: Path) -> None:
+    prompts = tuple(replace(row, id=f"r-{at}") for at, row in enumerate(rows("Question 0", "Question 1", "Question 2")))
+    told = {
+        "400": r"^row 'r-1': http://.*: the server refuses \(400\)",
+        "401": r"^http://.*refuses \(401\)",
+    }  # not its fault
+    for status, why in told.items():
+        plan = dict.fromkeys(range(3), "ok") | {1: status}
+        with Planned(lambda row, before, plan=plan: plan[row]) as there, pytest.raises(StepFailed, match=why):
+            run(tmp_path, made(there, prompts))
 
 
 def test_what_is_stored_is_not_in_memory_all_at_once(tmp_path: Path) -> None:
