@@ -58,6 +58,7 @@ def test_a_byte_order_mark_windows_lines_and_line_separators(tmp_path: Path) -> 
 
 
 GOOD = {"id": "a", "prompt": "x"}
+LAST = {"role": "user", "content": "y"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,22 @@ GOOD = {"id": "a", "prompt": "x"}
         ([{"id": "a", "prompt": "x", "split": 3}], 1, "split must be a string", '"split"'),
         ([{"id": "", "prompt": "x"}], 1, "id must be a string", "short unique id"),
         ([GOOD, "", GOOD], 3, "id 'a' was used before, on line 1", "rename one"),
+        ([{"conversations": [{"from": ["human"], "value": "x"}]}], 1, "wrong speaker ['human']", "A turn is from"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "x"},
+                        {"role": "assistant", "content": "", "tool_calls": "f"},
+                        LAST,
+                    ]
+                }
+            ],
+            1,
+            "messages[1]: tool_calls must be a list of JSON objects",
+            '"function"',
+        ),
+        ([{"id": "a", "prompt": "x", "tools": [{"least": float("nan")}]}], 1, "what is no JSON: ", "Take it out"),
     ],
 )
 def test_a_wrong_line_is_named_with_a_remedy(
