@@ -142,29 +142,21 @@ class RowStore:
 
     def add(self, answers: Iterable[tuple[Question, Answered]]) -> None:
         """Store answers in one transaction."""
+        self._add(
+            (one.key, one.teacher, json.dumps({"messages": one.messages, "sampling": one.sampling}), answer)
+            for one, answer in answers
+        )
+
+    def add_by_key(self, teacher: str, answers: Iterable[Answered]) -> None:
+        """Store answers of a teacher to questions of an earlier build, of which nothing is known here but their keys."""
+        self._add((answer.key, teacher, "{}", answer) for answer in answers)
+
+    def _add(self, answers: Iterable[tuple[str, str, str, Answered]]) -> None:
         now = time.time()
         with self._open() as db:
             db.executemany(
                 "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)",
-                [
-                    (
-                        question.key,
-                        question.teacher,
-                        json.dumps({"messages": question.messages, "sampling": question.sampling}),
-                        json.dumps(
-                            {
-                                "text": answer.text,
-                                "token_ids": answer.token_ids,
-                                "finish": answer.finish,
-                                "logprob": answer.logprob,
-                                **({} if answer.tokens is None else {"tokens": answer.tokens}),
-                                **({"calls": answer.calls} if answer.calls else {}),
-                            }
-                        ),
-                        now,
-                    )
-                    for question, answer in answers
-                ],
+                [(key, teacher, asked, _body(answer), now) for key, teacher, asked, answer in answers],
             )
 
     def counts(self) -> dict[str, int]:
@@ -192,6 +184,20 @@ class RowStore:
                 db.execute("VACUUM")
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
+
+
+def _body(answer: Answered) -> str:
+    """Return what is stored of an answer beside its key, as JSON."""
+    return json.dumps(
+        {
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish": answer.finish,
+            "logprob": answer.logprob,
+            **({} if answer.tokens is None else {"tokens": answer.tokens}),
+            **({"calls": answer.calls} if answer.calls else {}),
+        }
+    )
 
 
 def _answered(key: str, raw: str) -> Answered:

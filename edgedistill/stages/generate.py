@@ -293,6 +293,7 @@ class Generate(Stage):
             weights=weights,
             batched=True,
             note=ctx.note,
+            on_others=lambda found: ctx.rows.add_by_key(ctx.entries[self.teacher].digest, map(_stored, found)),
         )
 
 

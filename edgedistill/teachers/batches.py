@@ -40,6 +40,8 @@ STORED_AT_ONCE = 500
 NOTHING = Use(0, 0)
 Replies = Callable[[list[tuple[int, dict[str, Any]]]], list[int]]
 """Takes (index of the request, JSON) of some answers; returns the indices of those that it cannot read."""
+Others = Callable[[list[tuple[str, dict[str, Any]]]], None]
+"""Takes (name of the request, JSON) of answers to what was asked before, and not now: they are paid for, too."""
 Count = Callable[[int, str], None]
 
 
@@ -86,10 +88,12 @@ class Batches:
         on_replies: Replies,
         *,
         on_ask: Ask = lambda at: None,
+        on_others: Others = lambda found: None,
         on_count: Count = lambda done, text: None,
     ) -> list[int]:
         """Post all bodies, each by its name, and wait for the answers: ``on_ask`` gets the index of each before its batch is
-        created, ``on_replies`` the answers of a batch once it has ended, ``on_count`` how many are done at the server.
+        created, ``on_replies`` the answers of a batch once it has ended, ``on_others`` what a batch of an earlier build brings
+        beside them, ``on_count`` how many are done at the server.
 
         Returns the indices of those that are to be put one by one. Raises UsageError where the server takes no batches; StepFailed
         where one is refused, cancelled, or brings nothing, and where the budget is spent.
@@ -113,7 +117,7 @@ class Batches:
                     )
                 batch, told = self._wait(work, on_count)
                 work.open.remove(batch)
-                self._end(batch, told, index, work, on_replies)
+                self._end(batch, told, index, work, on_replies, on_others)
         except KeyboardInterrupt:
             if work.open:
                 running = ", ".join(batch.id for batch in work.open)
@@ -230,7 +234,13 @@ class Batches:
             return {}
 
     def _end(
-        self, batch: Batch, told: Mapping[str, Any], index: Mapping[str, int], work: _Work, on_replies: Replies
+        self,
+        batch: Batch,
+        told: Mapping[str, Any],
+        index: Mapping[str, int],
+        work: _Work,
+        on_replies: Replies,
+        on_others: Others,
     ) -> None:
         """Take in what a batch brought, and settle what it cost."""
         status, own = told["status"], {name: index[name] for name in batch.uses if name in index}
@@ -255,11 +265,14 @@ class Batches:
             )
         work.full = False
         costs, chunk, nothing = dict[str, Use](), list[tuple[int, dict[str, Any]]](), True
+        others = list[tuple[str, dict[str, Any]]]()
 
         def store() -> None:
             work.singly += on_replies(chunk)
             work.arrived += len(chunk)
+            on_others(others)
             chunk.clear()
+            others.clear()
 
         for name, reply, asked in self._lines(told):
             if name not in batch.uses:
@@ -272,7 +285,9 @@ class Batches:
                 chunk.append((at, reply))
             elif at is not None:
                 work.singly.append(at)
-            if len(chunk) == STORED_AT_ONCE:
+            elif reply is not None and name not in index:
+                others.append((name, reply))
+            if len(chunk) + len(others) == STORED_AT_ONCE:
                 store()
         store()
         # of what no line tells, nobody knows what it cost

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
     the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. With a
     ``json_schema`` the server lets the model write nothing else. Where the server is still to be started, ``weights`` is the
-    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so.
+    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so;
+    ``on_others`` gets what a batch of an earlier build brings that is not asked now, by the names that it had there.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class OpenAITeacher:
         weights: Path | None = None,
         batched: bool = False,
         note: Callable[[str], None] = lambda text: None,
+        on_others: Callable[[list[Answer]], None] = lambda answers: None,
     ) -> None:
+        self.on_others = on_others
         self.launched: Servers | None = None
         if server.launch is not None and not server.urls:
             assert weights is not None and rows is not None
@@ -145,6 +149,14 @@ class OpenAITeacher:
                 on_batch(answers)
             return unread
 
+        def take_others(replies: list[tuple[str, dict[str, Any]]]) -> None:
+            answers = list[Answer]()
+            for name, reply in replies:
+                with suppress(StepFailed):
+                    answers.append(self._answer(reply, -1, name, 0))
+            if answers:
+                self.on_others(answers)
+
         schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(prompts)
         guides = {schema: _guide(schema) for schema in schemas}
         bodies = [
@@ -159,6 +171,7 @@ class OpenAITeacher:
                 bodies,
                 take_many,
                 on_ask=asking,
+                on_others=take_others,
                 on_count=lambda done, text: progress(done, len(jobs), text) if progress is not None else None,
             )
         self.requests.post(

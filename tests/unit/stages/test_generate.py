@@ -17,9 +17,12 @@ from edgedistill.data.prompts import Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.rows import Answered, Question, RowStore
-from edgedistill.served import Server
+from edgedistill.served import Batching, Server
+from edgedistill.spending import Budget, Use
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
+from edgedistill.teachers.batch_book import Book
+from tests.batch_server import BatchServer
 from tests.calling_server import CallingServer, call
 from tests.http_server import JsonServer
 from tests.planned_server import Planned
@@ -98,6 +101,41 @@ def test_a_prompt_that_a_server_refuses_is_named_by_its_row(tmp_path: Path) -> N
         plan = dict.fromkeys(range(3), "ok") | {1: status}
         with Planned(lambda row, before, plan=plan: plan[row]) as there, pytest.raises(StepFailed, match=why):
             run(tmp_path, made(there, prompts))
+
+
+def test_what_a_batch_brings_beside_what_is_asked_now_is_kept(tmp_path: Path) -> None:
+    """A build put six prompts in a batch and was stopped; the next one asks two of them, and the one after it all."""
+    prompts = rows(*(f"Question {at}" for at in range(6)))
+    how = (("max_new_tokens", 10), ("style", "answer"), ("temperature", 0.0), ("top_p", 1.0))
+    keys = [Question(teacher="teacher", messages=(("user", row.id),), sampling=how, seed=0).key for row in prompts]
+    with BatchServer() as there:
+        body = {"model": "m", "max_tokens": 10, "temperature": 0.0}
+        lines = [
+            {
+                "custom_id": key,
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {**body, "messages": list(row.messages)},
+            }
+            for key, row in zip(keys, prompts, strict=True)
+        ]
+        file = there.upload_lines([json.dumps(line).encode() + b"\n" for line in lines])
+        batch = there.create({"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"})
+        book = Book(tmp_path / "rows.sqlite", "", Budget())
+        sent = book.open(there.url, dict.fromkeys(keys, Use(100, 10)))
+        assert sent is not None
+        book.name(sent, file=file, id=batch["id"])
+        book.close()
+        batching = Batching(requests=100, window="24h", poll=0.01, share=0.5)
+        stage = made(there, prompts[:2])
+        assert stage.server is not None
+        stage = replace(stage, server=replace(stage.server, batch=batching))
+        facts, _ = run(tmp_path, stage)
+        assert facts["asked"] == 2
+        facts, lines = run(tmp_path, replace(stage, rows=prompts))
+        assert (facts["asked"], facts["from_store"]) == (0, 6)
+        assert [line["text"] for line in lines] == [f"answer {at}" for at in range(6)]
+        assert set(there.batched.values()) == {1} and not there.single and len(there.batches) == 1
 
 
 def test_what_is_stored_is_not_in_memory_all_at_once(tmp_path: Path) -> None:
