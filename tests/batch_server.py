@@ -51,7 +51,8 @@ class BatchServer(JsonServer):
                     told = outer.look(parts[1])
                     self.act("poll", told or {"error": {"message": "no such batch"}}, 200 if told else 404)
                 elif parts[0] == "files":
-                    self.act("download", outer.files[parts[1]])
+                    there = parts[1] in outer.files
+                    self.act("download", outer.files[parts[1]] if there else {"error": "gone"}, 200 if there else 404)
 
             def do_POST(self) -> None:
                 raw = self.body()

@@ -310,7 +310,11 @@ class Batches:
             if not told.get(key):
                 continue
             with tempfile.TemporaryFile() as file:
-                self._call("GET", f"/files/{told[key]}/content", into=file)
+                try:
+                    self._call("GET", f"/files/{told[key]}/content", into=file)
+                except _NoBatches:
+                    self.note(f"{self.server.url} has the file {told[key]} no more: what stood in it is lost")
+                    continue
                 file.seek(0)
                 for raw in file:
                     try:

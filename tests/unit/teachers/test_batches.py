@@ -208,6 +208,27 @@ def test_a_batch_that_the_server_has_forgotten_is_put_again(tmp_path: Path) -> N
     assert any("no such batch any more" in note for note in found.notes)
 
 
+def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_build(tmp_path: Path) -> None:
+    """OpenAI keeps them for a month."""
+    with BatchServer() as there:
+        there.hang = "poll"
+        gone = Asked(tmp_path, server(there.url, retries=0))
+
+        def hang() -> None:
+            with contextlib.suppress(StepFailed):
+                gone.run()
+
+        threading.Thread(target=hang, daemon=True).start()
+        wait_for(there.hanging)
+        there.hang = ""
+        del there.files["output_file_id-1"]
+        with pytest.raises(StepFailed, match="batch_1 ended without an answer") as error:
+            Asked(tmp_path, server(there.url)).run()
+        assert "build again" in error.value.hint
+        again = Asked(tmp_path, server(there.url)).run()
+    assert again.stored == everything() and again.spent.tokens > there.billed  # of the first nobody knows what it cost
+
+
 def test_two_builds_that_wait_for_a_batch_settle_it_once(tmp_path: Path) -> None:
     book = Book(tmp_path / "rows.sqlite", "a", Budget(tokens=200))
     batch = book.open("http://x", {"r1": Use(100, 10), "r2": Use(100, 10)})
