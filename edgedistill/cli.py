@@ -86,6 +86,7 @@ def data_pairs(
 ) -> None:
     """Write kept answers beside rejected ones, as TRL's preference trainers take them."""
     from edgedistill.data.pairs import preference_pairs
+    from edgedistill.data.sources import write_lines
     from edgedistill.errors import UsageError
 
     session = _session(recipe, None, set_)
@@ -97,8 +98,7 @@ def data_pairs(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_lines(output, text)
     _note(f"{len(pairs)} pairs")
 
 

@@ -25,6 +25,7 @@ def make(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the JSONL file; stdout when left out")] = None,
 ) -> None:
     """Write problems of reasoning-gym as rows, each with what its verifier needs (metric "reasoning-gym")."""
+    from edgedistill.data.sources import write_lines
     from edgedistill.evals.reasoning import make_rows
     from edgedistill.toml_source import parse_override
 
@@ -33,8 +34,7 @@ def make(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        write_lines(output, text)
     typer.echo(f"{rows} rows", err=True)
 
 

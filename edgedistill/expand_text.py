@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from edgedistill.data.prompts import rows_digest
@@ -137,8 +136,8 @@ class TextSteps(PromptSteps, GradeSteps):
             return {}
         if labels.by == "logits":  # how answers are written says nothing
             return {"labels": labels.names, "max_new_tokens": 1, "top_p": 1.0}
-        schema = labels.schema(one)
-        return {"ask": labels.ask, "json_schema": json.dumps(schema) if schema else ""}
+        (ask, schema), *turned = labels.ways(one, self.recipe.generate.samples)
+        return {"ask": ask, "json_schema": schema, "turned": tuple(turned)}
 
     def _generates(self, **fields: Any) -> Generate:
         """Return the step in which a teacher answers, or, by the labels' "logits", has a probability for each answer."""

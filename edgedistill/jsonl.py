@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+_HALF = re.compile(r"[\ud800-\udfff]")
+
+
+def whole(text: str) -> str:
+    """Return a text with U+FFFD in place of halves of surrogate pairs: JSON may hold one (``\\ud83d``), a file in UTF-8 cannot."""
+    return text if text.isascii() else _HALF.sub("\ufffd", text)
 
 
 def json_lines(path: Path) -> list[str]:

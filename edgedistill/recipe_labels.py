@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from edgedistill.data.label_answers import ask_ranking, ask_scores, ranking_schema, scores_schema, shortest
+from edgedistill.data.label_answers import (
+    ask_ranking,
+    ask_scores,
+    ranking_schema,
+    rotated,
+    scores_schema,
+    shortest,
+)
 from edgedistill.data.labels import label_key
 from edgedistill.recipe_base import Count, Positive, Section
 from edgedistill.toml_source import key_error
@@ -26,9 +35,10 @@ class Labels(Section):
     """A closed set of answers. What the student learns of a prompt is a distribution over them: ``by`` "samples" it is the shares
     of the teacher's answers (``generate.samples``), so that a teacher without logits gives soft targets, too; by "majority" the
     most frequent answer alone. By "scores" the teacher is asked to score every label from 0 to 10, by "ranking" to order them: one
-    answer says something of all labels, and several are averaged. By "logits" nothing is asked: a teacher whose weights are here
-    has a probability for each label. Each label is a row with its share as its weight, which makes the loss the cross-entropy of
-    the distribution over whole answers. Suites with metric = "label" are scored by these names.
+    answer says something of all labels, and several, each asked with the labels in another place, are averaged. By "logits" nothing
+    is asked: a teacher whose weights are here has a probability for each label. Each label is a row with its share as its weight,
+    which makes the loss the cross-entropy of the distribution over whole answers. Suites with metric = "label" are scored by these
+    names.
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -84,9 +94,12 @@ class Labels(Section):
     @property
     def ask(self) -> str:
         """What the teacher is asked at the end of each prompt; "" where its answer is a label."""
+        return self._ask(self.names)
+
+    def _ask(self, names: Sequence[str]) -> str:
         if self.by == "scores":
-            return ask_scores(self.names)
-        return ask_ranking(self.names, self.first or 0) if self.by == "ranking" else ""
+            return ask_scores(names)
+        return ask_ranking(names, self.first or 0) if self.by == "ranking" else ""
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -99,11 +112,17 @@ class Labels(Section):
         able = one.backend == "llama_cpp" or one.vllm is not None
         return bool(self.ask) and (able if self.guided is None else self.guided)
 
-    def schema(self, one: Asked) -> dict[str, Any] | None:
-        """Return the JSON Schema of a teacher's answers; None where it writes freely."""
+    def ways(self, one: Asked, samples: int) -> list[tuple[str, str]]:
+        """Return what a teacher is asked in place of a label, and the JSON Schema of its answers ("": it writes freely), for its
+        samples in turn: in each the labels stand a place on, and scores are written in the order in which they are asked for.
+        """
+        orders = [rotated(self.names, places) for places in range(min(samples, len(self.names)))]
         if not self.guides(one):
-            return None
-        return scores_schema(self.names) if self.by == "scores" else ranking_schema(self.names, self.first or 0)
+            return [(self._ask(names), "") for names in orders]
+        return [(self._ask(names), json.dumps(self._schema(names))) for names in orders]
+
+    def _schema(self, names: Sequence[str]) -> dict[str, Any]:
+        return scores_schema(names) if self.by == "scores" else ranking_schema(self.names, self.first or 0)
 
 
 def refuse_labels(recipe: Recipe) -> None:

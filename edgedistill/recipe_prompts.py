@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from edgedistill.data.augmenters import STANCES
 from edgedistill.recipe_base import Count, Rows, Section, Tabled
 from edgedistill.toml_source import key_error
 
@@ -82,7 +83,8 @@ class Augment(Section):
     def _some(cls, balance: dict[str, float]) -> dict[str, float]:
         if not any(balance.values()):
             raise ValueError("all weights are 0: no prompt would be asked for")
-        return {name: weight for name, weight in balance.items() if weight}
+        # in one order, by which they are shared out: keys know none
+        return {name: weight for name in STANCES if (weight := balance.get(name))}
 
     @model_validator(mode="after")
     def _fits(self) -> Augment:

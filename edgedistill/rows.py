@@ -19,6 +19,7 @@ from typing import Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest
+from edgedistill.jsonl import whole
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -117,16 +118,21 @@ class RowStore:
 
     def get(self, keys: Iterable[str]) -> dict[str, Answered]:
         """Return those of ``keys`` that are stored."""
-        wanted, found = list(keys), {}
+        return {key: _answered(key, answer) for key, answer in self._select("key, answer", keys)}
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Return which of ``keys`` are stored."""
+        return {key for (key,) in self._select("key", keys)}
+
+    def _select(self, columns: str, keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
+        wanted = list(keys)
         if not self.path.exists():
-            return {}
+            return
         with self._open() as db:
             for start in range(0, len(wanted), 500):
                 part = wanted[start : start + 500]
                 marks = ",".join("?" * len(part))
-                for key, answer in db.execute(f"SELECT key, answer FROM rows WHERE key IN ({marks})", part):
-                    found[key] = _answered(key, answer)
-        return found
+                yield from db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part)
 
     def asking(self, questions: Iterable[Question]) -> None:
         """Record that these questions are about to be put."""
@@ -136,29 +142,21 @@ class RowStore:
 
     def add(self, answers: Iterable[tuple[Question, Answered]]) -> None:
         """Store answers in one transaction."""
+        self._add(
+            (one.key, one.teacher, json.dumps({"messages": one.messages, "sampling": one.sampling}), answer)
+            for one, answer in answers
+        )
+
+    def add_by_key(self, teacher: str, answers: Iterable[Answered]) -> None:
+        """Store answers of a teacher to questions of an earlier build, of which nothing is known here but their keys."""
+        self._add((answer.key, teacher, "{}", answer) for answer in answers)
+
+    def _add(self, answers: Iterable[tuple[str, str, str, Answered]]) -> None:
         now = time.time()
         with self._open() as db:
             db.executemany(
                 "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)",
-                [
-                    (
-                        question.key,
-                        question.teacher,
-                        json.dumps({"messages": question.messages, "sampling": question.sampling}),
-                        json.dumps(
-                            {
-                                "text": answer.text,
-                                "token_ids": answer.token_ids,
-                                "finish": answer.finish,
-                                "logprob": answer.logprob,
-                                **({} if answer.tokens is None else {"tokens": answer.tokens}),
-                                **({"calls": answer.calls} if answer.calls else {}),
-                            }
-                        ),
-                        now,
-                    )
-                    for question, answer in answers
-                ],
+                [(key, teacher, asked, _body(answer), now) for key, teacher, asked, answer in answers],
             )
 
     def counts(self) -> dict[str, int]:
@@ -174,18 +172,39 @@ class RowStore:
             return [row[0] for row in db.execute("SELECT key FROM asks GROUP BY key HAVING count(*) > 1")]
 
     def delete_all(self) -> int:
-        """Delete every row (``store gc --rows``: the user said so). Returns how many there were."""
+        """Delete every row (``store gc --rows``: the user said so). Returns how many there were. What they did cost stays, with the
+        batches that are under way (``spending.py``, ``batch_book.py``): a budget is that of all builds.
+        """
         count = self.counts()["rows"]
-        for suffix in ("", "-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        if self.path.exists():
+            with self._errors(), closing(self._connect()) as db:
+                with db:
+                    db.execute("DELETE FROM rows")
+                    db.execute("DELETE FROM asks")
+                db.execute("VACUUM")
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return count
+
+
+def _body(answer: Answered) -> str:
+    """Return what is stored of an answer beside its key, as JSON."""
+    return json.dumps(
+        {
+            "text": answer.text,
+            "token_ids": answer.token_ids,
+            "finish": answer.finish,
+            "logprob": answer.logprob,
+            **({} if answer.tokens is None else {"tokens": answer.tokens}),
+            **({"calls": answer.calls} if answer.calls else {}),
+        }
+    )
 
 
 def _answered(key: str, raw: str) -> Answered:
     body: dict[str, Any] = json.loads(raw)
     return Answered(
         key=key,
-        text=body["text"],
+        text=whole(body["text"]),
         token_ids=tuple(body["token_ids"]),
         finish=body["finish"],
         logprob=body["logprob"],

@@ -17,7 +17,7 @@ from tests.planned_server import USAGE, answer, number_of
 
 Plan = Callable[[int, int], str]
 """(number of the row, of the batch from 1) -> what comes of it: "ok", "500" (a line in the file of errors), "expired", "lost" (no
-line), "odd" (an answer of no form)."""
+line), "cancelled", "odd" (an answer of no form)."""
 Fate = Callable[[int], str]
 """Number of the batch -> how it ends: "completed", "expired", "cancelled", "failed CODE"; "… after N" only at the Nth look."""
 
@@ -51,7 +51,8 @@ class BatchServer(JsonServer):
                     told = outer.look(parts[1])
                     self.act("poll", told or {"error": {"message": "no such batch"}}, 200 if told else 404)
                 elif parts[0] == "files":
-                    self.act("download", outer.files[parts[1]])
+                    there = parts[1] in outer.files
+                    self.act("download", outer.files[parts[1]] if there else {"error": "gone"}, 200 if there else 404)
 
             def do_POST(self) -> None:
                 raw = self.body()
@@ -122,8 +123,8 @@ class BatchServer(JsonServer):
                     self.billed += sum(USAGE.values())
                     reply = reply if deed == "ok" else {"usage": USAGE, "choices": []}
                     good.append({"custom_id": name, "response": {"status_code": 200, "body": reply}, "error": None})
-                elif deed == "expired":
-                    bad.append({"custom_id": name, "response": None, "error": {"code": "batch_expired"}})
+                elif deed in ("expired", "cancelled"):
+                    bad.append({"custom_id": name, "response": None, "error": {"code": f"batch_{deed}"}})
                 elif deed == "500":
                     bad.append({"custom_id": name, "response": {"status_code": 500, "body": {}}, "error": None})
             for key, found in (("output_file_id", good), ("error_file_id", bad)):

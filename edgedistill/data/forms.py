@@ -156,7 +156,7 @@ def _turn(turn: Any, at: str) -> dict[str, Any]:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise UsageError(f"{at}: not a turn", 'Write {"from": "human", "value": "…"}.')
     speaker, said = turn.get("from"), turn["value"]
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise UsageError(f"{at}: wrong speaker {speaker!r}", "A turn is from one of " + ", ".join(SPEAKERS) + ".")
     if speaker == "function_call" and (calls := _calls(said)):
         return {"role": "assistant", "content": None, "tool_calls": calls}

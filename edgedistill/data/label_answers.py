@@ -1,7 +1,9 @@
 """What a teacher is asked in place of a label, to say more than one: a score for each, or their order; and how it is read.
 
-The words are put at the end of the prompt, for the teacher alone: the student learns to answer the prompt as it is. Labels stand in
-them in the recipe's order in every sample, and models prefer places, so that a few samples do not take out all of that.
+The words are put at the end of the prompt, for the teacher alone: the student learns to answer the prompt as it is. Models prefer
+places (Zheng et al. 2023, arXiv:2306.05685). So labels stand in them in the recipe's order for the first sample, and for each
+further one a place on: as many samples as there are labels have each of them once in every place, and the preference averages out
+of their mean. A single sample keeps it, and fewer samples than labels a part of it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ Do not answer with a label. Instead choose the {first} of these labels that fit 
 Write them as a JSON list in that order, and nothing else."""
 _NUMBER = re.compile(r"^\s*\(?\d+[.):]\s+")
 _SHOWN = 40  # characters of what is no label that a reason repeats
+
+
+def rotated(names: Sequence[str], places: int) -> tuple[str, ...]:
+    """Return the labels with the first ``places`` of them at the end: which sample of a prompt is asked so."""
+    at = places % len(names)
+    return (*names[at:], *names[:at])
 
 
 def ask_scores(names: Sequence[str]) -> str:

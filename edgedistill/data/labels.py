@@ -7,6 +7,7 @@ answer: each label is a row of its own, and q(label) is the row's weight in the 
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections import Counter
@@ -25,8 +26,13 @@ def label_key(text: str) -> str:
 
 def read_label(text: str, names: Sequence[str]) -> str | None:
     """Return which label a text is; None where it is none."""
-    wanted = label_key(text)
-    return next((name for name in names if label_key(name) == wanted), None)
+    return _by_key(tuple(names)).get(label_key(text))
+
+
+@functools.lru_cache(maxsize=16)
+def _by_key(names: tuple[str, ...]) -> dict[str, str]:
+    # an answer about n labels is read n times: without this that took n² keys
+    return {label_key(name): name for name in reversed(names)}
 
 
 def shares(found: Sequence[str], names: Sequence[str], smoothing: float = 0.0) -> dict[str, float]:

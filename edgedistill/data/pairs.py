@@ -18,8 +18,12 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
     """
     kept: dict[str, dict[str, Any]] = {}
     for line in _lines(folder / "kept.jsonl"):
-        if line.get("task") is None:  # not the rationale of an answer
-            kept.setdefault(line["id"].partition("#")[0], line)
+        first = kept.get(
+            line["id"].rpartition("#")[0]
+        )  # a second text of a row is ID#1, and an id may hold such a sign itself
+        further = first is not None and first["messages"] == line["messages"]
+        if line.get("task") is None and not further:  # nor the rationale of an answer
+            kept[line["id"]] = line
     pairs = []
     for answer in _lines(folder / "rejected.jsonl"):
         chosen = kept.get(answer["id"])

@@ -149,11 +149,34 @@ def placed_rows(
                 f"{where}: id {row.id!r} was used before, {before}",
                 "Ids name rows in the store and must be unique in a file: rename one, or remove the repeated row.",
             )
+        _refuse_unwritable(row, where)
         seen[row.id] = spot
         rows.append(row)
     if not rows:
         raise UsageError(f"{path}: no rows", 'Write one JSON object a line, such as {"id": "a1", "prompt": "Hello"}.')
     return rows, seen
+
+
+def _refuse_unwritable(row: Row, where: str) -> None:
+    texts = [row.id, row.reference, row.rationale, row.split, row.seed_id, row.tests, row.guidance, *row.tags]
+    texts += [message.get("content") for message in row.messages]
+    nested = [row.tools, [message for message in row.messages if len(message) > 2]]
+    text = "".join(filter(None, texts))
+    try:
+        text += (_STRICT.encode(nested) if any(nested) else "") + _ENCODER.encode(row.reasoning_gym)
+    except (TypeError, ValueError) as error:  # NaN; dates in a column of a table
+        raise UsageError(
+            f"{where}: row {row.id!r} holds what is no JSON: {error}", "Take it out, or write text."
+        ) from None
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: row {row.id!r} holds half of a character ({text[error.start]!a}, of a surrogate pair)",
+            "Take it out, or write \\ufffd (U+FFFD) for it: JSON may hold it, and no tokenizer reads it.",
+        ) from None
 
 
 def _check_tests(row: Row, where: str) -> None:
@@ -329,6 +352,12 @@ def _messages(record: Mapping[str, Any], where: str, *, traces: bool) -> tuple[M
             raise UsageError(
                 f"{at}: content must be a string, not {_kind(content)}", "Only text is supported: no images, no audio."
             )
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise UsageError(
+                f"{at}: tool_calls must be a list of JSON objects",
+                'Write [{"type": "function", "function": {"name": "...", "arguments": {...}}}].',
+            )
         if role == "system" and index != 0:
             raise UsageError(
                 f"{at}: a system message must come first", "Move it to the start, or make it a user message."
@@ -347,6 +376,7 @@ def _kind(value: Any) -> str:
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))  # json.dumps makes one a call
+_STRICT = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 
 
 def _canonical(value: Any) -> bytes:

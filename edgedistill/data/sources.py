@@ -103,6 +103,8 @@ def _decode(raw: bytes, path: Path, spot: str) -> Any:
                 "jq -c '.[]' FILE > FILE.jsonl converts it."
             )
         raise UsageError(f"{path}:{spot}: malformed JSON, column {error.colno}: {error.msg}", hint) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UsageError(f"{path}:{spot}: malformed JSON: {error}", "Write it as a string.") from None
     except RecursionError:
         raise UsageError(f"{path}:{spot}: JSON nested too deeply", "Take this row out.") from None
 
@@ -115,6 +117,8 @@ def _document(path: Path, data: bytes) -> Placed:
             f"{path}:{error.lineno}: malformed JSON, column {error.colno}: {error.msg}",
             'A .json file is one list of rows: [{"id": "a1", "prompt": "Hello"}, …]',
         ) from None
+    except ValueError as error:
+        raise UsageError(f"{path}: malformed JSON: {error}", "Write it as a string.") from None
     except RecursionError:
         raise UsageError(f"{path}: JSON nested too deeply", "Write a list of rows.") from None
     for number, record in enumerate(found, start=1):
@@ -284,6 +288,15 @@ def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
         else:
             path.write_text(as_lines(found), encoding="utf-8")
     except (OSError, UnicodeEncodeError) as error:
+        raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
+
+
+def write_lines(path: Path, text: str) -> None:
+    """Write JSONL, whatever the suffix of ``path`` says. Raises UsageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
 
 

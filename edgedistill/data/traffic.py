@@ -14,6 +14,7 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +24,7 @@ from edgedistill.data.prompts import Row, parse_row
 from edgedistill.data.sources import records
 from edgedistill.data.stats import spread
 from edgedistill.errors import UsageError
+from edgedistill.jsonl import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +51,7 @@ def load_traffic(path: Path) -> list[Row]:
     columns, rows = Columns(), []
     for record, spot in records(path):
         where = f"{path}:{spot}"
-        rows.append(parse_row(columns.fill(record, where), where, traces=True))
+        rows.append(_printable(parse_row(columns.fill(record, where), where, traces=True)))
     found = [row for row in rows if asked(row).strip()]
     if not found:
         raise UsageError(
@@ -57,6 +59,11 @@ def load_traffic(path: Path) -> list[Row]:
             'Write one JSON object a line, such as {"prompt": "Hello"}: what users sent.',
         )
     return found
+
+
+def _printable(row: Row) -> Row:
+    messages = tuple({**one, "content": whole(str(one.get("content") or ""))} for one in row.messages)
+    return replace(row, id=whole(row.id), tags=tuple(map(whole, row.tags)), messages=messages)
 
 
 def asked(row: Row) -> str:

@@ -61,7 +61,8 @@ class Augment(Generate):
         asks = next(asking, None)
         while asks is not None:
             questions = self._questions(ctx, [((("user", ask.text),), ask.sample) for ask in asks])
-            stored, put = self._answers(ctx, questions)
+            put = self._ask_missing(ctx, questions, [ask.parent.id for ask in asks])
+            stored = ctx.rows.get(question.key for question in questions)
             answers = [stored[question.key] for question in questions]
             counts.update(asked=put, from_store=len(questions) - put, tokens=sum(one.count for one in answers))
             said = [Said(text=split(one.text).answer.strip(), ended=one.finish == "stop") for one in answers]

@@ -10,16 +10,16 @@ teacher is put those that it failed itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, appended, guided
-from edgedistill.errors import StepFailed
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key, canonical_json
-from edgedistill.jsonl import json_lines
+from edgedistill.jsonl import json_lines, whole
 from edgedistill.rows import Answered, Question
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
+
+PIECE = 500
+"""Answers that are in memory at once while the view is written."""
 
 
 def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
@@ -73,6 +76,8 @@ class Generate(Stage):
     leave: tuple[str, ...] = later(())  # tags: the prompts that have one of them are another teacher's
     prompts: Key | None = later(None)  # the entry of an augmenter that holds the rows
     ask: str = later("")  # the end of each prompt, that asks for something else than its answer
+    # (ask, json_schema) of the samples after the first, where they are asked otherwise
+    turned: tuple[tuple[str, str], ...] = later(())
     template: str = later("")  # digest of that which makes text of a server's calls; the row store has the calls
     rows: tuple[Row, ...] = unkeyed()
     batch_size: int = unkeyed()
@@ -88,11 +93,14 @@ class Generate(Stage):
         rows = self.to_ask(ctx)
         if self.pilot is not None:
             self._tell(ctx, len(rows))
-        questions = self._questions(ctx, [(asked(row), sample) for row in rows for sample in range(self.samples)])
-        stored, missing = self._answers(ctx, questions)
-        tokens = 0
-        with (ctx.out / "rows.jsonl").open("w") as file:
+        samples = range(self.samples)
+        questions = self._questions(ctx, [(self._put(row, sample), sample) for row in rows for sample in samples])
+        missing = self._ask_missing(ctx, questions, [row.id for row in rows for _ in samples])
+        tokens, stored = 0, dict[str, Answered]()
+        with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index, question in enumerate(questions):
+                if index % PIECE == 0:  # all at once would take as much memory as all tokens, many times over
+                    stored = ctx.rows.get(one.key for one in questions[index : index + PIECE])
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count
                 text, finish = self.shown(question, answer)
@@ -109,31 +117,53 @@ class Generate(Stage):
 
     def _questions(self, ctx: Context, asks: Iterable[tuple[tuple[tuple[Any, ...], ...], int]]) -> list[Question]:
         """Return what is asked, (messages, number of the sample), as the row store keys it."""
-        sampling = (
-            ("max_new_tokens", self.max_new_tokens),
-            ("style", self.style),
-            ("temperature", self.temperature),
-            ("top_p", self.top_p),
-            *((name, value) for name in ("json_schema", "manner") if (value := getattr(self, name))),
-        )
+        ways = [
+            (
+                ("max_new_tokens", self.max_new_tokens),
+                ("style", self.style),
+                ("temperature", self.temperature),
+                ("top_p", self.top_p),
+                *((name, value) for name, value in (("json_schema", schema), ("manner", self.manner)) if value),
+            )
+            for _, schema in self._ways()
+        ]
         teacher = ctx.entries[self.teacher].digest
         return [
-            Question(teacher=teacher, messages=messages, sampling=sampling, seed=self.seed, sample=sample)
+            Question(
+                teacher=teacher, messages=messages, sampling=ways[sample % len(ways)], seed=self.seed, sample=sample
+            )
             for messages, sample in asks
         ]
 
-    def _answers(self, ctx: Context, questions: list[Question]) -> tuple[dict[str, Answered], int]:
-        """Return the answers by the questions' keys, and how many questions had to be put."""
-        stored = ctx.rows.get(question.key for question in questions)
+    def _ways(self) -> tuple[tuple[str, str], ...]:
+        """Return what the samples of a prompt are asked in turn, and what they can write."""
+        return ((self.ask, self.json_schema), *self.turned)
+
+    def _put(self, row: Row, sample: int) -> tuple[tuple[Any, ...], ...]:
+        """Return a row as it is put for one sample, as the row store keys it."""
+        ways = self._ways()
+        ask, _ = ways[sample % len(ways)]
+        return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
+
+    def _ask_missing(self, ctx: Context, questions: list[Question], ids: Sequence[str]) -> int:
+        """Put the questions that the row store has no answer to; return how many they were. ``ids`` are the rows' that they are
+        about, for messages: teachers know them by their keys.
+        """
+        stored = ctx.rows.known(question.key for question in questions)
         missing = {question.key: question for question in questions if question.key not in stored}
         found = len(questions) - len(missing)
-        if missing:
-            if self.server is None and not self._file(ctx).is_file():
-                self._ask(ctx, list(missing.values()), found, len(questions))
-            else:
-                self._ask_as_they_end(ctx, list(missing.values()), found, len(questions))
-            stored = ctx.rows.get(question.key for question in questions)
-        return stored, len(missing)
+        if not missing:
+            return 0
+        here = self.server is None and not self._file(ctx).is_file()
+        try:
+            (self._ask if here else self._ask_as_they_end)(ctx, list(missing.values()), found, len(questions))
+        except (UsageError, StepFailed) as error:
+            kind = StepFailed if isinstance(error, StepFailed) else UsageError
+            for question, row_id in zip(questions, ids, strict=True):
+                if question.key in error.message:
+                    raise kind(error.message.replace(question.key, row_id), error.hint) from None
+            raise
+        return len(missing)
 
     def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
         """Return an answer's text, with its calls as the student is to write them, and why it ended."""
@@ -142,15 +172,12 @@ class Generate(Stage):
         from edgedistill.teachers.calls import NO_CALL, write_calls
 
         text, good = write_calls(*conversation(question.messages), answer.text, answer.calls, self.chat.render)
-        return text, answer.finish if good or answer.finish != "stop" else NO_CALL
+        return whole(text), answer.finish if good or answer.finish != "stop" else NO_CALL
 
     def to_ask(self, ctx: Context) -> tuple[Row, ...]:
         """Return the rows whose prompts are put."""
         own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
-        found = (row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
-        if not self.ask:
-            return tuple(found)
-        return tuple(replace(row, messages=tuple(appended(row.messages, self.ask))) for row in found)
+        return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
 
     def _tell(self, ctx: Context, prompts: int) -> None:
         """Say what the pilot tells of all prompts: rows that will be kept, tokens, the time (loading a model counts in
@@ -191,12 +218,9 @@ class Generate(Stage):
         from edgedistill.teachers.transformers import TransformersTeacher
 
         teacher = TransformersTeacher(ctx.path(self.teacher, "model"))
-        shown = [conversation(question.messages) for question in questions]
-        prompts = teacher.encode(
-            [messages for messages, _ in shown],
-            [question.key for question in questions],
-            tools=[tools for _, tools in shown],
-        )
+        shown, keys = [conversation(question.messages) for question in questions], [one.key for one in questions]
+        prompts = teacher.encode([messages for messages, _ in shown], keys, tools=[tools for _, tools in shown])
+        teacher.refuse_long(prompts, keys, self.max_new_tokens)  # the longest are put last, hours later
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
@@ -246,6 +270,7 @@ class Generate(Stage):
                 sampling=sampling,
                 row_ids=[one.key for one in questions],
                 tools=[tools for _, tools in shown],
+                json_schemas=[str(dict(one.sampling).get("json_schema", "")) for one in questions],
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
                 progress=far if self.server is not None and self.server.batch is not None else None,
@@ -257,7 +282,7 @@ class Generate(Stage):
         if self.server is None:
             from edgedistill.teachers.llama_cpp import LlamaCppTeacher
 
-            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads, json_schema=self.json_schema)
+            return LlamaCppTeacher(self._file(ctx), threads=ctx.threads)
         from edgedistill.teachers.openai import OpenAITeacher
 
         weights = ctx.path(self.teacher, "model")
@@ -265,10 +290,10 @@ class Generate(Stage):
             self.server,
             rows=ctx.rows.path,
             style=self.style,
-            json_schema=self.json_schema,
             weights=weights,
             batched=True,
             note=ctx.note,
+            on_others=lambda found: ctx.rows.add_by_key(ctx.entries[self.teacher].digest, map(_stored, found)),
         )
 
 

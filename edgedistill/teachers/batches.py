@@ -30,6 +30,8 @@ MOST_BYTES = 200_000_000
 TAG = "edgedistill"
 """The key of a batch's metadata that has our name for it."""
 ENDED = ("completed", "failed", "expired", "cancelled")
+UNTRIED = ("batch_expired", "batch_cancelled")
+"""Errors of requests that a batch did not come to before it ended (OpenAI has a third, of those that took too long)."""
 FULL = "token_limit_exceeded"
 """Why OpenAI fails a batch where too many tokens are queued already: it may be sent again when another has ended."""
 NONE_HERE = (404, 405, 501)
@@ -38,6 +40,8 @@ STORED_AT_ONCE = 500
 NOTHING = Use(0, 0)
 Replies = Callable[[list[tuple[int, dict[str, Any]]]], list[int]]
 """Takes (index of the request, JSON) of some answers; returns the indices of those that it cannot read."""
+Others = Callable[[list[tuple[str, dict[str, Any]]]], None]
+"""Takes (name of the request, JSON) of answers to what was asked before, and not now: they are paid for, too."""
 Count = Callable[[int, str], None]
 
 
@@ -84,10 +88,12 @@ class Batches:
         on_replies: Replies,
         *,
         on_ask: Ask = lambda at: None,
+        on_others: Others = lambda found: None,
         on_count: Count = lambda done, text: None,
     ) -> list[int]:
         """Post all bodies, each by its name, and wait for the answers: ``on_ask`` gets the index of each before its batch is
-        created, ``on_replies`` the answers of a batch once it has ended, ``on_count`` how many are done at the server.
+        created, ``on_replies`` the answers of a batch once it has ended, ``on_others`` what a batch of an earlier build brings
+        beside them, ``on_count`` how many are done at the server.
 
         Returns the indices of those that are to be put one by one. Raises UsageError where the server takes no batches; StepFailed
         where one is refused, cancelled, or brings nothing, and where the budget is spent.
@@ -111,7 +117,7 @@ class Batches:
                     )
                 batch, told = self._wait(work, on_count)
                 work.open.remove(batch)
-                self._end(batch, told, index, work, on_replies)
+                self._end(batch, told, index, work, on_replies, on_others)
         except KeyboardInterrupt:
             if work.open:
                 running = ", ".join(batch.id for batch in work.open)
@@ -228,7 +234,13 @@ class Batches:
             return {}
 
     def _end(
-        self, batch: Batch, told: Mapping[str, Any], index: Mapping[str, int], work: _Work, on_replies: Replies
+        self,
+        batch: Batch,
+        told: Mapping[str, Any],
+        index: Mapping[str, int],
+        work: _Work,
+        on_replies: Replies,
+        on_others: Others,
     ) -> None:
         """Take in what a batch brought, and settle what it cost."""
         status, own = told["status"], {name: index[name] for name in batch.uses if name in index}
@@ -253,11 +265,14 @@ class Batches:
             )
         work.full = False
         costs, chunk, nothing = dict[str, Use](), list[tuple[int, dict[str, Any]]](), True
+        others = list[tuple[str, dict[str, Any]]]()
 
         def store() -> None:
             work.singly += on_replies(chunk)
             work.arrived += len(chunk)
+            on_others(others)
             chunk.clear()
+            others.clear()
 
         for name, reply, asked in self._lines(told):
             if name not in batch.uses:
@@ -270,7 +285,9 @@ class Batches:
                 chunk.append((at, reply))
             elif at is not None:
                 work.singly.append(at)
-            if len(chunk) == STORED_AT_ONCE:
+            elif reply is not None and name not in index:
+                others.append((name, reply))
+            if len(chunk) + len(others) == STORED_AT_ONCE:
                 store()
         store()
         # of what no line tells, nobody knows what it cost
@@ -293,7 +310,11 @@ class Batches:
             if not told.get(key):
                 continue
             with tempfile.TemporaryFile() as file:
-                self._call("GET", f"/files/{told[key]}/content", into=file)
+                try:
+                    self._call("GET", f"/files/{told[key]}/content", into=file)
+                except _NoBatches:
+                    self.note(f"{self.server.url} has the file {told[key]} no more: what stood in it is lost")
+                    continue
                 file.seek(0)
                 for raw in file:
                     try:
@@ -301,10 +322,10 @@ class Batches:
                         name, reply = str(line["custom_id"]), line.get("response") or {}
                         body: Any = reply.get("body")
                         good = reply.get("status_code") == 200 and isinstance(body, dict)
-                        expired = (line.get("error") or {}).get("code") == "batch_expired"
+                        untried = (line.get("error") or {}).get("code") in UNTRIED
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue  # it tells of no request
-                    yield name, body if good else None, not expired
+                    yield name, body if good else None, not untried
 
     # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

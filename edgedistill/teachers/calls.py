@@ -133,7 +133,9 @@ def check_rows(rows: Iterable[Row], render: Render) -> None:
                     call = {"type": "function", "function": {"name": tool["function"]["name"], "arguments": {"x": 1}}}
                     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
                     written([{"role": "user", "content": "Hi"}, turn], row.tools, render)
-        except KeyError:
-            raise UsageError(f"row {row.id!r}: a tool has no name", "write it as OpenAI's API wants it") from None
+        except (KeyError, TypeError, AttributeError):
+            raise UsageError(
+                f"row {row.id!r}: a tool, or a call, has no name", "write it as OpenAI's API wants it"
+            ) from None
         except UsageError as error:
             raise UsageError(f"row {row.id!r}: {error.message}", error.hint) from None

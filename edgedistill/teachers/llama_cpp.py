@@ -19,6 +19,7 @@ from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Finish
 from edgedistill.evals.runners.gguf import GgufRunner
+from edgedistill.evals.runners.grammar import Grammar
 from edgedistill.teachers.decode import draw
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.training.data import Example, counter_rng
@@ -75,6 +76,7 @@ class LlamaCppTeacher:
         sampling: Sampling,
         row_ids: Sequence[str] | None = None,
         tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+        json_schemas: Sequence[str] | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[list[Answer]], None] | None = None,
         on_ask: Callable[[int], None] | None = None,
@@ -83,8 +85,9 @@ class LlamaCppTeacher:
         """Yield the answers once all are there, in the order of ``prompts`` (messages, or token ids); ``on_ask`` gets the index of
         a prompt when it is put, ``on_batch`` each answer as it ends.
 
-        ``batch_size`` says nothing here: as many are written at a time as llama.cpp does best. Raises UsageError, naming the row,
-        when a prompt and ``max_new_tokens`` do not fit the model's context.
+        ``json_schemas`` are those of the prompts, where they have their own. ``batch_size`` says nothing here: as many are written
+        at a time as llama.cpp does best. Raises UsageError, naming the row, when a prompt and ``max_new_tokens`` do not fit the
+        model's context.
         """
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         given = [self._encode(one, tools[at] if tools else ()) for at, one in enumerate(prompts)]
@@ -145,8 +148,11 @@ class LlamaCppTeacher:
             if progress is not None:
                 progress(ended, len(jobs), f"{ended / (time.monotonic() - started):.1f} rows/s")
 
-        root = self.runner.grammar(gbnf(self.json_schema)) if self.json_schema else None
+        schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(given)
+        roots: dict[str, Grammar] = {}
         try:
+            for schema in dict.fromkeys(filter(None, schemas)):
+                roots[schema] = self.runner.grammar(gbnf(schema))
             self.runner.write(
                 [given[at] for at, _ in jobs],
                 max_new_tokens=sampling.max_new_tokens,
@@ -154,10 +160,10 @@ class LlamaCppTeacher:
                 on_end=end,
                 pick=pick,
                 on_tokens=add,
-                root=root,
+                root=lambda job: roots.get(schemas[jobs[job][0]]),
             )
         finally:
-            if root is not None:
+            for root in roots.values():
                 root.close()
         yield from (one for one in found if one is not None)
 

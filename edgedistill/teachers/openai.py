@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgedistill.data.thinking import BLOCKS
+from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import digest
 from edgedistill.served import SCORED, Server
@@ -38,7 +39,8 @@ class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
     the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. With a
     ``json_schema`` the server lets the model write nothing else. Where the server is still to be started, ``weights`` is the
-    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so.
+    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so;
+    ``on_others`` gets what a batch of an earlier build brings that is not asked now, by the names that it had there.
     """
 
     def __init__(
@@ -52,17 +54,16 @@ class OpenAITeacher:
         weights: Path | None = None,
         batched: bool = False,
         note: Callable[[str], None] = lambda text: None,
+        on_others: Callable[[list[Answer]], None] = lambda answers: None,
     ) -> None:
+        self.on_others = on_others
         self.launched: Servers | None = None
         if server.launch is not None and not server.urls:
             assert weights is not None and rows is not None
             self.launched = Servers(weights, server.launch, logs=rows.parent / "logs", note=note)
             server = replace(server, urls=self.launched.urls)
         self.server, self.tokenizer, self.style = server, tokenizer, style
-        self.guide: dict[str, Any] = {}
-        if json_schema:
-            named = {"name": "answer", "schema": json.loads(json_schema)}
-            self.guide = {"response_format": {"type": "json_schema", "json_schema": named}}
+        self.json_schema = json_schema
         try:
             self.requests = Requests(server, None if rows is None else server.ledger(rows))
         except BaseException:  # a key that can be none
@@ -101,6 +102,7 @@ class OpenAITeacher:
         sampling: Sampling,
         row_ids: Sequence[str] | None = None,
         tools: Sequence[Sequence[dict[str, Any]]] | None = None,
+        json_schemas: Sequence[str] | None = None,
         batch_size: int | None = None,
         on_batch: Callable[[list[Answer]], None] | None = None,
         on_ask: Callable[[int], None] | None = None,
@@ -109,8 +111,8 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``batch_size`` says nothing here: how many are asked at a time is the server's ``concurrency``. Raises StepFailed as
-        `Requests.post`.
+        ``json_schemas`` are those of the prompts, where they have their own. ``batch_size`` says nothing here: how many are asked
+        at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
         """
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
@@ -147,8 +149,19 @@ class OpenAITeacher:
                 on_batch(answers)
             return unread
 
+        def take_others(replies: list[tuple[str, dict[str, Any]]]) -> None:
+            answers = list[Answer]()
+            for name, reply in replies:
+                with suppress(StepFailed):
+                    answers.append(self._answer(reply, -1, name, 0))
+            if answers:
+                self.on_others(answers)
+
+        schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(prompts)
+        guides = {schema: _guide(schema) for schema in schemas}
         bodies = [
-            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling) for at, sample in jobs
+            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, guides[schemas[at]])
+            for at, sample in jobs
         ]
         path, singly = "/chat/completions", list(range(len(jobs)))
         if self.batches is not None:
@@ -158,6 +171,7 @@ class OpenAITeacher:
                 bodies,
                 take_many,
                 on_ask=asking,
+                on_others=take_others,
                 on_count=lambda done, text: progress(done, len(jobs), text) if progress is not None else None,
             )
         self.requests.post(
@@ -165,11 +179,18 @@ class OpenAITeacher:
             [bodies[job] for job in singly],
             lambda one, reply: take(singly[one], reply),
             on_ask=lambda one: asking(singly[one]),
+            names=[names[jobs[job][0]] for job in singly],
         )
         yield from (one for one in found if one is not None)
 
     def _question(
-        self, messages: Messages, tools: Sequence[dict[str, Any]], name: str, sample: int, sampling: Sampling
+        self,
+        messages: Messages,
+        tools: Sequence[dict[str, Any]],
+        name: str,
+        sample: int,
+        sampling: Sampling,
+        guide: dict[str, Any],
     ) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
         if sampling.temperature > 0:
@@ -183,7 +204,7 @@ class OpenAITeacher:
             "temperature": sampling.temperature,
             **drawn,
             **({"logprobs": True} if self.server.abilities.logprobs else {}),
-            **self.guide,
+            **guide,
             **self.server.body,
         }
 
@@ -193,6 +214,8 @@ class OpenAITeacher:
             message = choice["message"]
             text, calls = message.get("content") or "", read_reply(message)
             thought = next((message[field] for field in THOUGHTS if message.get(field)), "")
+            if other := next((one for one in (text, thought) if not isinstance(one, str)), None):
+                raise TypeError(f"its content is no text but a {type(other).__name__}")
             tokens = [float(one["logprob"]) for one in ((choice.get("logprobs") or {}).get("content") or ())]
             count = int((reply.get("usage") or {}).get("completion_tokens") or len(tokens))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -200,7 +223,7 @@ class OpenAITeacher:
                 f"{self.server.url}: an answer of another form than OpenAI's ({type(error).__name__}: {error})",
                 "is teacher.server an OpenAI-compatible one?",
             ) from None
-        if thought and self.style in BLOCKS:
+        if thought and self.style in BLOCKS and self.style not in AFTER:  # what was thought before says nothing after
             start, end = BLOCKS[self.style]
             text = f"{start}\n{thought.strip()}\n{end}\n{text.lstrip()}"
         return Answer(
@@ -306,3 +329,11 @@ class OpenAITeacher:
             "distributions need one tokenizer: take a student of the teacher's family, or set score.kind = 'none' and "
             "distill.loss.kd = 0",
         )
+
+
+def _guide(schema: str) -> dict[str, Any]:
+    """Return what a request says so that nothing but JSON by a schema is written; nothing where there is none."""
+    if not schema:
+        return {}
+    named = {"name": "answer", "schema": json.loads(schema)}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}

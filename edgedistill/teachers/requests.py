@@ -31,6 +31,8 @@ from edgedistill.spending import Ledger, Use, most, used
 AGAIN = (408, 409, 425, 429)
 GAVE_UP = (408, 504, 524)
 """A gateway that waits no longer: the model behind it may have answered, and be billed."""
+OF_ONE = (400, 413, 422)
+"""What is refused is this request, not all."""
 FIRST_WAIT, LONGEST_WAIT, LONGEST_ASKED = 0.5, 60.0, 600.0  # seconds; the last bounds what a server may ask for
 
 NOTHING = Use(0, 0)
@@ -70,22 +72,32 @@ class Requests:
             self.ledger.close()
 
     def post(
-        self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply, *, on_ask: Ask = lambda at: None
+        self,
+        path: str,
+        bodies: Sequence[dict[str, Any]],
+        on_reply: Reply,
+        *,
+        on_ask: Ask = lambda at: None,
+        names: Sequence[str] = (),
     ) -> None:
-        """Post all bodies; ``on_ask`` gets the index of each before it is sent, ``on_reply`` (index, JSON) as it arrives.
+        """Post all bodies; ``on_ask`` gets the index of each before it is sent, ``on_reply`` (index, JSON) as it arrives. ``names``
+        are the bodies' in messages.
 
         Raises StepFailed where one is refused, fails too often, or the budget is spent: no further one is sent, those in flight
         still arrive.
         """
-        self._runner.run(self._all(path, bodies, on_reply, on_ask))
+        self._runner.run(self._all(path, bodies, on_reply, on_ask, names))
 
-    async def _all(self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply, on_ask: Ask) -> None:
+    async def _all(
+        self, path: str, bodies: Sequence[dict[str, Any]], on_reply: Reply, on_ask: Ask, names: Sequence[str]
+    ) -> None:
         waiting, failed = iter(enumerate(bodies)), list[StepFailed]()
 
         async def work() -> None:
             for at, body in waiting:
                 try:
-                    on_reply(at, await self._one(path, body, failed, partial(on_ask, at)))
+                    name = f"row {names[at]!r}: " if names else ""
+                    on_reply(at, await self._one(path, body, failed, partial(on_ask, at), name))
                 except StepFailed as error:
                     failed.append(error)
                 if failed:
@@ -96,7 +108,7 @@ class Requests:
             raise failed[0]
 
     async def _one(
-        self, path: str, body: dict[str, Any], failed: Sequence[StepFailed], on_ask: Callable[[], None]
+        self, path: str, body: dict[str, Any], failed: Sequence[StepFailed], on_ask: Callable[[], None], name: str
     ) -> dict[str, Any]:
         tries, need, tried, host = self.server.retries + 1, most(body), Tried(), self._hosts[0]
         for attempt in range(tries):
@@ -118,7 +130,8 @@ class Requests:
                 return tried.reply
             if tried.final:
                 raise StepFailed(
-                    f"{host.url + path}: {tried.why}", "what was answered is stored: mend the recipe and build again"
+                    f"{name if tried.of_one else ''}{host.url + path}: {tried.why}",
+                    "what was answered is stored: mend the recipe and build again",
                 )
             backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
             pause = max(backoff, tried.wait or 0.0)  # a Retry-After of 0 would use up all tries at once
@@ -150,6 +163,7 @@ class Requests:
             cost=None if response.status_code in GAVE_UP else NOTHING,
             wait=retry_after(response.headers.get("Retry-After")),
             final=response.status_code not in AGAIN and response.status_code < 500,
+            of_one=response.status_code in OF_ONE,
         )
 
     def _host(self) -> Host:
@@ -202,13 +216,14 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class Tried:
-    """What came of a try. ``cost`` None: nobody knows; ``final``: another try would end the same."""
+    """What came of a try. ``cost`` None: nobody knows; ``final``: another try would end the same; ``of_one``: others may not."""
 
     reply: dict[str, Any] | None = None
     why: str = ""
     cost: Use | None = None
     wait: float | None = None
     final: bool = False
+    of_one: bool = False
 
 
 class Pace:

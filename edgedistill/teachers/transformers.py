@@ -95,6 +95,16 @@ class TransformersTeacher:
             encoded.append(ids)
         return encoded
 
+    def refuse_long(self, encoded: Sequence[Sequence[int]], row_ids: Sequence[str], max_new_tokens: int) -> None:
+        """Raise UsageError, naming the row, where a prompt and the answer to it do not fit the model's context."""
+        for row_id, ids in zip(row_ids, encoded, strict=True):
+            if len(ids) + max_new_tokens > self.context:
+                raise UsageError(
+                    f"row {row_id!r}: a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
+                    f"the teacher's context of {self.context}",
+                    hint="shorten the prompt or lower generate.max_new_tokens",
+                )
+
     @torch.inference_mode()
     def generate(
         self,
@@ -112,13 +122,7 @@ class TransformersTeacher:
         """
         row_ids = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         encoded = self.encode(prompts, row_ids)
-        for row_id, ids in zip(row_ids, encoded, strict=True):
-            if len(ids) + sampling.max_new_tokens > self.context:
-                raise UsageError(
-                    f"row {row_id!r}: a prompt of {len(ids)} tokens and {sampling.max_new_tokens} new ones do not fit "
-                    f"the teacher's context of {self.context}",
-                    hint="shorten the prompt or lower generate.max_new_tokens",
-                )
+        self.refuse_long(encoded, row_ids, sampling.max_new_tokens)
         samples = sampling.samples if sampling.temperature > 0 else 1
         jobs = [(at, sample) for at in range(len(encoded)) for sample in range(samples)]
         jobs.sort(key=lambda job: (len(encoded[job[0]]), job))

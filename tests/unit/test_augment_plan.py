@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from edgedistill.data.augmenters import turns
 from edgedistill.errors import RecipeError
+from edgedistill.fingerprint import Key
 from edgedistill.recipes import copy_recipe
+from edgedistill.stages.augment import Augment
 from edgedistill.stages.generate import Generate
 from edgedistill.stages.score import Score
 from tests.unit.test_plan import changed, make
@@ -44,6 +47,21 @@ def test_augmenters_change_what_comes_after_them_and_nothing_before(folder: Path
     assert two.match("augment/2-variations")[0].stage.inputs() == (one.match("augment")[0].key,)
     hotter = make(folder, filter=PASS, prompts__augment=[{"kind": "evol-instruct", "temperature": 1.0}])
     assert "augment/1-evol-instruct" in changed(one, hotter)
+
+
+def test_what_one_key_names_is_made_alike(folder: Path) -> None:
+    """The order of a table's names is no part of a key, and stances are shared out in turn."""
+
+    def shared_out(balance: dict[str, float]) -> tuple[Key, list[str]]:
+        step = make(folder, filter=PASS, prompts__augment=[{"kind": "red-team", "balance": balance}]).match("augment")[
+            0
+        ]
+        assert isinstance(step.stage, Augment)
+        return step.key, turns(step.stage.settings["balance"], 12)
+
+    one, other = {"helpful": 1.0, "refusing": 2.0, "nuanced": 1.0}, {"nuanced": 1.0, "refusing": 2.0, "helpful": 1.0}
+    assert shared_out(one) == shared_out(other)
+    assert shared_out(one)[1] == turns(one, 12) != turns(other, 12)
 
 
 def test_a_suite_is_in_the_key_of_what_may_not_repeat_it(folder: Path) -> None:

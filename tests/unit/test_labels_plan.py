@@ -167,6 +167,38 @@ def test_a_teacher_that_can_be_guided_is(folder: Path) -> None:
     assert (free.json_schema, pilot.json_schema, other.json_schema) == ("", "", stage.json_schema)
 
 
+def test_each_sample_has_the_labels_in_another_place(folder: Path) -> None:
+    once = plan_of(folder, **{**SCORES, "generate__samples": 1})
+    assert once.turned == () and "turned" not in once.fields()
+    assert plan_of(folder).turned == plan_of(folder, **LOGITS).turned == ()  # nothing but a label is asked for
+    names = load_recipe(folder / "recipe.toml").labels.names  # type: ignore[union-attr]
+    vllm: dict[str, Any] = {"teacher__vllm": {}}
+    for overrides in (SCORES, RANKING, {**RANKING, "labels__first": 2}):
+        for more in ({}, vllm):
+            found = plan_of(folder, **{**overrides, **more, "generate__samples": 3})
+            assert (
+                found.ask == plan_of(folder, **{**overrides, "generate__samples": 1}).ask
+            )  # the first as the only one
+            said = [(found.ask, found.json_schema), *found.turned]
+            orders = [sorted(names, key=lambda name, ask=ask: ask.index(f'"{name}"')) for ask, _ in said]
+            assert orders == [[*names[at:], *names[:at]] for at in range(3)]
+            for (_, schema), order in zip(
+                said, orders, strict=True
+            ):  # scores are written in the order in which they are asked for
+                assert bool(schema) == bool(more)
+                if schema and overrides is SCORES:
+                    assert list(json.loads(schema)["properties"]) == order
+    # after as many samples as labels, all begins again
+    assert len(plan_of(folder, **SCORES, generate__samples=20).turned) == len(names) - 1
+    # the few prompts of a pilot are asked alike, and a second teacher as it can be
+    second = {**RECOVERY, "model": "gguf:x.gguf", "backend": "llama_cpp"}
+    plan = make(folder, **SCORES, teachers=[second], filter=[{"kind": "pii"}], generate__pilot=0.1)
+    free, pilot, other = (plan.match(name)[0].stage for name in ("generate", "generate/pilot", "generate/second"))
+    assert isinstance(free, Generate) and isinstance(pilot, Generate) and isinstance(other, Generate)
+    assert free.turned == pilot.turned and [ask for ask, _ in free.turned] == [ask for ask, _ in other.turned]
+    assert all(schema for _, schema in other.turned) and not any(schema for _, schema in free.turned)
+
+
 def test_a_teacher_that_is_taught_labels_and_asked_for_more_is_warned_of(folder: Path) -> None:
     def warned(**overrides: Any) -> bool:
         path = folder / "recipe.toml"

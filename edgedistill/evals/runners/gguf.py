@@ -201,7 +201,9 @@ class GgufRunner:
                 progress(len(answers), len(rows), "answers")
 
         try:
-            self.write(prompts, max_new_tokens=max_new_tokens, on_end=take, root=root, done=answers.keys())
+            self.write(
+                prompts, max_new_tokens=max_new_tokens, on_end=take, root=lambda index: root, done=answers.keys()
+            )
         finally:
             if root is not None:
                 root.close()
@@ -229,15 +231,15 @@ class GgufRunner:
         on_start: Callable[[int], None] = lambda index: None,
         pick: Pick = greedy,
         on_tokens: OnTokens = lambda rows, tokens: None,
-        root: Grammar | None = None,
+        root: Callable[[int], Grammar | None] = lambda index: None,
         done: Collection[int] = (),
     ) -> None:
         """Continue token ids, long prompts first, many at once; those whose index is ``done`` are left out.
 
         ``on_start`` gets the index of a prompt when it is put, ``on_end`` its tokens when it ends, in that order of time;
-        ``pick`` chooses the tokens; one that the grammar ``root`` forbids gives way to the likeliest that it allows. ``on_tokens``
-        gets the rows of the logits that ``pick`` saw, and what was written after each, the end of an answer included. Prompts
-        fit the context. Raises StepFailed where llama.cpp does not decode.
+        ``pick`` chooses the tokens; one that the grammar of a prompt forbids (``root``) gives way to the likeliest that it allows.
+        ``on_tokens`` gets the rows of the logits that ``pick`` saw, and what was written after each, the end of an answer included.
+        Prompts fit the context. Raises StepFailed where llama.cpp does not decode.
         """
         todo = set(range(len(prompts))) - set(done)
         if not todo:
@@ -258,7 +260,8 @@ class GgufRunner:
                         index = waiting.pop()
                         on_start(index)
                         budget = min(max_new_tokens, self.context_limit - len(prompts[index]))
-                        state = root.clone() if root is not None else None
+                        grammar = root(index)
+                        state = grammar.clone() if grammar is not None else None
                         fresh.append(Slot(sequence, index, len(prompts[index]), budget, state))
                         session.copy(0, sequence)
                     logits = session.prefill([(s.sequence, prompts[s.index][shared:], shared) for s in fresh])

@@ -17,6 +17,7 @@ from edgedistill.data.label_answers import (
     ranking_schema,
     read_ranking,
     read_scores,
+    rotated,
     scores_schema,
     shortest,
 )
@@ -116,6 +117,15 @@ def test_what_is_asked_names_each_label_as_the_recipe_does() -> None:
     assert '{"log in": N, "Billing": N, "1": N}' in ask_scores(NAMES)
     assert '["log in", "Billing", "1"]' in ask_ranking(NAMES)
     assert "the 2 of these" in ask_ranking(NAMES, 2)
+
+
+def test_a_rotation_puts_every_label_once_in_every_place() -> None:
+    assert [rotated(NAMES, places) for places in range(4)] == [
+        ("log in", "Billing", "1"),
+        ("Billing", "1", "log in"),
+        ("1", "log in", "Billing"),
+        ("log in", "Billing", "1"),
+    ]
 
 
 @pytest.mark.parametrize("first", [0, 2])

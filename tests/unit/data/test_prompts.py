@@ -58,6 +58,7 @@ def test_a_byte_order_mark_windows_lines_and_line_separators(tmp_path: Path) -> 
 
 
 GOOD = {"id": "a", "prompt": "x"}
+LAST = {"role": "user", "content": "y"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,22 @@ GOOD = {"id": "a", "prompt": "x"}
         ([{"id": "a", "prompt": "x", "split": 3}], 1, "split must be a string", '"split"'),
         ([{"id": "", "prompt": "x"}], 1, "id must be a string", "short unique id"),
         ([GOOD, "", GOOD], 3, "id 'a' was used before, on line 1", "rename one"),
+        ([{"conversations": [{"from": ["human"], "value": "x"}]}], 1, "wrong speaker ['human']", "A turn is from"),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "x"},
+                        {"role": "assistant", "content": "", "tool_calls": "f"},
+                        LAST,
+                    ]
+                }
+            ],
+            1,
+            "messages[1]: tool_calls must be a list of JSON objects",
+            '"function"',
+        ),
+        ([{"id": "a", "prompt": "x", "tools": [{"least": float("nan")}]}], 1, "what is no JSON: ", "Take it out"),
     ],
 )
 def test_a_wrong_line_is_named_with_a_remedy(
@@ -112,6 +129,25 @@ def test_order_of_messages(tmp_path: Path) -> None:
     tool = {"role": "tool", "content": "42"}
     (row,) = load_rows(write(tmp_path, {"messages": [{"role": "user", "content": "x"}, calls, tool]}))
     assert len(row.messages) == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": "x \ud83d"},
+        {"messages": [{"role": "system", "content": "\ude00"}, {"role": "user", "content": "x"}]},
+        {"prompt": "x", "reference": "\ud83d y"},
+        {"prompt": "x", "guidance": "\ud83d"},
+        {"prompt": "x", "tags": ["\ud83d"]},
+        {"prompt": "x", "id": "\ud83d"},
+        {"prompt": "x", "tools": [{"type": "function", "function": {"name": "\ud83d"}}]},
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_before_anybody_is_asked(tmp_path: Path, more: dict[str, Any]) -> None:
+    path = write(tmp_path, {"id": "a", "prompt": "whole: \U0001f600"}, {"id": "b", **more})
+    with pytest.raises(UsageError, match=r"rows\.jsonl:2: row '.*' holds half of a character") as error:
+        load_rows(path)
+    assert "U+FFFD" in error.value.hint
 
 
 def test_missing_empty_and_other_files(tmp_path: Path) -> None:

@@ -221,3 +221,12 @@ def test_lines_of_json_need_no_pyarrow(tmp_path: Path) -> None:
         "print(sorted({'numpy', 'pyarrow', 'datasets'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("name", "where"), [("rows.jsonl", ":1"), ("rows.json", "")])
+def test_a_number_of_too_many_digits_is_named_and_no_traceback(tmp_path: Path, name: str, where: str) -> None:
+    path = tmp_path / name
+    line = '{"prompt": "x", "id": ' + 5000 * "1" + "}"
+    path.write_text(line if where else f"[{line}]")
+    with pytest.raises(UsageError, match=rf"{name}{where}: malformed JSON: Exceeds the limit"):
+        load_rows(path)

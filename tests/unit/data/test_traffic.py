@@ -132,6 +132,15 @@ def test_traffic_may_repeat_ids_and_end_with_an_answer(tmp_path: Path) -> None:
     assert len(load_traffic(tmp_path / "t.jsonl")) == 4
 
 
+def test_traffic_of_which_a_character_was_cut_in_two_can_be_told_of(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"id": "u\ud83d", "prompt": "send it \ud83d", "tags": ["\ude00"]}) + "\n"
+    )
+    found = compare([row("a", "x")], load_traffic(tmp_path / "t.jsonl"))
+    assert found["least_like"][0]["text"] == "send it \ufffd"
+    json.dumps(found, ensure_ascii=False).encode()  # as data stats prints it
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

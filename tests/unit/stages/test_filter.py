@@ -121,6 +121,20 @@ def test_kept_rejected_and_pairs(tmp_path: Path) -> None:
     assert pairs[0]["prompt"] == [{"role": "user", "content": "wake me, a"}]
 
 
+def test_pairs_of_a_row_whose_id_holds_the_sign_of_a_second_text_are_its_own(tmp_path: Path) -> None:
+    spec = {"kind": "reference", "metric": "json-exact", "otherwise": "drop"}
+    stage = Filter(answers=Key("a" * 64), rows_digest="", filters=(spec,), rows=rows("c", "c#7", "d"))
+    answers = [("c", "no", "stop"), ("c#7", CALL, "stop"), ("c#7", "{}", "stop")]
+    answers += [("d", CALL, "stop"), ("d", f" {CALL}", "stop"), ("d", "[]", "stop")]
+    _, read = run(tmp_path, stage, answers)
+    assert [one["id"] for one in read("kept.jsonl")] == ["c#7", "d", "d#1"]
+    pairs = [
+        (one["id"], one["prompt"][0]["content"], one["rejected"][0]["content"])
+        for one in preference_pairs(tmp_path / "out")
+    ]
+    assert pairs == [("c#7", "wake me, c#7", "{}"), ("d", "wake me, d", "[]")]
+
+
 def test_turns_of_a_trace_keep_its_name_and_their_tools(tmp_path: Path) -> None:
     spec = {"kind": "reference", "metric": "tool-calls", "otherwise": "gold"}
     tools = ({"type": "function", "function": {"name": "set_alarm"}},)

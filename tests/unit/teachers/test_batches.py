@@ -176,6 +176,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
         ("failed invalid_model", "ok", "failed: too much: invalid_model", "mend"),
         ("expired", "expired", "expired without an answer", "build again"),
         ("cancelled", "lost", "was cancelled", "build again"),
+        ("cancelled", "cancelled", "was cancelled", "build again"),
     ],
 )
 def test_what_brings_nothing_fails(tmp_path: Path, fate: str, deed: str, told: str, hint: str) -> None:
@@ -187,6 +188,15 @@ def test_what_brings_nothing_fails(tmp_path: Path, fate: str, deed: str, told: s
     assert (found.spent.tokens == 0) == (deed != "lost")
 
 
+def test_what_a_cancelled_batch_did_not_begin_is_not_asked_at_once_for_the_whole_price(tmp_path: Path) -> None:
+    with BatchServer(plan=lambda row, batch: "ok" if row < 4 else "cancelled", fate=lambda batch: "cancelled") as there:
+        found = Asked(tmp_path, server(there.url))
+        with pytest.raises(StepFailed, match="was cancelled"):
+            found.run()
+        assert not there.single and len(there.batches) == 1
+        assert found.stored == everything(4) and found.spent.tokens == there.billed == 4 * EACH.tokens
+
+
 def test_a_batch_that_the_server_has_forgotten_is_put_again(tmp_path: Path) -> None:
     book = Book(tmp_path / "rows.sqlite", "a", Budget())
     with BatchServer() as there:
@@ -196,6 +206,27 @@ def test_a_batch_that_the_server_has_forgotten_is_put_again(tmp_path: Path) -> N
         found = Asked(tmp_path, server(there.url)).run()
     assert found.stored == everything() and found.spent.tokens == there.billed + 110
     assert any("no such batch any more" in note for note in found.notes)
+
+
+def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_build(tmp_path: Path) -> None:
+    """OpenAI keeps them for a month."""
+    with BatchServer() as there:
+        there.hang = "poll"
+        gone = Asked(tmp_path, server(there.url, retries=0))
+
+        def hang() -> None:
+            with contextlib.suppress(StepFailed):
+                gone.run()
+
+        threading.Thread(target=hang, daemon=True).start()
+        wait_for(there.hanging)
+        there.hang = ""
+        del there.files["output_file_id-1"]
+        with pytest.raises(StepFailed, match="batch_1 ended without an answer") as error:
+            Asked(tmp_path, server(there.url)).run()
+        assert "build again" in error.value.hint
+        again = Asked(tmp_path, server(there.url)).run()
+    assert again.stored == everything() and again.spent.tokens > there.billed  # of the first nobody knows what it cost
 
 
 def test_two_builds_that_wait_for_a_batch_settle_it_once(tmp_path: Path) -> None:

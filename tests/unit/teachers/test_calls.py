@@ -98,9 +98,20 @@ def test_what_cannot_be_sent_or_written_is_refused_by_row() -> None:
         ([{"role": "assistant", "content": "I call weather."}, result], r"row 'r': .* makes 0 calls .* 1 results"),
         ([{"role": "assistant", "content": f"{CALL}\n{CALL}"}, result], r"makes 2 calls"),
         ([result], "follows no call"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"function": "weather"}]}, result],
+            "row 'r': .* has no name",
+        ),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}, result],
+            "row 'r': .* has no name",
+        ),
     ):
         with pytest.raises(UsageError, match=told):
             check_rows([row(*messages)], RENDER)
+    for tools in ([{"function": "weather"}], [{"function": {}}], [{"type": "function"}]):
+        with pytest.raises(UsageError, match="row 'r': a tool, or a call, has no name"):
+            check_rows([row(tools=tools)], RENDER)
     check_rows([row({"role": "assistant", "content": CALL}, result, tools=[TOOL])], RENDER)
     plain = Chat(source="x", template=PLAIN, for_tools=PLAIN, bos="", eos="").render
     with pytest.raises(UsageError, match="does not write tool_calls"):

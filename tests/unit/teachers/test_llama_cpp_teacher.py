@@ -160,6 +160,20 @@ def test_under_a_schema_it_writes_nothing_else(file: Path, folder: Path, tempera
         assert answer.logprob == pytest.approx(total + ends, abs=0.3)
 
 
+def test_each_prompt_may_have_a_schema_of_its_own(file: Path) -> None:
+    turned = {**SCHEMA, "properties": dict(reversed(SCHEMA["properties"].items()))}
+    schemas = [json.dumps(turned if at % 2 else SCHEMA) for at in range(len(PROMPTS))]
+    with LlamaCppTeacher(file) as teacher:
+        sampling = Sampling(max_new_tokens=80)
+        found = list(teacher.generate(PROMPTS, sampling=sampling, row_ids=NAMES, json_schemas=["", *schemas[1:]]))
+    names = list(SCHEMA["properties"])
+    ended = [answer for answer in found if answer.finish_reason == "stop" and answer.index]
+    assert len(ended) >= 0.9 * (len(found) - 1)
+    for answer in ended:
+        assert list(json.loads(answer.text)) == (names[::-1] if answer.index % 2 else names)
+    assert schema_validator(SCHEMA)(found[0].text)  # that one is free
+
+
 def test_a_schema_without_a_grammar_is_refused() -> None:
     with pytest.raises(UsageError, match="no grammar of this JSON Schema"):
         gbnf('{"$ref": "https://example.com/other.json"}')
