@@ -12,7 +12,7 @@ import pytest
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf import model_io
-from edgedistill.formats.gguf.check import compare_config, compare_logits, compare_tokens, kld
+from edgedistill.formats.gguf.check import compare_config, compare_logits, compare_tokens, farthest, kld
 from edgedistill.formats.gguf.convert import convert
 
 Tiny = Callable[..., Path]
@@ -88,6 +88,20 @@ def test_nothing_to_compare_on_is_refused(tiny: Tiny, tiny_gguf: Tiny) -> None:
         compare_logits(tiny(), tiny_gguf(), [""])
     with pytest.raises(UsageError, match="no text"):
         compare_tokens(tiny(), tiny_gguf(), [])
+
+
+def test_a_token_that_says_the_same_is_left_out_of_the_largest_difference() -> None:
+    rng = np.random.default_rng(0)
+    want = rng.normal(0, 6, (40, 300)).astype(np.float32)
+    got = want + rng.normal(0, 0.01, want.shape).astype(np.float32)
+    near = float(np.abs(want - got).max())
+    assert farthest(want, got) == (near, 0)
+    got[1] += 1.5  # all alike: no probability moves
+    assert farthest(want, got) == (pytest.approx(near, rel=0.3), 1)
+    best = int(want[7].argmax())
+    got[7, best] -= 3.0  # this is another answer
+    assert farthest(want, got) == (pytest.approx(3.0, abs=0.1), 1)
+    assert float(kld(want, got)[7]) > 0.1
 
 
 def test_kld_is_the_textbooks() -> None:
