@@ -22,7 +22,6 @@ REDUCED = {
     "adapt.rows": 32,
     "adapt.epochs": 1.0,
     "student.ffn_rows": 24,
-    "heal.rows": 24,
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,

@@ -48,7 +48,7 @@ def test_measurement_has_everything_that_a_speed_must_state(tiny_gguf: Path, mea
     assert list(measured.prompt_tokens) == sorted(measured.prompt_tokens)
     assert measured.peak_rss > measured.runner_rss > 1 << 20
     assert measured.load_seconds > 0
-    assert 0 < measured.bandwidth_share < 2
+    assert 0 < measured.bandwidth_share < 20  # its weights fit into the cache
 
 
 def test_measurement_survives_json(measured: Measurement) -> None:
