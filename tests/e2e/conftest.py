@@ -19,7 +19,7 @@ SIZES = {"drills": 16, "train": 48, "lists": 12, "holdout": 8, "ood": 6, "genera
 PROMPTS = 24  # what the teacher is asked
 REDUCED = {
     "teacher.min_score": {},
-    "adapt.rows": 32,
+    "adapt.rows": 16,
     "adapt.epochs": 1.0,
     "student.ffn_rows": 24,
     "heal.epochs": 1.0,
@@ -53,7 +53,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def short_measurements() -> Iterator[None]:
     """Fewer tokens and repetitions for each speed; the same processes and pairs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=128, tg=32, ttft_prompts=4, reps=3))
+        patch.setattr("edgedistill.devices.local.Settings", partial(Settings, pp=64, tg=16, ttft_prompts=2, reps=3))
         yield
 
 

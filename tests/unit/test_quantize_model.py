@@ -81,6 +81,7 @@ def test_auto_keeps_to_its_size_and_loses_less_than_one_type(model: Path, text: 
     assert auto.size < larger.size <= 140 * 1024
 
 
+@pytest.mark.slow  # seven seconds; the choice itself stays
 def test_what_auto_chooses_is_shown_without_a_file(model: Path, text: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -162,6 +162,7 @@ def test_what_was_kept_and_rejected_is_shown(folder: Path, tmp_path: Path, monke
     assert "6 x reference (exact)" in CliRunner().invoke(app, [*command, "--rejected"]).stdout
 
 
+@pytest.mark.slow  # five seconds; one server stays
 def test_several_servers_share_the_work(folder: Path, tmp_path: Path) -> None:
     servers = vllm.Servers(folder / "teacher", launch(servers=2), logs=tmp_path / "logs", note=lambda text: None)
     try:

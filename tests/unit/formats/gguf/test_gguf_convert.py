@@ -270,6 +270,7 @@ def test_a_wrong_splitter_name_is_caught_by_the_token_ids(
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow  # six seconds; test_gguf_upstream.py has every family
 def test_the_real_model_against_the_upstream_converter(smollm2: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
     theirs, ours = read_info(smollm2_gguf), read_info(convert(smollm2, tmp_path / "f16.gguf").path)
     # Names and licence come from a model card that the folder has not; file type and the redundant head size differ.

@@ -101,6 +101,7 @@ def test_every_option_is_built_loaded_and_proved(
     assert 1e-6 < compare(even_hf, tmp_path / "out", PROMPTS).kld < 3.0
 
 
+@pytest.mark.slow  # seven seconds; the plain one stays
 def test_a_narrower_residual_stream_is_proved_too(tmp_path: Path) -> None:
     """Its heads are together wider than what they read and write, which a Llama of the builder's kind seldom has."""
     from edgedistill.training.recipe import copy_tokenizer, encode_rows, load_model
