@@ -18,9 +18,8 @@ def preference_pairs(folder: Path) -> list[dict[str, Any]]:
     """
     kept: dict[str, dict[str, Any]] = {}
     for line in _lines(folder / "kept.jsonl"):
-        first = kept.get(
-            line["id"].rpartition("#")[0]
-        )  # a second text of a row is ID#1, and an id may hold such a sign itself
+        # a second text of a row is ID#1, and an id may hold such a sign itself
+        first = kept.get(line["id"].rpartition("#")[0])
         further = first is not None and first["messages"] == line["messages"]
         if line.get("task") is None and not further:  # nor the rationale of an answer
             kept[line["id"]] = line

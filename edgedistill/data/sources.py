@@ -13,6 +13,7 @@ import difflib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -279,24 +280,27 @@ def _first_line(error: BaseException) -> str:
 
 def write_records(path: Path, found: Sequence[Mapping[str, Any]]) -> None:
     """Write records as the suffix of ``path`` says: .parquet, .json (one list), else JSONL. Raises UsageError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path):
         if path.suffix == ".parquet":
             _write_parquet(path, found)
         elif path.suffix == ".json":
             path.write_text(json.dumps(list(found), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         else:
             path.write_text(as_lines(found), encoding="utf-8")
-    except (OSError, UnicodeEncodeError) as error:
-        raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
 
 
 def write_lines(path: Path, text: str) -> None:
     """Write JSONL, whatever the suffix of ``path`` says. Raises UsageError."""
+    with _writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
+        yield
+    except (OSError, UnicodeEncodeError) as error:
         raise UsageError(f"{path}: cannot be written ({error})", "Give another file: -o FILE") from None
 
 

@@ -42,8 +42,8 @@ def test_import_refuses_in_one_message(tmp_path: Path) -> None:
     refused(edgedistill("data", "import", tmp_path / "a.csv", "-o", tmp_path / "a.parquet"), "as JSONL", "a.jsonl")
 
 
+@pytest.mark.reasoning
 def test_what_cannot_be_written_is_told_with_a_remedy(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
     (tmp_path / "a.csv").write_text("prompt\ncats\n")
     for verb in (("import", tmp_path / "a.csv"), ("make", "chain_sum", "--rows", "2")):
         refused(edgedistill("data", *verb, "-o", tmp_path / "a.csv" / "out.jsonl"), "cannot be written", "-o FILE")

@@ -171,7 +171,9 @@ def test_each_sample_has_the_labels_in_another_place(folder: Path) -> None:
     once = plan_of(folder, **{**SCORES, "generate__samples": 1})
     assert once.turned == () and "turned" not in once.fields()
     assert plan_of(folder).turned == plan_of(folder, **LOGITS).turned == ()  # nothing but a label is asked for
-    names = load_recipe(folder / "recipe.toml").labels.names  # type: ignore[union-attr]
+    labels = load_recipe(folder / "recipe.toml").labels
+    assert labels is not None
+    names = labels.names
     vllm: dict[str, Any] = {"teacher__vllm": {}}
     for overrides in (SCORES, RANKING, {**RANKING, "labels__first": 2}):
         for more in ({}, vllm):
