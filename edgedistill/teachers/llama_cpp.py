@@ -31,11 +31,10 @@ class LlamaCppTeacher:
     """Load a GGUF file. ``tokenizer`` is the student's, for scoring: its tokens have to be the file's, number by number.
 
     Draws do not depend on what is answered beside them (counter RNG of seed, row id and sample); two tokens that are equal to
-    rounding may. With a ``json_schema`` it can write nothing else.
+    rounding may.
     """
 
-    def __init__(self, path: Path, *, threads: int | None = None, tokenizer: Any = None, json_schema: str = "") -> None:
-        self.json_schema = json_schema
+    def __init__(self, path: Path, *, threads: int | None = None, tokenizer: Any = None) -> None:
         self.runner, self.tokenizer = GgufRunner(path, threads=threads), tokenizer
         self.context = self.runner.context_limit
         self.vocab_size = self.runner.vocabulary
@@ -85,9 +84,9 @@ class LlamaCppTeacher:
         """Yield the answers once all are there, in the order of ``prompts`` (messages, or token ids); ``on_ask`` gets the index of
         a prompt when it is put, ``on_batch`` each answer as it ends.
 
-        ``json_schemas`` are those of the prompts, where they have their own. ``batch_size`` says nothing here: as many are written
-        at a time as llama.cpp does best. Raises UsageError, naming the row, when a prompt and ``max_new_tokens`` do not fit the
-        model's context.
+        With ``json_schemas``, one for each prompt, nothing else can be written. ``batch_size`` says nothing here: as many are
+        written at a time as llama.cpp does best. Raises UsageError, naming the row, when a prompt and ``max_new_tokens`` do not fit
+        the model's context.
         """
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         given = [self._encode(one, tools[at] if tools else ()) for at, one in enumerate(prompts)]
@@ -148,7 +147,7 @@ class LlamaCppTeacher:
             if progress is not None:
                 progress(ended, len(jobs), f"{ended / (time.monotonic() - started):.1f} rows/s")
 
-        schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(given)
+        schemas = json_schemas if json_schemas is not None else [""] * len(given)
         roots: dict[str, Grammar] = {}
         try:
             for schema in dict.fromkeys(filter(None, schemas)):

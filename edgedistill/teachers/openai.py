@@ -37,10 +37,10 @@ THOUGHTS = ("reasoning_content", "reasoning")  # where servers put what was thou
 
 class OpenAITeacher:
     """Ask a server. ``tokenizer`` is the student's, for scoring; ``style`` that of the answers: one that thinks first keeps what
-    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. With a
-    ``json_schema`` the server lets the model write nothing else. Where the server is still to be started, ``weights`` is the
-    checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in batches where the server is to be asked so;
-    ``on_others`` gets what a batch of an earlier build brings that is not asked now, by the names that it had there.
+    the server parts from the answer. ``rows`` is the row store's file, which has the account of what is asked. Where the server
+    is still to be started, ``weights`` is the checkpoint's folder; what it says goes beside the rows. ``batched``: prompts go in
+    batches where the server is to be asked so; ``on_others`` gets what a batch of an earlier build brings that is not asked now,
+    by the names that it had there.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class OpenAITeacher:
         rows: Path | None,
         tokenizer: Any = None,
         style: str = "answer",
-        json_schema: str = "",
         weights: Path | None = None,
         batched: bool = False,
         note: Callable[[str], None] = lambda text: None,
@@ -63,7 +62,6 @@ class OpenAITeacher:
             self.launched = Servers(weights, server.launch, logs=rows.parent / "logs", note=note)
             server = replace(server, urls=self.launched.urls)
         self.server, self.tokenizer, self.style = server, tokenizer, style
-        self.json_schema = json_schema
         try:
             self.requests = Requests(server, None if rows is None else server.ledger(rows))
         except BaseException:  # a key that can be none
@@ -111,8 +109,8 @@ class OpenAITeacher:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
         put, ``on_batch`` each answer as it arrives.
 
-        ``json_schemas`` are those of the prompts, where they have their own. ``batch_size`` says nothing here: how many are asked
-        at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
+        With ``json_schemas``, one for each prompt, the server lets the model write nothing else. ``batch_size`` says nothing here:
+        how many are asked at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
         """
         names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
         samples = sampling.samples if sampling.temperature > 0 else 1
@@ -157,7 +155,7 @@ class OpenAITeacher:
             if answers:
                 self.on_others(answers)
 
-        schemas = json_schemas if json_schemas is not None else [self.json_schema] * len(prompts)
+        schemas = json_schemas if json_schemas is not None else [""] * len(prompts)
         guides = {schema: _guide(schema) for schema in schemas}
         bodies = [
             self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, guides[schemas[at]])

@@ -103,8 +103,9 @@ def check_guided(server: Server) -> None:
         "additionalProperties": False,
     }
     valid = schema_validator(schema)
-    with OpenAITeacher(server, rows=None, json_schema=json.dumps(schema)) as teacher:
-        for answer in teacher.generate(PROMPTS, sampling=Sampling(max_new_tokens=64)):
+    schemas = [json.dumps(schema)] * len(PROMPTS)
+    with OpenAITeacher(server, rows=None) as teacher:
+        for answer in teacher.generate(PROMPTS, sampling=Sampling(max_new_tokens=64), json_schemas=schemas):
             assert valid(answer.text) == "", answer.text
 
 

@@ -140,9 +140,10 @@ SCHEMA = {
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_under_a_schema_it_writes_nothing_else(file: Path, folder: Path, temperature: float) -> None:
     valid = schema_validator(SCHEMA)
-    with LlamaCppTeacher(file, json_schema=json.dumps(SCHEMA)) as guided:
+    with LlamaCppTeacher(file) as guided:
         sampling = Sampling(max_new_tokens=80, temperature=temperature, samples=2, seed=1)
-        found = list(guided.generate(PROMPTS, sampling=sampling, row_ids=NAMES))
+        schemas = [json.dumps(SCHEMA)] * len(PROMPTS)
+        found = list(guided.generate(PROMPTS, sampling=sampling, row_ids=NAMES, json_schemas=schemas))
     ended = [answer for answer in found if answer.finish_reason == "stop"]
     assert len(ended) >= 0.9 * len(found)  # a model that knows nothing may write spaces for ever
     assert [valid(answer.text) for answer in ended] == [""] * len(ended)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.training import fast_lora
@@ -59,6 +60,17 @@ def test_rounding_is_held_against_the_spread_of_the_logits(tmp_path: Path, times
     report = merge(base, adapter, tmp_path / "merged", rows=ROWS)
     assert (report.max_logit_difference > 1e-3) == (times > 1)
     assert report.tolerance == pytest.approx(1e-3 * max(1.0, report.logit_scale))
+
+
+def test_a_forgotten_adapter_is_more_than_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = _adapted(tmp_path)
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30_000)
+    model.save_pretrained(base)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    with pytest.raises(StepFailed, match="differs from base"):
+        merge(base, adapter, tmp_path / "merged", rows=ROWS)
 
 
 def test_merge_to_bf16_says_what_the_rounding_costs(tmp_path: Path) -> None:
