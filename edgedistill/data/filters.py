@@ -65,7 +65,6 @@ SHINGLE = 3  # words
 SHORT = 8
 """Words of an answer that a block of thinking may be asked to hold as they stand."""
 PERMUTATIONS = 128
-VOCABULARY = 1 << 16  # words whose checksums are remembered
 PRIME = (1 << 31) - 1
 
 
@@ -262,7 +261,6 @@ class Seen:
         self._bands = _Bands()
         self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 (open as long as this is)
         self._ends = array("Q", [0])  # of each kept text's threes, in the file
-        self._crc: dict[str, int] = {}
 
     def before(self, text: str) -> bool:
         """Tell whether a text is nearly one that was seen; if not, it is from now on."""
@@ -297,9 +295,7 @@ class Seen:
         import numpy as np
 
         words = words_of(text) or [text.strip()]
-        if len(self._crc) > VOCABULARY:  # the words of the texts may be without end: numbers, names
-            self._crc.clear()
-        codes = [self._crc.setdefault(word, zlib.crc32(word.encode("utf-8", "surrogatepass"))) for word in words]
+        codes = [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
         found = np.asarray([*codes, *[0] * max(0, SHINGLE - len(codes))], dtype=np.uint64) % np.uint64(PRIME)
         mixed = np.zeros(len(found) - SHINGLE + 1, dtype=np.uint64)
         for at in range(SHINGLE):
