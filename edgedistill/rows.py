@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest
 from edgedistill.jsonl import whole
+from edgedistill.sequences import Made
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -32,6 +35,9 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS asks (key TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
 """
+
+KEY = 32  # bytes of a row's key
+PIECE = 500  # keys that are looked up at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,33 @@ class Question:
     def key(self) -> str:
         """The row's key: 64 hexadecimal digits."""
         return digest(self)
+
+
+class Questions(Made[Question]):
+    """Questions that are made when they are looked at: of each its key stays in memory, 32 bytes."""
+
+    def __init__(self, asks: Sequence[Question]) -> None:
+        def again(at: int) -> Question:
+            question = asks[at]
+            question.__dict__["key"] = self.key(at)  # the cached one: a digest takes longer than all else here
+            return question
+
+        super().__init__(range(len(asks)), again)
+        self._raw = bytearray()
+        for question in asks:
+            self._raw += bytes.fromhex(question.key)
+
+    def key(self, at: int) -> str:
+        """Return the key of a question."""
+        return self._raw[KEY * at : KEY * at + KEY].hex()
+
+    def keys(self) -> Sequence[str]:
+        """Return the keys of all."""
+        return Made(range(len(self)), self.key)
+
+    def some(self, numbers: Sequence[int]) -> Questions:
+        """Return those with these numbers."""
+        return Questions(Made(numbers, self.__getitem__))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +157,27 @@ class RowStore:
         """Return which of ``keys`` are stored."""
         return {key for (key,) in self._select("key", keys)}
 
+    def missing(self, keys: Iterable[str]) -> Sequence[int]:
+        """Return the numbers of those of ``keys`` that are not stored, in their order; of one that stands there twice the first."""
+        import numpy as np
+
+        numbers, raw, rest, start = array("I"), bytearray(), iter(keys), 0
+        while part := list(islice(rest, PIECE)):
+            stored = self.known(part)
+            for at, key in enumerate(part, start):
+                if key not in stored:
+                    numbers.append(at)
+                    raw += bytes.fromhex(key)
+            start += len(part)
+        first = np.unique(np.frombuffer(raw, dtype=f"S{KEY}"), return_index=True)[1]
+        return array("I", np.asarray(numbers, dtype=np.uint32)[np.sort(first)].tobytes())
+
     def _select(self, columns: str, keys: Iterable[str]) -> Iterator[tuple[str, ...]]:
-        wanted = list(keys)
+        rest = iter(keys)
         if not self.path.exists():
             return
         with self._open() as db:
-            for start in range(0, len(wanted), 500):
-                part = wanted[start : start + 500]
+            while part := list(islice(rest, PIECE)):
                 marks = ",".join("?" * len(part))
                 yield from db.execute(f"SELECT {columns} FROM rows WHERE key IN ({marks})", part)
 

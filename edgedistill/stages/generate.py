@@ -10,7 +10,8 @@ teacher is put those that it failed itself."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,8 +20,9 @@ from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, appended, guided
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key, canonical_json
-from edgedistill.jsonl import json_lines, whole
-from edgedistill.rows import Answered, Question
+from edgedistill.jsonl import each_line, json_lines, whole
+from edgedistill.rows import PIECE, Answered, Question, Questions
+from edgedistill.sequences import Aside, Made
 from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
-
-PIECE = 500
-"""Answers that are in memory at once while the view is written."""
 
 
 def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
@@ -93,14 +92,19 @@ class Generate(Stage):
         rows = self.to_ask(ctx)
         if self.pilot is not None:
             self._tell(ctx, len(rows))
-        samples = range(self.samples)
-        questions = self._questions(ctx, [(self._put(row, sample), sample) for row in rows for sample in samples])
-        missing = self._ask_missing(ctx, questions, [row.id for row in rows for _ in samples])
+        every = range(len(rows) * self.samples)
+
+        def put(at: int) -> tuple[tuple[tuple[Any, ...], ...], int]:
+            number, sample = divmod(at, self.samples)
+            return self._put(rows[number], sample), sample
+
+        questions = self._questions(ctx, Made(every, put))
+        missing = self._ask_missing(ctx, questions, Made(every, lambda at: rows[at // self.samples].id))
         tokens, stored = 0, dict[str, Answered]()
         with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index, question in enumerate(questions):
                 if index % PIECE == 0:  # all at once would take as much memory as all tokens, many times over
-                    stored = ctx.rows.get(one.key for one in questions[index : index + PIECE])
+                    stored = ctx.rows.get(questions.keys()[index : index + PIECE])
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count
                 text, finish = self.shown(question, answer)
@@ -115,7 +119,7 @@ class Generate(Stage):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return {"rows": len(questions), "asked": missing, "from_store": len(questions) - missing, "tokens": tokens}
 
-    def _questions(self, ctx: Context, asks: Iterable[tuple[tuple[tuple[Any, ...], ...], int]]) -> list[Question]:
+    def _questions(self, ctx: Context, asks: Sequence[tuple[tuple[tuple[Any, ...], ...], int]]) -> Questions:
         """Return what is asked, (messages, number of the sample), as the row store keys it."""
         ways = [
             (
@@ -128,12 +132,13 @@ class Generate(Stage):
             for _, schema in self._ways()
         ]
         teacher = ctx.entries[self.teacher].digest
-        return [
-            Question(
-                teacher=teacher, messages=messages, sampling=ways[sample % len(ways)], seed=self.seed, sample=sample
-            )
-            for messages, sample in asks
-        ]
+
+        def make(at: int) -> Question:
+            messages, sample = asks[at]
+            how = ways[sample % len(ways)]
+            return Question(teacher=teacher, messages=messages, sampling=how, seed=self.seed, sample=sample)
+
+        return Questions(Made(range(len(asks)), make))
 
     def _ways(self) -> tuple[tuple[str, str], ...]:
         """Return what the samples of a prompt are asked in turn, and what they can write."""
@@ -145,23 +150,23 @@ class Generate(Stage):
         ask, _ = ways[sample % len(ways)]
         return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
-    def _ask_missing(self, ctx: Context, questions: list[Question], ids: Sequence[str]) -> int:
+    def _ask_missing(self, ctx: Context, questions: Questions, ids: Sequence[str]) -> int:
         """Put the questions that the row store has no answer to; return how many they were. ``ids`` are the rows' that they are
         about, for messages: teachers know them by their keys.
         """
-        stored = ctx.rows.known(question.key for question in questions)
-        missing = {question.key: question for question in questions if question.key not in stored}
+        missing = ctx.rows.missing(questions.keys())
         found = len(questions) - len(missing)
         if not missing:
             return 0
         here = self.server is None and not self._file(ctx).is_file()
         try:
-            (self._ask if here else self._ask_as_they_end)(ctx, list(missing.values()), found, len(questions))
+            ask = self._ask if here else self._ask_as_they_end
+            ask(ctx, questions.some(missing), found, len(questions))
         except (UsageError, StepFailed) as error:
             kind = StepFailed if isinstance(error, StepFailed) else UsageError
-            for question, row_id in zip(questions, ids, strict=True):
-                if question.key in error.message:
-                    raise kind(error.message.replace(question.key, row_id), error.hint) from None
+            for key, row_id in zip(questions.keys(), ids, strict=True):
+                if key in error.message:
+                    raise kind(error.message.replace(key, row_id), error.hint) from None
             raise
         return len(missing)
 
@@ -174,7 +179,7 @@ class Generate(Stage):
         text, good = write_calls(*conversation(question.messages), answer.text, answer.calls, self.chat.render)
         return whole(text), answer.finish if good or answer.finish != "stop" else NO_CALL
 
-    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+    def to_ask(self, ctx: Context) -> Sequence[Row]:
         """Return the rows whose prompts are put."""
         own, others, rows = set(self.only), set(self.leave), rows_given(ctx, self.prompts, self.rows)
         return tuple(row for row in rows if not others & set(row.tags) and (not own or own & set(row.tags)))
@@ -188,8 +193,8 @@ class Generate(Stage):
         assert self.pilot is not None
         answers, filtered = self.pilot
         facts = ctx.facts(answers)
-        asked = {json.loads(line)["id"] for line in json_lines(ctx.path(answers, "rows.jsonl"))}
-        kept = len(answered(map(json.loads, json_lines(ctx.path(filtered, "kept.jsonl"))), asked))
+        asked = {json.loads(line)["id"] for line in each_line(ctx.path(answers, "rows.jsonl"))}
+        kept = len(answered(map(json.loads, each_line(ctx.path(filtered, "kept.jsonl"))), asked))
         few = max(1, len(asked))
         tokens = facts["tokens"] * prompts / few
         told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
@@ -212,19 +217,25 @@ class Generate(Stage):
                     "train the teacher longer ([adapt]), take a better one, or lower teacher.min_score",
                 )
 
-    def _ask(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
+    def _ask(self, ctx: Context, questions: Questions, found: int, total: int) -> None:
         """Put the questions in fixed shards; each shard is stored before the next is asked."""
         from edgedistill.teachers.protocol import Sampling
         from edgedistill.teachers.transformers import TransformersTeacher
 
         teacher = TransformersTeacher(ctx.path(self.teacher, "model"))
-        shown, keys = [conversation(question.messages) for question in questions], [one.key for one in questions]
-        prompts = teacher.encode([messages for messages, _ in shown], keys, tools=[tools for _, tools in shown])
-        teacher.refuse_long(prompts, keys, self.max_new_tokens)  # the longest are put last, hours later
+        prompts, lengths = Aside(ctx.work), array("I")
+        for start in range(0, len(questions), PIECE):
+            keys = questions.keys()[start : start + PIECE]
+            shown = [conversation(question.messages) for question in questions[start : start + PIECE]]
+            encoded = teacher.encode([messages for messages, _ in shown], keys, tools=[tools for _, tools in shown])
+            teacher.refuse_long(encoded, keys, self.max_new_tokens)  # the longest are put last, hours later
+            for ids in encoded:
+                prompts.add(array("I", ids).tobytes())
+                lengths.append(len(ids))
         sampling = Sampling(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
-        order = sorted(range(len(questions)), key=lambda i: (len(prompts[i]), questions[i].key))
+        order = sorted(range(len(questions)), key=lambda i: (lengths[i], questions.key(i)))
         shards = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         done = found
         for shard in shards:
@@ -232,7 +243,7 @@ class Generate(Stage):
             ctx.rows.asking(asked)
             # The row id is the question's key, which holds the number of the sample: so each question is one sample.
             answers = teacher.generate(
-                [prompts[i] for i in shard],
+                [array("I", prompts[i]) for i in shard],
                 sampling=sampling,
                 row_ids=[question.key for question in asked],
                 batch_size=self.batch_size,
@@ -245,7 +256,7 @@ class Generate(Stage):
         """Return where the teacher's GGUF file is, if llama.cpp runs it."""
         return ctx.path(self.teacher, "model.gguf")
 
-    def _ask_as_they_end(self, ctx: Context, questions: list[Question], found: int, total: int) -> None:
+    def _ask_as_they_end(self, ctx: Context, questions: Questions, found: int, total: int) -> None:
         """Put the questions to a server or to llama.cpp, some at a time; each answer is stored when it is there."""
         from edgedistill.teachers.protocol import Sampling
 
@@ -263,19 +274,19 @@ class Generate(Stage):
         def far(done: int, _: int, text: str) -> None:  # a batch is stored when it has ended
             ctx.progress(found + done, total, text)
 
-        shown = [conversation(question.messages) for question in questions]
+        every = range(len(questions))
         with ctx.rows.held(), self._open(ctx) as teacher:
             answers = teacher.generate(
-                [messages for messages, _ in shown],
+                Made(every, lambda at: conversation(questions[at].messages)[0]),
                 sampling=sampling,
-                row_ids=[one.key for one in questions],
-                tools=[tools for _, tools in shown],
-                json_schemas=[str(dict(one.sampling).get("json_schema", "")) for one in questions],
+                row_ids=questions.keys(),
+                tools=Made(every, lambda at: conversation(questions[at].messages)[1]),
+                json_schemas=Made(every, lambda at: str(dict(questions[at].sampling).get("json_schema", ""))),
                 on_ask=lambda at: ctx.rows.asking([questions[at]]),
                 on_batch=store,
                 progress=far if self.server is not None and self.server.batch is not None else None,
             )
-            for _ in answers:  # stored already
+            for _ in answers:  # all are stored as they arrive
                 pass
 
     def _open(self, ctx: Context) -> OpenAITeacher | LlamaCppTeacher:

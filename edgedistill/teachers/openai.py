@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import digest
+from edgedistill.sequences import Made
 from edgedistill.served import SCORED, Server
 from edgedistill.teachers.batch_book import Book
 from edgedistill.teachers.batches import Batches
@@ -107,26 +109,29 @@ class OpenAITeacher:
         progress: Progress | None = None,
     ) -> Iterator[Answer]:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
-        put, ``on_batch`` each answer as it arrives.
+        put. With ``on_batch``, which gets each answer as it arrives, none is kept, and none yielded.
 
-        With ``json_schemas``, one for each prompt, the server lets the model write nothing else. ``batch_size`` says nothing here:
-        how many are asked at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
+        What is given by prompt is looked at when its turn comes, and not held: it may be made then (`Made`). With ``json_schemas``,
+        one for each prompt, the server lets the model write nothing else. ``batch_size`` says nothing here: how many are asked at
+        a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
         """
-        names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
+        names = row_ids if row_ids is not None else Made(range(len(prompts)), str)
         samples = sampling.samples if sampling.temperature > 0 else 1
-        jobs = [(at, sample) for at in range(len(prompts)) for sample in range(samples)]
-        found: list[Answer | None] = [None] * len(jobs)
+        jobs = range(len(prompts) * samples)
+        found: dict[int, Answer] = {}
         started, arrived = time.monotonic(), 0
 
         def asking(job: int) -> None:
             if on_ask is not None:
-                on_ask(jobs[job][0])
+                on_ask(job // samples)
 
         def read(job: int, reply: dict[str, Any]) -> Answer:
             nonlocal arrived
-            at, sample = jobs[job]
+            at, sample = divmod(job, samples)
             answer = self._answer(reply, at, names[at], sample)
-            found[job], arrived = answer, arrived + 1
+            arrived += 1
+            if on_batch is None:
+                found[job] = answer
             return answer
 
         def take(job: int, reply: dict[str, Any]) -> None:
@@ -155,18 +160,19 @@ class OpenAITeacher:
             if answers:
                 self.on_others(answers)
 
-        schemas = json_schemas if json_schemas is not None else [""] * len(prompts)
-        guides = {schema: _guide(schema) for schema in schemas}
-        bodies = [
-            self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, guides[schemas[at]])
-            for at, sample in jobs
-        ]
-        path, singly = "/chat/completions", list(range(len(jobs)))
+        guide = cache(_guide)
+
+        def body(job: int) -> dict[str, Any]:
+            at, sample = divmod(job, samples)
+            form = guide(json_schemas[at] if json_schemas is not None else "")
+            return self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, form)
+
+        path, singly = "/chat/completions", jobs
         if self.batches is not None:
             singly = self.batches.post(
                 path,
-                [names[at] if samples == 1 else f"{names[at]}/{sample}" for at, sample in jobs],
-                bodies,
+                [names[job] if samples == 1 else f"{names[job // samples]}/{job % samples}" for job in jobs],
+                Made(jobs, body),
                 take_many,
                 on_ask=asking,
                 on_others=take_others,
@@ -174,12 +180,12 @@ class OpenAITeacher:
             )
         self.requests.post(
             path,
-            [bodies[job] for job in singly],
+            Made(singly, body),
             lambda one, reply: take(singly[one], reply),
             on_ask=lambda one: asking(singly[one]),
-            names=[names[jobs[job][0]] for job in singly],
+            names=Made(singly, lambda job: names[job // samples]),
         )
-        yield from (one for one in found if one is not None)
+        yield from (found[job] for job in jobs if job in found)
 
     def _question(
         self,

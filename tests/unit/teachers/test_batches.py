@@ -48,7 +48,7 @@ class Asked:
         with OpenAITeacher(
             self.asked, rows=self.folder / "rows.sqlite", batched=True, note=self.notes.append
         ) as teacher:
-            answers = list(
+            left = list(
                 teacher.generate(
                     prompts,
                     sampling=Sampling(max_new_tokens=10),
@@ -58,7 +58,7 @@ class Asked:
                     progress=lambda done, total, text: self.counts.append(done),
                 )
             )
-        assert {one.row_id: one.text for one in answers} == self.stored
+        assert not left  # they were handed over as they arrived, and nobody has to hold them until the end
         return self
 
     @property
