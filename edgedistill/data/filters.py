@@ -6,11 +6,8 @@ Each function says why in a few words, or "" where nothing is wrong. ``stages/fi
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +17,7 @@ from edgedistill.data.thinking import split
 from edgedistill.errors import UsageError
 from edgedistill.evals.mathematics import last_number, numbers_in, same_number
 from edgedistill.evals.metrics import normalised_text
+from edgedistill.sequences import Aside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -259,8 +257,7 @@ class Seen:
         bands = PERMUTATIONS // self._rows
         self._mix = rng.integers(0, 1 << 64, (bands, self._rows), dtype=np.uint64) | np.uint64(1)
         self._bands = _Bands()
-        self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # noqa: SIM115 (open as long as this is)
-        self._ends = array("Q", [0])  # of each kept text's threes, in the file
+        self._kept = Aside(folder)  # the threes of each text that was kept: uint32 [threes]
 
     def before(self, text: str) -> bool:
         """Tell whether a text is nearly one that was seen; if not, it is from now on."""
@@ -271,24 +268,15 @@ class Seen:
         cut = hashes[: self._mix.size].reshape(self._mix.shape)
         keys = ((cut * self._mix).sum(axis=1) >> np.uint64(32)).tolist()  # multiply-shift (Dietzfelbinger et al. 1997)
         for number in sorted(self._bands.met(keys)):
-            other = self._kept(number)
+            other = np.frombuffer(self._kept[number], dtype=np.uint32)
             if min(len(threes), len(other)) < self.similarity * max(len(threes), len(other)):
                 continue
             common = len(np.intersect1d(threes, other, assume_unique=True))
             if common >= self.similarity * (len(threes) + len(other) - common):
                 return True
-        self._bands.add(keys, len(self._ends) - 1)
-        raw = threes.astype(np.uint32).tobytes()  # under PRIME, so 31 bits
-        os.pwrite(self._file.fileno(), raw, self._ends[-1])
-        self._ends.append(self._ends[-1] + len(raw))
+        self._bands.add(keys, len(self._kept))
+        self._kept.add(threes.astype(np.uint32).tobytes())  # under PRIME, so 31 bits
         return False
-
-    def _kept(self, number: int) -> np.ndarray:
-        """Return the threes of a text that was kept: uint32 [threes]."""
-        import numpy as np
-
-        start, end = self._ends[number], self._ends[number + 1]
-        return np.frombuffer(os.pread(self._file.fileno(), end - start, start), dtype=np.uint32)
 
     def _threes(self, text: str) -> np.ndarray:
         """Return the distinct threes of words as numbers under PRIME: uint64 [threes]."""

@@ -20,6 +20,8 @@ from edgedistill.training.quiet import quiet
 TOKENS, MOST_ROWS = 2048, 96
 """Tokens and rows of a batch, padding included."""
 CHUNK = 128  # positions whose logits are held at once
+Encoded = Mapping[str, list[int]]
+"""What a model reads of a row, as JSON can hold it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,8 @@ class Perplexity:
 
         self.model = TransformersTeacher(folder)
 
-    def encode(self, asked: Asked) -> Example | None:
-        """Return the token ids; None where they do not fit the context."""
+    def encode(self, asked: Asked) -> Encoded | None:
+        """Return the token ids of prompt and answer; None where they do not fit the context."""
         if not asked.answer.strip():
             return None
         example = encode_example(
@@ -65,11 +67,19 @@ class Perplexity:
             tools=[dict(one) for one in asked.tools],
             id=asked.key,
         )
-        return example if example.length <= self.model.context else None
+        if example.length > self.model.context:
+            return None
+        return {"prompt": list(example.prompt_ids), "answer": list(example.completion_ids)}
+
+    def length(self, encoded: Encoded) -> int:
+        """Return the number of tokens of a row."""
+        return len(encoded["prompt"]) + len(encoded["answer"])
 
     @torch.inference_mode()
-    def grade(self, examples: Sequence[Example]) -> list[float]:
+    def grade(self, rows: Sequence[Encoded], keys: Sequence[str]) -> list[float]:
         """Return the perplexity of each row of a batch. Raises StepFailed where it is not finite."""
+        pairs = zip(keys, rows, strict=True)
+        examples = [Example(key, tuple(one["prompt"]), tuple(one["answer"])) for key, one in pairs]
         model = self.model.model
         head = model.get_output_embeddings()
         weight = head.weight[: self.model.vocab_size]
@@ -127,7 +137,7 @@ class Reward:
         self.context = int(getattr(self.model.config, "max_position_embeddings", 0) or 2**31)
         self.pad = self.model.config.pad_token_id
 
-    def encode(self, asked: Asked) -> Mapping[str, list[int]] | None:
+    def encode(self, asked: Asked) -> Encoded | None:
         """Return the inputs of one row; None where they do not fit the context."""
         messages = [dict(one) for one in asked.messages]
         if self.tokenizer.chat_template:
@@ -143,8 +153,12 @@ class Reward:
         inputs = {name: list(found[name]) for name in ("input_ids", "token_type_ids") if name in found}
         return inputs if 0 < len(inputs["input_ids"]) <= self.context else None
 
+    def length(self, encoded: Encoded) -> int:
+        """Return the number of tokens of a row."""
+        return len(encoded["input_ids"])
+
     @torch.inference_mode()
-    def grade(self, rows: Sequence[Mapping[str, list[int]]]) -> list[float]:
+    def grade(self, rows: Sequence[Encoded], keys: Sequence[str]) -> list[float]:
         """Return the score of each row of a batch. Raises StepFailed where one is not finite."""
         logits = torch.cat([self._logits(part) for part in self._parts(rows)]).float()
         scores = logits[:, 0] if self.label is None else torch.softmax(logits, dim=-1)[:, self.label]
@@ -154,11 +168,11 @@ class Reward:
             )
         return scores.tolist()
 
-    def _parts(self, rows: Sequence[Mapping[str, list[int]]]) -> list[Sequence[Mapping[str, list[int]]]]:
+    def _parts(self, rows: Sequence[Encoded]) -> list[Sequence[Encoded]]:
         """Cut a batch where it cannot be padded: decoders find the last token of a row by the padding behind it."""
         return [rows] if self.pad is not None else [[row] for row in rows]
 
-    def _logits(self, rows: Sequence[Mapping[str, list[int]]]) -> torch.Tensor:
+    def _logits(self, rows: Sequence[Encoded]) -> torch.Tensor:
         width = max(len(row["input_ids"]) for row in rows)
         fill = {"input_ids": self.pad or 0}
         inputs = {

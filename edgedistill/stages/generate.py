@@ -13,6 +13,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row, appended, guided
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import Key, canonical_json
-from edgedistill.jsonl import each_line, json_lines, whole
+from edgedistill.jsonl import Lines, each_line, whole
 from edgedistill.rows import PIECE, Answered, Question, Questions
 from edgedistill.sequences import Aside, Made
 from edgedistill.served import Server
@@ -332,7 +333,7 @@ class GenerateAnalyses(Generate):
         """Return the conversations with the objection; there may be none."""
         from edgedistill.data.corrections import to_analyse
 
-        rejected = json_lines(ctx.path(self.filtered, "rejected.jsonl"))
+        rejected = each_line(ctx.path(self.filtered, "rejected.jsonl"))
         return tuple(to_analyse(super().to_ask(ctx), map(json.loads, rejected), self.corrections))
 
 
@@ -349,7 +350,7 @@ class GenerateRecovery(Generate):
         from edgedistill.data.recovery import failed_prompts
 
         kept, rejected = (
-            map(json.loads, json_lines(ctx.path(self.filtered, name))) for name in ("kept.jsonl", "rejected.jsonl")
+            map(json.loads, each_line(ctx.path(self.filtered, name))) for name in ("kept.jsonl", "rejected.jsonl")
         )
         rows = super().to_ask(ctx)
         failed = failed_prompts((row.id for row in rows), kept, rejected)
@@ -373,19 +374,34 @@ class Judge(Generate):
         from edgedistill.data.judging import grades
 
         asked = super().run(ctx)
-        lines = map(json.loads, json_lines(ctx.out / "rows.jsonl"))
-        found = grades(self._judged(ctx), {one["id"]: one["text"] for one in lines}, against=bool(self.against))
+        found: dict[str, float | None] = {}
+        verdicts = map(json.loads, each_line(ctx.out / "rows.jsonl"))  # in the order of the answers that they are on
+        for answer in map(json.loads, each_line(ctx.path(self.answers, "rows.jsonl"))):
+            if answer["finish"] == "stop":
+                own = {one["id"]: one["text"] for one in islice(verdicts, self.samples * self._asks)}
+                found |= grades([answer], own, against=bool(self.against))
         write_grades(ctx.out / "grades.jsonl", found)
         return {**asked, "grades": {"kind": "judge", "n": len(found), "histogram": histogram(found)}}
 
-    def to_ask(self, ctx: Context) -> tuple[Row, ...]:
+    def to_ask(self, ctx: Context) -> Sequence[Row]:
         """Return what the judge is asked."""
         from edgedistill.data.judging import to_judge
 
-        return tuple(to_judge(super().to_ask(ctx), self._judged(ctx), self.rubric, against=bool(self.against)))
+        rows = {row.id: row for row in super().to_ask(ctx)}
+        answers = Lines(ctx.path(self.answers, "rows.jsonl"))
+        ended = array("I", (at for at, answer in enumerate(answers) if answer["finish"] == "stop"))
 
-    def _judged(self, ctx: Context) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in json_lines(ctx.path(self.answers, "rows.jsonl"))]
+        def make(at: int) -> Row:
+            answer = answers[ended[at // self._asks]]
+            asked = to_judge([rows[answer["id"]]], [answer], self.rubric, against=bool(self.against))
+            return asked[at % self._asks]
+
+        return Made(range(self._asks * len(ended)), make)
+
+    @property
+    def _asks(self) -> int:
+        """Return how often the judge is asked about an answer."""
+        return 2 if self.against else 1
 
 
 @dataclass(frozen=True, kw_only=True)
