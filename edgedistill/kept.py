@@ -4,7 +4,8 @@
     kept/<name>/<piece>       raw bytes
 
 A piece is read only where its bytes are those that the index promises; one that is missing or damaged is computed anew, so that
-nothing breaks when any of it is deleted. ``store gc`` deletes what belongs to a file that no kept entry has.
+nothing breaks when any of it is deleted. ``store gc`` deletes what belongs to a file that no kept entry has, and what processes
+that were killed left half-written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,9 @@ from typing import Any
 
 from edgedistill.fingerprint import digest
 from edgedistill.store import write_atomic
+
+WRITTEN = 3600.0
+"""Seconds after which a file that is not renamed yet is nobody's any more: a piece is written in far less."""
 
 
 class Kept:
@@ -77,13 +82,21 @@ def verify_kept(root: Path) -> list[str]:
 
 
 def collect_kept(root: Path, files: set[str], *, dry_run: bool = False) -> int:
-    """Delete what belongs to none of ``files`` (sha256); return the bytes."""
+    """Delete what belongs to none of ``files`` (sha256), and half-written files that nobody writes any more; return the bytes."""
     freed = 0
     for folder in _folders(root):
         if _read(folder)["of"] not in files:
             freed += sum(path.stat().st_size for path in folder.iterdir())
             if not dry_run:
                 shutil.rmtree(folder, ignore_errors=True)
+            continue
+        for path in folder.glob(".*"):
+            with contextlib.suppress(FileNotFoundError):  # renamed at this moment
+                told = path.stat()
+                if told.st_mtime < time.time() - WRITTEN:
+                    freed += told.st_size
+                    if not dry_run:
+                        path.unlink()
     return freed
 
 

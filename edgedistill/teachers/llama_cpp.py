@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Finish
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.evals.runners.grammar import Grammar
+from edgedistill.sequences import Aside, Made
 from edgedistill.teachers.decode import draw
 from edgedistill.teachers.protocol import Answer, Messages, Progress, Sampling
 from edgedistill.training.data import Example, counter_rng
@@ -82,15 +84,17 @@ class LlamaCppTeacher:
         progress: Progress | None = None,
     ) -> Iterator[Answer]:
         """Yield the answers once all are there, in the order of ``prompts`` (messages, or token ids); ``on_ask`` gets the index of
-        a prompt when it is put, ``on_batch`` each answer as it ends.
+        a prompt when it is put. With ``on_batch``, which gets each answer as it ends, none is kept, and none yielded.
 
         With ``json_schemas``, one for each prompt, nothing else can be written. ``batch_size`` says nothing here: as many are
         written at a time as llama.cpp does best. Raises UsageError, naming the row, when a prompt and ``max_new_tokens`` do not fit
         the model's context.
         """
-        names = list(row_ids) if row_ids is not None else [str(at) for at in range(len(prompts))]
-        given = [self._encode(one, tools[at] if tools else ()) for at, one in enumerate(prompts)]
-        for name, ids in zip(names, given, strict=True):
+        names = row_ids if row_ids is not None else Made(range(len(prompts)), str)
+        given = Aside()  # the token ids of each prompt
+        for at, name in enumerate(names):
+            ids = self._encode(prompts[at], tools[at] if tools else ())
+            given.add(array("i", ids).tobytes())
             if not ids:
                 raise UsageError(f"row {name!r}: the prompt is empty")
             if len(ids) + sampling.max_new_tokens > self.context:
@@ -100,14 +104,14 @@ class LlamaCppTeacher:
                     hint="shorten the prompt or lower generate.max_new_tokens",
                 )
         samples = sampling.samples if sampling.temperature > 0 else 1
-        jobs = [(at, sample) for at in range(len(given)) for sample in range(samples)]
+        jobs = range(len(prompts) * samples)
         likely = np.zeros(len(jobs))
         drawn: dict[int, np.ndarray] = {}
-        found: list[Answer | None] = [None] * len(jobs)
+        found: dict[int, Answer] = {}
         started, ended = time.monotonic(), 0
 
         def start(job: int) -> None:
-            at, sample = jobs[job]
+            at, sample = divmod(job, samples)
             if sampling.temperature > 0:
                 rng = counter_rng("generate", sampling.seed, names[at], sample)
                 drawn[job] = rng.random(sampling.max_new_tokens, dtype=np.float32)
@@ -130,7 +134,7 @@ class LlamaCppTeacher:
 
         def end(job: int, tokens: Sequence[int], finish: Finish) -> None:
             nonlocal ended
-            at, sample = jobs[job]
+            at, sample = divmod(job, samples)
             answer = Answer(
                 index=at,
                 row_id=names[at],
@@ -140,31 +144,33 @@ class LlamaCppTeacher:
                 finish_reason="stop" if finish == "stop" else "length",
                 logprob=float(likely[job]),
             )
-            found[job], ended = answer, ended + 1
+            ended += 1
             drawn.pop(job, None)
-            if on_batch is not None:
+            if on_batch is None:
+                found[job] = answer
+            else:
                 on_batch([answer])
             if progress is not None:
                 progress(ended, len(jobs), f"{ended / (time.monotonic() - started):.1f} rows/s")
 
-        schemas = json_schemas if json_schemas is not None else [""] * len(given)
+        schemas = json_schemas if json_schemas is not None else Made(range(len(prompts)), lambda at: "")
         roots: dict[str, Grammar] = {}
         try:
             for schema in dict.fromkeys(filter(None, schemas)):
                 roots[schema] = self.runner.grammar(gbnf(schema))
             self.runner.write(
-                [given[at] for at, _ in jobs],
+                Made(jobs, lambda job: array("i", given[job // samples]).tolist()),
                 max_new_tokens=sampling.max_new_tokens,
                 on_start=start,
                 on_end=end,
                 pick=pick,
                 on_tokens=add,
-                root=lambda job: roots.get(schemas[jobs[job][0]]),
+                root=lambda job: roots.get(schemas[job // samples]),
             )
         finally:
             for root in roots.values():
                 root.close()
-        yield from (one for one in found if one is not None)
+        yield from (found[job] for job in jobs if job in found)
 
     def _encode(self, prompt: Messages | Sequence[int], tools: Sequence[dict[str, Any]]) -> list[int]:
         if len(prompt) and isinstance(prompt[0], dict):

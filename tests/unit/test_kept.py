@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from edgedistill.fingerprint import Key, digest
 from edgedistill.gc import collect_garbage, verify_store
-from edgedistill.kept import Kept
+from edgedistill.kept import WRITTEN, Kept
 from edgedistill.store import Entry, Store
 
 
@@ -59,6 +61,22 @@ def test_it_goes_with_the_file_that_it_belongs_to(tmp_path: Path) -> None:
     assert count == 1 and freed > 10 and other.get("a") == b"some bytes"
     collect_garbage(store, [one.key])
     assert mine.get("a") == b"some bytes" and other.get("a") is None and not other.path.exists()
+
+
+def test_what_killed_processes_left_half_written_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = put(store, "one")
+    kept = Kept(tmp_path, "x", of=one.files["model.gguf"].sha256)
+    kept.put({"a": b"some bytes"})
+    old, index, new = (kept.path / name for name in (".0123abcd", ".index.json.0123abcd", ".4567abcd"))
+    for path in (old, index, new):
+        path.write_bytes(b"half")
+    for path in (old, index, kept.path / "a"):
+        os.utime(path, (time.time() - WRITTEN - 60,) * 2)
+    assert collect_garbage(store, [one.key], dry_run=True)[1] == 8 and old.exists()
+    assert collect_garbage(store, [one.key])[1] == 8
+    assert not old.exists() and not index.exists() and new.exists()  # that one may be written at this moment
+    assert kept.get("a") == b"some bytes"
 
 
 def test_two_that_write_at_once_leave_whole_pieces(tmp_path: Path) -> None:

@@ -440,11 +440,10 @@ class GgufRunner:
 def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Count the tokens that all prompts start with; one token is left to each, for its logits."""
     limit = min(len(p) for p in prompts) - 1
-    first = prompts[0]
-    for n in range(limit):
-        if any(p[n] != first[n] for p in prompts):
-            return n
-    return max(limit, 0)
+    first, n = prompts[0], max(limit, 0)
+    for prompt in prompts:
+        n = next((at for at in range(n) if prompt[at] != first[at]), n)
+    return n
 
 
 def _groups(
