@@ -37,7 +37,7 @@ CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
 """
 
 KEY = 32  # bytes of a row's key
-PIECE = 500  # keys that are looked up at once
+PIECE = 100  # keys that are looked up at once, and so the answers that are in memory
 
 
 @dataclass(frozen=True, kw_only=True)

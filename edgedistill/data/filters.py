@@ -313,7 +313,7 @@ class _Bands:
     and is sorted where it lies, so that a merge takes no memory of its own.
     """
 
-    NEWEST = 1 << 15  # hashes in the dictionary, at most
+    NEWEST = 1 << 13  # hashes in the dictionary, at most: it takes 200 bytes for each
 
     def __init__(self) -> None:
         self._new: dict[int, list[int]] = {}

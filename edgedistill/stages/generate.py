@@ -105,6 +105,7 @@ class Generate(Stage):
         with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
             for index, question in enumerate(questions):
                 if index % PIECE == 0:  # all at once would take as much memory as all tokens, many times over
+                    stored.clear()
                     stored = ctx.rows.get(questions.keys()[index : index + PIECE])
                 row, answer = rows[index // self.samples], stored[question.key]
                 tokens += answer.count

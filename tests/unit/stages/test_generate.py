@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -44,7 +45,11 @@ def made(there: JsonServer, prompts: tuple[Row, ...], **fields: Any) -> Generate
     return Generate(teacher=TEACHER, server=server, **{**how, **asked, **fields})
 
 
-def run(folder: Path, stage: Generate) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def parsed(file: IO[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file]
+
+
+def run(folder: Path, stage: Generate, read: Callable[[IO[str]], Any] = parsed) -> tuple[dict[str, Any], Any]:
     """Run the step on the row store of a folder; return its facts and the lines of its view."""
     out = folder / f"out-{len(list(folder.iterdir()))}"
     out.mkdir()
@@ -59,7 +64,8 @@ def run(folder: Path, stage: Generate) -> tuple[dict[str, Any], list[dict[str, A
         note=lambda text: None,
     )
     facts = dict(stage.run(ctx))
-    return facts, [json.loads(line) for line in (out / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (out / "rows.jsonl").open(encoding="utf-8", newline="\n") as file:
+        return facts, read(file)
 
 
 def test_half_a_surrogate_pair_in_an_answer_or_a_call_loses_that_character_and_not_the_build(tmp_path: Path) -> None:
@@ -155,6 +161,21 @@ def test_what_is_stored_is_not_in_memory_all_at_once(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert (facts["asked"], facts["tokens"], len(lines)) == (0, len(prompts) * tokens, len(prompts))
     assert peak < 0.6 * 36 * tokens * len(prompts)
+
+
+def test_while_a_server_is_asked_no_more_is_in_memory_than_what_is_under_way(tmp_path: Path) -> None:
+    prompts, said = rows(*(f"p{at}" for at in range(400))), "A long answer. " * 700
+    with CallingServer(lambda body: {"content": said}) as there:
+        run(tmp_path, made(there, rows("what is loaded at the first one")))
+        tracemalloc.start()
+        try:
+            facts, lines = run(tmp_path, made(there, prompts), read=lambda file: sum(1 for _ in file))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (facts["asked"], lines) == (len(prompts), len(prompts))
+    most = 0.5 * len(prompts) * len(said)
+    assert peak < most
 
 
 NAMES = ("play", "call", "alarm")
