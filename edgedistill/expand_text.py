@@ -15,7 +15,8 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.recipe_labels import CHARACTERS
 from edgedistill.recipe_teacher import Teacher
 from edgedistill.stages.analyse import Analyse
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 from edgedistill.stages.generate import Generate, GenerateAnalyses, GenerateRecovery
 from edgedistill.stages.label_filter import LabelFilter
 from edgedistill.stages.label_likelihoods import LabelLikelihoods

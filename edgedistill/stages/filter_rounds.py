@@ -11,7 +11,8 @@ from edgedistill.data.answers import evenly
 from edgedistill.data.sifting import Tally, best
 from edgedistill.fingerprint import Key
 from edgedistill.jsonl import each_line
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 from edgedistill.step import Context
 
 

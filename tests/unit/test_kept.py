@@ -71,8 +71,9 @@ def test_what_killed_processes_left_half_written_is_swept_and_nothing_else(tmp_p
     old, index, new = (kept.path / name for name in (".0123abcd", ".index.json.0123abcd", ".4567abcd"))
     for path in (old, index, new):
         path.write_bytes(b"half")
+    ago = time.time() - WRITTEN - 60
     for path in (old, index, kept.path / "a"):
-        os.utime(path, (time.time() - WRITTEN - 60,) * 2)
+        os.utime(path, (ago, ago))
     assert collect_garbage(store, [one.key], dry_run=True)[1] == 8 and old.exists()
     assert collect_garbage(store, [one.key])[1] == 8
     assert not old.exists() and not index.exists() and new.exists()  # that one may be written at this moment

@@ -16,7 +16,8 @@ from edgedistill.evals.execution import code_of
 from edgedistill.evals.metrics import find_metric
 from edgedistill.fingerprint import Key
 from edgedistill.recipes import copy_recipe
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 from tests.unit.test_plan import make
 
 TESTS = "assert add(2, 3) == 5"

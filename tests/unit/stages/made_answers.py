@@ -18,7 +18,8 @@ from edgedistill.data.thinking import join
 from edgedistill.data.verdicts import Verdict, changes, shown_key
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 
 ANSWERS, FAILED, BEFORE, GRADES = (Key(letter * 64) for letter in "abcd")
 OTHERS = (("beta", Key("e" * 64)), ("gamma", Key("f" * 64)))

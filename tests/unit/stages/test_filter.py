@@ -16,7 +16,8 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 
 CALL = '{"name":"set_alarm"}'
 WHY = "They want to be woken, so this is an alarm."

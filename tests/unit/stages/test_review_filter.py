@@ -14,8 +14,9 @@ from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
 from edgedistill.data.verdicts import Verdict, changes, shown_key
 from edgedistill.fingerprint import Key
-from edgedistill.stages.filter import Filter, ThinkingFilter
+from edgedistill.stages.filter import Filter
 from edgedistill.stages.filter_rounds import RoundFilter
+from edgedistill.stages.filter_thinking import ThinkingFilter
 
 GOLD = "gold"
 
