@@ -23,9 +23,9 @@ def wrong_answers(
     """Return, by row, what users see (``shown``) of the answers that missed the reference: the first ``most`` that differ."""
     found: dict[str, dict[str, None]] = {}
     for answer in rejected if most else ():
-        if answer["why"].startswith("reference"):
-            found.setdefault(answer["id"], {})[shown(answer["text"])] = None
-    return {row_id: list(texts)[:most] for row_id, texts in found.items()}
+        if answer["why"].startswith("reference") and len(texts := found.setdefault(answer["id"], {})) < most:
+            texts[shown(answer["text"])] = None
+    return {row_id: list(texts) for row_id, texts in found.items()}
 
 
 def objection(messages: Sequence[Message], shown: str) -> list[Message]:
