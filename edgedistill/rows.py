@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
 """
 
 KEY = 32  # bytes of a row's key
+UNDER_WAY = 512  # questions that are kept a while, as they are looked at several times until they are answered
 PIECE = 100  # keys that are looked up at once, and so the answers that are in memory
 
 
@@ -61,16 +62,17 @@ class Question:
 class Questions(Made[Question]):
     """Questions that are made when they are looked at: of each its key stays in memory, 32 bytes."""
 
-    def __init__(self, asks: Sequence[Question]) -> None:
+    def __init__(self, asks: Sequence[Question], keys: Iterable[str] | None = None) -> None:
+        @lru_cache(UNDER_WAY)
         def again(at: int) -> Question:
             question = asks[at]
             question.__dict__["key"] = self.key(at)  # the cached one: a digest takes longer than all else here
             return question
 
         super().__init__(range(len(asks)), again)
-        self._raw = bytearray()
-        for question in asks:
-            self._raw += bytes.fromhex(question.key)
+        self._asks, self._raw = asks, bytearray()
+        for key in keys if keys is not None else (question.key for question in asks):
+            self._raw += bytes.fromhex(key)
 
     def key(self, at: int) -> str:
         """Return the key of a question."""
@@ -82,7 +84,7 @@ class Questions(Made[Question]):
 
     def some(self, numbers: Sequence[int]) -> Questions:
         """Return those with these numbers."""
-        return Questions(Made(numbers, self.__getitem__))
+        return Questions(Made(numbers, self._asks.__getitem__), map(self.key, numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +164,14 @@ class RowStore:
         import numpy as np
 
         numbers, raw, rest, start = array("I"), bytearray(), iter(keys), 0
-        while part := list(islice(rest, PIECE)):
-            stored = self.known(part)
-            for at, key in enumerate(part, start):
-                if key not in stored:
-                    numbers.append(at)
-                    raw += bytes.fromhex(key)
-            start += len(part)
+        with self.held():
+            while part := list(islice(rest, PIECE)):
+                stored = self.known(part)
+                for at, key in enumerate(part, start):
+                    if key not in stored:
+                        numbers.append(at)
+                        raw += bytes.fromhex(key)
+                start += len(part)
         first = np.unique(np.frombuffer(raw, dtype=f"S{KEY}"), return_index=True)[1]
         return array("I", np.asarray(numbers, dtype=np.uint32)[np.sort(first)].tobytes())
 

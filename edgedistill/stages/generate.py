@@ -102,18 +102,18 @@ class Generate(Stage):
         questions = self._questions(ctx, Made(every, put))
         missing = self._ask_missing(ctx, questions, Made(every, lambda at: rows[at // self.samples].id))
         tokens, stored = 0, dict[str, Answered]()
-        with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file:
-            for index, question in enumerate(questions):
+        with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file, ctx.rows.held():
+            for index, key in enumerate(questions.keys()):
                 if index % PIECE == 0:  # all at once would take as much memory as all tokens, many times over
                     stored.clear()
                     stored = ctx.rows.get(questions.keys()[index : index + PIECE])
-                row, answer = rows[index // self.samples], stored[question.key]
+                answer = stored[key]
                 tokens += answer.count
-                text, finish = self.shown(question, answer)
+                text, finish = self.shown(questions[index], answer) if answer.calls else (answer.text, answer.finish)
                 line = {
-                    "id": row.id,
-                    "row": question.key,
-                    "sample": question.sample,
+                    "id": rows[index // self.samples].id,
+                    "row": key,
+                    "sample": index % self.samples,
                     "text": text,
                     "finish": finish,
                     "logprob": round(answer.logprob, 4),
@@ -173,8 +173,8 @@ class Generate(Stage):
         return len(missing)
 
     def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
-        """Return an answer's text, with its calls as the student is to write them, and why it ended."""
-        if not answer.calls or self.chat is None:
+        """Return the text of an answer that has calls, with them as the student is to write them, and why it ended."""
+        if self.chat is None:
             return answer.text, answer.finish
         from edgedistill.teachers.calls import NO_CALL, write_calls
 
