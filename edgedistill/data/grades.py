@@ -68,7 +68,7 @@ def histogram(grades: Grades) -> dict[str, int]:
 
 
 class GradeTable:
-    """Look up the grades that several files hold, in 32 bytes an answer. Of an answer that stands in two the last one counts."""
+    """Look up the grades that several files hold, in 20 bytes an answer. Of an answer that stands in two the last one counts."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         import numpy as np

@@ -28,7 +28,7 @@ EXACT = 1e-6  # what rounding may take from the cosine of a vector with itself
 
 
 class Vectors:
-    """Look up the vectors of answers in several entries; 16 bytes an answer are in memory."""
+    """Look up the vectors of answers in several entries; 12 bytes an answer are in memory."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._files = [(folder / "vectors.f32").open("rb") for folder in folders]
