@@ -180,11 +180,15 @@ def quantize_model(
     plan, keys = _plan(resolved, wanted, calibration, general, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
-    if (
-        calibration is None
-        and not general
-        and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted)
-    ):
+    calibrated = any(_is_calibrated(format_, choice) for _, format_, choice in wanted)
+    onnx = any(f == "onnx" and (choice.type == AUTO or choice.rounding == "gptq") for _, f, choice in wanted)
+    unread = ["--general"] if general and not (calibrated or caches) else []
+    if calibration is not None and not (calibrated or caches or onnx):
+        unread.insert(0, f"--calibration {calibration}")
+    if unread:
+        names = ", ".join(name for name, _, _ in wanted)
+        reporter.note(f"left out: {' and '.join(unread)}, since no importance matrix is read by {names}")
+    if calibration is None and not general and calibrated:
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
@@ -197,6 +201,19 @@ def quantize_model(
     if dry_run:
         return [_chosen(store, plan, line) for line in wanted]
     return [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+
+
+def _is_calibrated(format_: str, choice: Types) -> bool:
+    """Tell whether a file goes by an importance matrix, or is rounded by the text that one is measured on."""
+    if format_ == "onnx" or not choice.imatrix:
+        return False
+    from edgedistill.formats.gguf.types import reads_imatrix
+
+    return (
+        choice.type == AUTO
+        or choice.rounding == "gptq"
+        or reads_imatrix(choice.type, choice.embedding_type, choice.output_type)
+    )
 
 
 def _refuse_choice(resolved: Resolved, name: str, choice: Types, reporter: Reporter | None) -> None:
@@ -259,7 +276,8 @@ def _plan(
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
-    if (text or general) and container is not None:
+    calibrated = caches or any(_is_calibrated(format_, choice) for _, format_, choice in wanted)
+    if (text or general) and container is not None and calibrated:
         own = add_general(graph, "converse", container, general, params, llama)
         stage = CalibrateText(model=container, text=text, tool=llama, general=own)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
@@ -282,7 +300,7 @@ def _plan(
             types = add_choice(graph, f"allocate/{name}", model, table, choice.size, speeds.get(name))
         stage = Quantize(
             model=model,
-            calibration=imatrix if choice.imatrix and not onnx else None,
+            calibration=imatrix if _is_calibrated(format_, choice) else None,
             format=format_,
             type=choice.type,
             embedding_type=choice.embedding_type,

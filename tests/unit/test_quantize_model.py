@@ -354,3 +354,21 @@ def test_a_second_size_makes_only_what_is_new_and_the_same_file(model: Path, tex
         feedback=json.loads((first["calibrate-text"].path / "tokens.json").read_text()),
     )
     assert (tmp_path / "alone.gguf").read_bytes() == path.read_bytes()
+
+
+def test_text_that_no_type_is_calibrated_on_is_told_and_not_run(model: Path, text: Path, tmp_path: Path) -> None:
+    laptop, reporter = profile(tmp_path / "laptop.toml", 'type = "Q8_0"\nimatrix = true'), Noted()
+    store = Store(tmp_path / "store")
+    make: dict[str, Any] = {"out": tmp_path / "out", "store": store, "reporter": reporter}
+    quantize_model(str(model), targets=[laptop], types=["Q8_0", "F16"], calibration=text, general=2, **make)
+    assert {entry.stage for key in store.all_keys() if (entry := store.load(key))} == {"base", "convert", "quantize"}
+    assert reporter.notes == [
+        f"left out: --calibration {text} and --general, since no importance matrix is read by {laptop}, Q8_0, F16"
+    ]
+    reporter.notes.clear()
+    quantize_model(str(model), targets=[laptop], types=[], **make)
+    assert reporter.notes == []  # nor does it cost accuracy that there is none
+
+    rounded = profile(tmp_path / "rounded.toml", 'type = "Q8_0"\nimatrix = true\nrounding = "gptq"')
+    quantize_model(str(model), targets=[rounded], types=["F16"], calibration=text, **make)
+    assert list(store.root.glob("entries/*/*/tokens.json")) and reporter.notes == []
