@@ -316,7 +316,9 @@ def quantize(
     types: Annotated[str | None, typer.Option(help="types instead of targets: Q4_K_M,Q8_0,… or auto")] = None,
     size: Annotated[str | None, typer.Option(help="auto: most bytes of the file, such as '90 MiB'")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the files")] = Path("quantized"),
-    calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="rows (JSONL, JSON, CSV, Parquet) or plain text for the importance matrix")
+    ] = None,
     general: Annotated[
         int,
         typer.Option(

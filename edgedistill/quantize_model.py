@@ -14,6 +14,7 @@ from typing import Any
 
 from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
+from edgedistill.data.sources import SUFFIXES
 from edgedistill.errors import EdgeDistillError, UsageError
 from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, onnx_options
 from edgedistill.fingerprint import Key, digest
@@ -143,13 +144,13 @@ def quantize_model(
             what = "choose types" if choice.type == AUTO else "round with feedback"
             raise UsageError(
                 f"{name}: to {what} takes text of the task",
-                "give --calibration FILE: JSONL rows or plain text"
+                "give --calibration FILE: rows (JSONL, CSV, …) or plain text"
                 + ("; or --general 64: text that the model writes itself" if format_ == "gguf" else ""),
             )
         if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required":
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix",
-                "give --calibration FILE: JSONL rows or plain text; or --general 64: text that the model writes itself",
+                "give --calibration FILE: rows (JSONL, CSV, …) or plain text; or --general 64: text that the model writes itself",
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
@@ -323,7 +324,7 @@ def _plan(
 
 def _calibration_text(path: Path) -> tuple[str, ...]:
     """Read calibration text: rows (prompt and reference), or plain text in pieces of about 2,000 characters."""
-    if path.suffix in (".jsonl", ".gz", ".parquet") or path.is_dir():
+    if path.name.endswith((*SUFFIXES, ".gz")) or path.is_dir():
         rows = load_rows(path)
         return tuple(
             "\n".join([*(str(m.get("content") or "") for m in row.messages), row.reference or ""]) for row in rows[:400]
@@ -331,7 +332,11 @@ def _calibration_text(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error})", "give a .jsonl or .txt file") from error
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise UsageError(
+            f"{path}: cannot be read as text ({why})",
+            f"give plain text in UTF-8, or rows: {', '.join(SUFFIXES)}",
+        ) from error
     if not text.strip():
         raise UsageError(f"{path}: empty", "give some text of the kind that the model will see")
     return tuple(text[start : start + 2000] for start in range(0, min(len(text), 800_000), 2000))

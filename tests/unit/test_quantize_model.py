@@ -372,3 +372,45 @@ def test_text_that_no_type_is_calibrated_on_is_told_and_not_run(model: Path, tex
     rounded = profile(tmp_path / "rounded.toml", 'type = "Q8_0"\nimatrix = true\nrounding = "gptq"')
     quantize_model(str(model), targets=[rounded], types=["F16"], calibration=text, **make)
     assert list(store.root.glob("entries/*/*/tokens.json")) and reporter.notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", '[{"prompt": "wake me", "reference": "Done."}, {"prompt": "and you?"}]'),
+        ("rows.csv", 'prompt,reference\nwake me,Done.\n"and you?",\n'),
+        ("rows.tsv", "prompt\treference\nwake me\tDone.\nand you?\t\n"),
+    ],
+)
+def test_tables_and_lists_are_calibrated_on_as_rows(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert _calibration_text(path) == ("wake me\nDone.", "and you?\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.json", '{"a": [1, 2]}', r"rows\.json:1: no messages"),
+        ("rows.json", '[{"prompt": "a"},', r"rows\.json:1: malformed JSON"),
+        ("rows.json", '"words"', r"rows\.json:1: a row must be a JSON object, not a string"),
+        ("rows.json", "[]", r"rows\.json: no rows"),
+        ("rows.csv", "a;b\n1;2\n", r"rows\.csv:1: the columns are separated by semicolons"),
+        ("rows.csv", "prompt,reference\nwake me\n", r"rows\.csv:2: 1 cells, and the header names 2 columns"),
+        ("rows.csv", "", r"rows\.csv: no rows"),
+        ("text.txt", " \n", r"text\.txt: empty"),
+        ("text.txt", b"\xff\xfe\x00", r"text\.txt: cannot be read as text"),
+        ("rows.xlsx", b"PK\x03\x04\x14\x00\xe2", r"rows\.xlsx: cannot be read as text \(not UTF-8 at byte 6\)"),
+        ("missing.json", None, r"missing\.json: no such file"),
+        ("missing.txt", None, r"missing\.txt: cannot be read as text \(No such file or directory\)"),
+    ],
+)
+def test_calibration_that_cannot_be_read_is_refused_by_file(
+    name: str, content: str | bytes | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=said) as caught:
+        _calibration_text(path)
+    assert caught.value.hint
