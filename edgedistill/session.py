@@ -14,7 +14,8 @@ from edgedistill.chat_template import named_template
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
-from edgedistill.models import HubFile, Resolved, Task, fetch_rows, read_lock, resolve, write_lock
+from edgedistill.lock import read_lock, write_lock
+from edgedistill.models import HubFile, Resolved, Task, fetch_rows, resolve
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
