@@ -35,7 +35,6 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe import Suite
 from edgedistill.recipe_teacher import Another
 from edgedistill.served import Server
-from edgedistill.stages.convert import Convert
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.measure import Measure
 from edgedistill.stages.package import DraftedPackage, Package
@@ -143,23 +142,6 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             self._evaluate("evaluate/base", base, "model", params, kind="decode", only=told)
 
     # artifacts
-
-    def _convert(self, name: str, model: Key, of: Resolved, params: int, *, title: str = "") -> Key:
-        stage = Convert(
-            model=model,
-            dtype="f16",
-            tool=self.gguf_tool,
-            title=f"{self.recipe.name} {title or name.removeprefix('convert/')}",
-            licence=of.facts.licence or "",
-            rows=self.checks,
-        )
-        return self.graph.add(
-            name,
-            stage,
-            Work(kind="convert", amount=2 * params),
-            memory=8 * params + RUNTIME_MIB * MIB,
-            disk=2 * params + 4 * MIB,
-        )
 
     def _artifacts(self, teacher: Key, base: Key, student: Key, healed: Key, kept: Key, scores: Key) -> None:
         """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""

@@ -16,7 +16,7 @@ from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.sources import SUFFIXES
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, onnx_options
+from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, is_wide, onnx_options
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, kept, resolve
@@ -36,7 +36,6 @@ from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
-WIDER = ("F32", "BF16")  # than F16, in bits or in range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +270,7 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
-            if any(format_ == "gguf" and choice.type in WIDER for _, format_, choice in wanted):
+            if any(format_ == "gguf" and is_wide(choice) for _, format_, choice in wanted):
                 work = Work(kind="convert", amount=4 * params)
                 wide = graph.add("convert/f32", replace(convert, dtype="f32"), work, disk=4 * params)
     imatrix = sensitivity = of_onnx = None
@@ -293,7 +292,7 @@ def _plan(
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
-        model = base if onnx else wide if wide and choice.type in WIDER else container
+        model = base if onnx else wide if wide and is_wide(choice) else container
         assert model is not None  # the checks above leave no other case
         types, table = None, of_onnx if onnx else sensitivity
         if choice.type == AUTO:
