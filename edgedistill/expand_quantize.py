@@ -15,7 +15,8 @@ from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
 from edgedistill.kv_cache import CHOICES, F16, Pair, cache_bytes
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
 from edgedistill.refusals_auto import speeds_of

@@ -21,7 +21,8 @@ from edgedistill.data.verdicts import Verdict, read_verdicts
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.fingerprint import file_digest
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
 from edgedistill.recipe_distill import Distill, Keep

@@ -15,7 +15,8 @@ from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
 from edgedistill.lock import read_lock, write_lock
-from edgedistill.models import HubFile, Resolved, Task, fetch_rows, resolve
+from edgedistill.model_facts import Task
+from edgedistill.models import HubFile, Resolved, fetch_rows, resolve
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe

@@ -17,7 +17,8 @@ from edgedistill.errors import RecipeError
 from edgedistill.evals.statistics import paired_difference
 from edgedistill.evals.suites import load_scores
 from edgedistill.lock import read_lock, write_lock
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.plan import Plan
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect, write_html

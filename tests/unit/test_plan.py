@@ -13,7 +13,8 @@ import pytest
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
