@@ -323,13 +323,15 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             return None
         path = self.inputs.path.parent / suite.grammar
         try:
-            return path.read_text()
-        except OSError as error:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            name = next(name for name, one in self.recipe.suites.items() if one is suite)
+            why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
             raise RecipeError(
-                f"{path}: {error.strerror}",
+                f"{path}: {why}",
                 "write the GBNF grammar there, or leave the key out",
                 file=self.inputs.path,
-                key="grammar",
+                key=f"suites.{name}.grammar",
             ) from None
 
     def _measure(
