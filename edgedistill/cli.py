@@ -280,7 +280,6 @@ def report(
         _note(f"{count} training logs: tensorboard --logdir {tensorboard}")
     data = collect(session)
     page = output or session.path.parent / "dist" / session.recipe.name / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
     write_html(data, page)
     if as_json:
         _print_json(data.to_json())

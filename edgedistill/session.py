@@ -127,7 +127,13 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
             "gguf",
         )  # your own files may change: that is a new build, not an error
         pin = None if local else pins.get(source)
-        found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
+        try:
+            found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
+        except UsageError as error:
+            at = next((at for at, one in enumerate(recipe.teachers) if one.model == source), None)
+            key = "student.model" if at is None else f"teachers.{at}.model"
+            key = "teacher.model" if source == recipe.teacher.model else key
+            raise RecipeError(error.message, error.hint, file=path, key=key) from None
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
     student = found[of_student]
 

@@ -308,6 +308,8 @@ def _recipe_error(
         if one["type"] == "edgedistill_key":
             key = (*key, *split_dotted(str(one.get("ctx", {})["key"])))
             found = None
+        if one["type"] == "too_short" and isinstance(found, list) and len(found) >= one.get("ctx", {})["min_length"]:
+            continue  # of entries of which one is wrong, and told of by itself
         messages.setdefault(key, []).append(_say(one, key, found, data, model))
 
     def line_of(key: Key) -> int:
@@ -399,6 +401,13 @@ def _say(error: Any, key: Key, found: Any, data: dict[str, Any], model: type[Bas
     base = re.sub(r"_(attributes_)?(type|parsing|parsing_size)$", "", kind)
     if base != kind and base in _EXPECTED:
         return "expected", _EXPECTED[base]
+    if kind == "too_short":
+        least, had = ctx["min_length"], ctx["actual_length"]
+        return "said", f"at least {least} {'entry is' if least == 1 else 'entries are'} needed; found {had}"
+    if kind == "string_pattern_mismatch":
+        return "said", f"has characters that it may not; found {_found(found)}, the pattern is {ctx['pattern']}"
+    if kind == "finite_number":
+        return "expected", "a finite number"
     message = str(error["msg"])
     message = re.sub(r"^Input should be ", "expected a value ", message)
     return "said", f"{message[:1].lower()}{message[1:]}; found {_found(found)}"
