@@ -335,7 +335,7 @@ def quantize(
     names = [name for name in (types or "").split(",") if name]
     results = quantize_model(
         model, targets=target or [], types=names, out=output, calibration=calibration, general=general, size=size,
-        reporter=TerminalReporter(), dry_run=dry_run,
+        reporter=TerminalReporter(raised=True), dry_run=dry_run,
     )  # fmt: skip
     _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))
 

@@ -211,7 +211,7 @@ def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
     ("change", "told"),
     [
         (("lr = 1e-4", "lr = inf"), "distill.lr: expected a finite number; found inf"),
-        (('["prompts.jsonl"]', "[]"), "prompts.files: at least 1 entry is needed; found 0"),
+        (('["prompts.jsonl"]', "[]"), "prompts.files: entries needed: at least 1; found 0"),
         (('["prompts.jsonl"]', "[1]"), "prompts.files[0]: expected a string; found 1"),
         (('"tiny"', '"Tiny"'), 'name: has characters that it may not; found "Tiny"'),
     ],

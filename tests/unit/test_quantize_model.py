@@ -414,3 +414,12 @@ def test_calibration_that_cannot_be_read_is_refused_by_file(
     with pytest.raises(UsageError, match=said) as caught:
         _calibration_text(path)
     assert caught.value.hint
+
+
+def test_what_fails_in_a_step_is_said_once(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "tiny")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    command = [sys.executable, "-m", "edgedistill", "quantize", str(folder), "--types", "Q8_0", "-o", str(tmp_path)]
+    environment = {**os.environ, "EDGEDISTILL_STORE": str(tmp_path / "store")}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "not a safetensors file" in done.stderr
