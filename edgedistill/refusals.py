@@ -395,8 +395,8 @@ def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
 
 
 def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
-    """Refuse a vocabulary larger than the model's, or of a tokenizer that cannot spell what was cut away."""
-    from edgedistill.families import check_trimmable
+    """Refuse a vocabulary larger than the model's, of a tokenizer that cannot spell what was cut away, or too small for that."""
+    from edgedistill.families import BYTES, check_trimmable
 
     model, facts = inputs.recipe.student.model, inputs.student.facts
     if size > facts.vocab:
@@ -406,13 +406,21 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
             key=key,
             file=inputs.path,
         )
+    least = BYTES
     if (
         inputs.student.path.is_dir()
     ):  # a GGUF that `base` dequantizes has a byte-level BPE tokenizer, or is refused there
         try:
-            check_trimmable(inputs.student.path)
+            least = check_trimmable(inputs.student.path)
         except UsageError as error:
             raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
+    if size < least:
+        raise RecipeError(
+            f"{least} tokens spell whatever is written, single bytes and added tokens: {size} are fewer",
+            f"take {-(-(least + 1) // 64) * 64} or more; the rows that are taught need theirs beside these",
+            key=key,
+            file=inputs.path,
+        )
 
 
 def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:

@@ -571,6 +571,11 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"tune__skip": 99999}, {}, "leaves out 99999 rows"),
         ({}, {"architecture": "qwen2"}, "the llama family"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
+        (
+            {"student__vocabulary": 255},
+            {},
+            r"student\.vocabulary: 256 tokens spell whatever is written.* 255 are fewer",
+        ),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in the suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in the suite"),
         ({"suites__ood__files": ["data/holdout.jsonl"]}, {}, "stands in the suite 'holdout' and in the suite 'ood'"),
