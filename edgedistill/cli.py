@@ -454,6 +454,7 @@ def _install(part: str) -> None:
 
 def main() -> None:
     """Run the command line: errors become one message and an exit code; Ctrl-C loses nothing."""
+    import errno
     import traceback
 
     from edgedistill.errors import EdgeDistillError
@@ -475,6 +476,11 @@ def main() -> None:
     except Exception as error:
         if _verbose:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            place = error.filename or "a file"
+            hint = "df -h" if error.errno == errno.ENOSPC else f"ls -l {place}"
+            typer.echo(f"error: {place}: {error.strerror}\n  try: {hint}", err=True)
+            sys.exit(2)
         typer.echo(
             f"error: {type(error).__name__}: {error}\n  this is a bug; edgedistill -v shows the traceback", err=True
         )
