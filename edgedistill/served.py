@@ -14,7 +14,8 @@ from typing import Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import canonical_json, digest
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_teacher import SERVED, Asked, every_asked
 from edgedistill.spending import Budget, Ledger

@@ -23,8 +23,8 @@ def put(store: Store, name: str) -> Entry:
 
 def test_a_piece_comes_back_for_the_same_inputs_only(tmp_path: Path) -> None:
     kept = Kept(tmp_path, ["moments", [1, 2]], of="ab")
-    kept.put({"a": b"one", "b": b"two"})
-    kept.put({"c": b"three"})
+    kept.put({"a": b"one", "b": b"two"}.items())
+    kept.put({"c": b"three"}.items())
     again = Kept(tmp_path, ["moments", [1, 2]], of="ab")
     assert [again.get(name) for name in "abcd"] == [b"one", b"two", b"three", None]
     assert Kept(tmp_path, ["moments", [1, 3]], of="ab").get("a") is None
@@ -35,7 +35,7 @@ def test_a_piece_comes_back_for_the_same_inputs_only(tmp_path: Path) -> None:
 def test_a_damaged_piece_is_none(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path)
     kept = Kept(tmp_path, "x", of="ab")
-    kept.put({"a": b"one", "b": b"two"})
+    kept.put({"a": b"one", "b": b"two"}.items())
     assert verify_store(store) == []
     file = kept.path / ("index.json" if damage == "index" else "a")
     if damage == "gone":
@@ -45,7 +45,7 @@ def test_a_damaged_piece_is_none(tmp_path: Path, damage: str) -> None:
     assert kept.get("a") is None
     assert kept.get("b") == (None if damage == "index" else b"two")
     assert len(verify_store(store)) == (damage != "index")
-    kept.put({"a": b"one"})
+    kept.put({"a": b"one"}.items())
     assert kept.get("a") == b"one" and verify_store(store) == []
 
 
@@ -54,7 +54,7 @@ def test_it_goes_with_the_file_that_it_belongs_to(tmp_path: Path) -> None:
     one, two = put(store, "one"), put(store, "two")
     mine, other = (Kept(tmp_path, "x", of=entry.files["model.gguf"].sha256) for entry in (one, two))
     for kept in (mine, other):
-        kept.put({"a": b"some bytes"})
+        kept.put({"a": b"some bytes"}.items())
     count, freed, _ = collect_garbage(store, [one.key], dry_run=True)
     assert count == 1 and freed > 10 and other.get("a") == b"some bytes"
     collect_garbage(store, [one.key])
@@ -63,7 +63,7 @@ def test_it_goes_with_the_file_that_it_belongs_to(tmp_path: Path) -> None:
 
 def test_two_that_write_at_once_leave_whole_pieces(tmp_path: Path) -> None:
     data = {f"{number}": bytes([number]) * 5000 for number in range(20)}
-    threads = [threading.Thread(target=lambda: Kept(tmp_path, "x", of="ab").put(data)) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: Kept(tmp_path, "x", of="ab").put(data.items())) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -11,7 +11,8 @@ import pytest
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.refusals_filter import warn_of_labels
