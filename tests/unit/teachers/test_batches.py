@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.served import Batching, Server
+from edgedistill.served import Server
 from edgedistill.spending import Budget, Spent, Use
 from edgedistill.teachers.batch_book import Book
 from edgedistill.teachers.openai import OpenAITeacher
 from edgedistill.teachers.protocol import Sampling
+from tests.batch_client import server, start
 from tests.batch_server import BatchServer, wait_for
 from tests.planned_server import USAGE
 
 ROWS = 10
 EACH = Use(USAGE["prompt_tokens"], USAGE["completion_tokens"])
-
-
-def server(url: str, *, requests: int = 50_000, retries: int = 3, **budget: Any) -> Server:
-    return Server(
-        urls=(url,),
-        model="m",
-        key_env="NO_SUCH_KEY",
-        concurrency=4,
-        timeout=10,
-        retries=retries,
-        account="a",
-        budget=Budget(**budget),
-        batch=Batching(requests=requests, window="24h", poll=0.01, share=0.5),
-    )
 
 
 class Asked:
@@ -139,21 +123,17 @@ def test_a_batch_of_a_client_that_is_gone_is_found_again(tmp_path: Path, step: s
     """Kills of real builds: tests/e2e/test_batched_teacher.py."""
     with BatchServer() as there:
         there.hang = step
-        gone = Asked(tmp_path, server(there.url, retries=0, tokens=100_000))
-
-        def hang() -> None:
-            with contextlib.suppress(StepFailed):  # when the server goes
-                gone.run()
-
-        threading.Thread(target=hang, daemon=True).start()
+        gone = start(tmp_path, there.url, range(ROWS), tokens=100_000)
         wait_for(there.hanging)
+        gone.kill()
+        gone.communicate()
         there.hang = ""
         if step == "create":  # somebody else's batches stand before it in the list
             for _ in range(5):
                 name = there.upload_lines([])
                 there.create({"input_file_id": name, "endpoint": "/v1/chat/completions", "completion_window": "24h"})
         again = Asked(tmp_path, server(there.url, tokens=100_000)).run()
-        assert again.stored == everything() and not gone.stored
+        assert again.stored == everything()
         assert set(there.batched.values()) == {1} and not there.single
         assert there.calls["create"] == 1 and there.calls["upload"] == (2 if step == "upload" else 1)
         assert (there.calls["list"] == 3) == (step == "create")
@@ -212,14 +192,10 @@ def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_b
     """OpenAI keeps them for a month."""
     with BatchServer() as there:
         there.hang = "poll"
-        gone = Asked(tmp_path, server(there.url, retries=0))
-
-        def hang() -> None:
-            with contextlib.suppress(StepFailed):
-                gone.run()
-
-        threading.Thread(target=hang, daemon=True).start()
+        gone = start(tmp_path, there.url, range(ROWS))
         wait_for(there.hanging)
+        gone.kill()
+        gone.communicate()
         there.hang = ""
         del there.files["output_file_id-1"]
         with pytest.raises(StepFailed, match="batch_1 ended without an answer") as error:
@@ -227,14 +203,3 @@ def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_b
         assert "build again" in error.value.hint
         again = Asked(tmp_path, server(there.url)).run()
     assert again.stored == everything() and again.spent.tokens > there.billed  # of the first nobody knows what it cost
-
-
-def test_two_builds_that_wait_for_a_batch_settle_it_once(tmp_path: Path) -> None:
-    book = Book(tmp_path / "rows.sqlite", "a", Budget(tokens=200))
-    batch = book.open("http://x", {"r1": Use(100, 10), "r2": Use(100, 10)})
-    assert batch is not None and list(batch.uses) == ["r1"]
-    assert book.under_way("http://x") == [batch] and book.under_way("http://y") == []
-    book.end(batch, Use(7, 3))
-    book.end(batch, Use(7, 3))
-    assert (book.spent().tokens, book.spent().requests) == (10, 1)
-    assert book.under_way("http://x") == []
