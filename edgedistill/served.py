@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from edgedistill.fingerprint import canonical_json, digest
 from edgedistill.models import ModelFacts, Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_teacher import SERVED, Asked, every_asked
-from edgedistill.spending import Budget, Ledger
+from edgedistill.rows import RowStore
+from edgedistill.spending import Budget, Ledger, Use, most, used
 from edgedistill.store import write_atomic
 
 KIND = SERVED.removesuffix(":")
@@ -255,20 +257,39 @@ def _abilities(server: Server, store: Path, *, scored: int) -> Abilities:
     memo = store / "models" / "served" / f"{digest([server.url, server.identity, scored])}.json"
     if memo.is_file():
         return Abilities(**json.loads(memo.read_text()))
-    found = probe(server, scored=scored)
+    bounded = server.budget.tokens is not None or server.budget.money is not None
+    with closing(server.ledger(RowStore(store).path)) as ledger:
+        found = probe(server, scored=scored, ledger=ledger if bounded else None)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(memo, json.dumps(asdict(found)))
     return found
 
 
-def probe(server: Server, *, scored: int) -> Abilities:
-    """Ask a server for its models and one token, and with ``scored`` for the best tokens along a given text. Raises UsageError."""
+def probe(server: Server, *, scored: int, ledger: Ledger | None = None) -> Abilities:
+    """Ask a server for its models and one token, and with ``scored`` for the best tokens along a given text; what that costs is
+    put down in the ``ledger``. Raises UsageError.
+    """
     import httpx2
 
     with httpx2.Client(headers=server.headers(), timeout=server.timeout) as client:
 
         def post(path: str, body: Mapping[str, Any]) -> httpx2.Response:
-            return client.post(server.url + path, json={"model": server.model, **body})
+            asked = {"model": server.model, **body}
+            if ledger is None:
+                return client.post(server.url + path, json=asked)
+            if not ledger.reserve(need := most(asked)):
+                raise UsageError(ledger.over(need), "raise teacher.budget: a server is asked what it can do")
+            try:
+                response = client.post(server.url + path, json=asked)
+            except httpx2.ConnectError:  # of any other, nobody knows what it cost
+                ledger.settle(need, Use(0, 0))
+                raise
+            if response.status_code == 200:
+                with suppress(ValueError):
+                    ledger.settle(need, used(response.json()) or need)
+            else:
+                ledger.settle(need, Use(0, 0))
+            return response
 
         try:
             context = _listed(client.get(f"{server.url}/models"), server)
