@@ -28,6 +28,16 @@ NAME = "teacher"
 SCORED = "prompt_logprobs"
 """vLLM's parameter for the log-probabilities of given text; the others' ``echo`` gives those of text that they cut themselves."""
 
+FOR_GOOD = ("invalid", "authentication", "permission", "not_found", "quota", "billing", "content", "context")
+"""In the type or the code of an error: another try would end the same, whatever else it says."""
+SIGNS = {
+    429: ("rate limit", "too many requests", "resource exhausted"),
+    503: ("overloaded", "unavailable", "at capacity", "try again"),
+    504: ("timeout", "time-out", "timed out", "deadline exceeded"),
+    500: ("server error", "internal error", "api error"),
+}
+"""Words of errors, and the statuses that they stand for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
@@ -299,6 +309,8 @@ def probe(server: Server, *, scored: int, ledger: Ledger | None = None) -> Abili
                 answer = post("/chat/completions", asked)
             if answer.status_code != 200:
                 raise UsageError(f"{server.url}: {refusal(server, answer)}", _remedy(server, answer.status_code))
+            if error_in(answer.json()) is not None:
+                raise UsageError(f"{server.url}: {refusal(server, answer)}", "see to the server, or mend [teacher]")
             logprobs = bool(answer.json()["choices"][0].get("logprobs"))
             scores = 0
             if scored:
@@ -341,10 +353,41 @@ def _remedy(server: Server, status: int) -> str:
 def refusal(server: Server, response: Any) -> str:
     """Return what a server says of a request that it refuses, in one line and without the key."""
     try:
-        told = response.json()
-        error = told.get("error", told) if isinstance(told, dict) else told
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
+        text = said(response.json())
     except ValueError:
         text = response.text
     text = " ".join(server.hide(text).split())
     return f"the server refuses ({response.status_code}): {text[:300] or 'it says nothing'}"
+
+
+def said(told: Any) -> str:
+    """Return the words of an error, or of a reply that is one."""
+    error = (error_in(told) or told.get("error", told)) if isinstance(told, dict) else told
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def error_in(reply: Mapping[str, Any]) -> Any:
+    """Return the error that a reply holds in the place of an answer: some servers, and what stands between them and us, send it
+    with the status of an answer. None where it holds none.
+    """
+    if reply.get("object") == "error":
+        return reply
+    choices = reply.get("choices")
+    if isinstance(choices, list) and choices:
+        return (choices[0].get("error") or None) if isinstance(choices[0], dict) else None
+    return reply.get("error") or None
+
+
+def status_of(error: Any) -> int:
+    """Return the HTTP status that an error in a reply stands for: the one that it names, or that of its words; 400 where these say
+    nothing of a server that may be asked again.
+    """
+    named = [error.get(key) for key in ("code", "status", "type")] if isinstance(error, dict) else []
+    for one in named:
+        if isinstance(one, int | str) and str(one).isdecimal() and 400 <= int(one) < 600:
+            return int(one)
+    words = " ".join(one for one in named if isinstance(one, str)).lower()
+    if any(word in words for word in FOR_GOOD):
+        return 400
+    text = f"{words} {error.get('message') if isinstance(error, dict) else error}".lower().replace("_", " ")
+    return next((status for status, signs in SIGNS.items() if any(sign in text for sign in signs)), 400)

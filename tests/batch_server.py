@@ -17,7 +17,7 @@ from tests.planned_server import USAGE, answer, number_of
 
 Plan = Callable[[int, int], str]
 """(number of the row, of the batch from 1) -> what comes of it: "ok", "500" (a line in the file of errors), "expired", "lost" (no
-line), "cancelled", "odd" (an answer of no form)."""
+line), "cancelled", "odd" (an answer of no form), "error" (one with the status of an answer)."""
 Fate = Callable[[int], str]
 """Number of the batch -> how it ends: "completed", "expired", "cancelled", "failed CODE"; "… after N" only at the Nth look."""
 
@@ -138,6 +138,9 @@ class BatchServer(JsonServer):
                     self.billed += sum(USAGE.values())
                     reply = reply if deed == "ok" else {"usage": USAGE, "choices": []}
                     good.append({"custom_id": name, "response": {"status_code": 200, "body": reply}, "error": None})
+                elif deed == "error":
+                    no = {"error": {"code": 503, "message": "overloaded"}}
+                    good.append({"custom_id": name, "response": {"status_code": 200, "body": no}, "error": None})
                 elif deed in ("expired", "cancelled"):
                     bad.append({"custom_id": name, "response": None, "error": {"code": f"batch_{deed}"}})
                 elif deed == "500":

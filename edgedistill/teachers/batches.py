@@ -23,7 +23,7 @@ from typing import IO, Any
 import httpx2
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.served import Server, refusal
+from edgedistill.served import Server, error_in, refusal, status_of
 from edgedistill.spending import Use, most, used
 from edgedistill.teachers.batch_book import Batch, Book, total
 from edgedistill.teachers.requests import AGAIN, FIRST_WAIT, LONGEST_WAIT, Ask, retry_after
@@ -429,7 +429,7 @@ class Batches:
                         line: dict[str, Any] = json.loads(raw)
                         name, reply = str(line["custom_id"]), line.get("response") or {}
                         body: Any = reply.get("body")
-                        good = reply.get("status_code") == 200 and isinstance(body, dict)
+                        good = reply.get("status_code") == 200 and isinstance(body, dict) and error_in(body) is None
                         untried = (line.get("error") or {}).get("code") in UNTRIED
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue  # it tells of no request
@@ -463,15 +463,19 @@ class Batches:
                             into.write(part)
                         return None
                     response.read()
-                if response.status_code in (200, 201):
-                    return dict(response.json())
+                status = response.status_code
+                if status in (200, 201):
+                    reply = dict(response.json())
+                    if (error := error_in(reply)) is None:
+                        return reply
+                    status = status_of(error)
                 why = refusal(self.server, response)
-                if response.status_code in NONE_HERE:
+                if status in NONE_HERE:
                     raise _NoBatches(
-                        f"teacher.batch: {self.server.url} has no batches ({response.status_code} at {path})",
+                        f"teacher.batch: {self.server.url} has no batches ({status} at {path})",
                         "take teacher.batch out: requests are put one by one",
                     )
-                if response.status_code not in AGAIN and response.status_code < 500:
+                if status not in AGAIN and status < 500:
                     raise _Refused(f"{url}: {why}", "mend the recipe and build again")
                 wait = retry_after(response.headers.get("Retry-After"))
             except httpx2.RequestError as error:

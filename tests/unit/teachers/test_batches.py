@@ -67,7 +67,7 @@ def test_each_prompt_is_answered_once_and_settled_at_the_price_of_batches(tmp_pa
 
 
 def test_what_a_batch_leaves_goes_into_another_and_what_it_failed_at_is_asked_at_once(tmp_path: Path) -> None:
-    deeds = {2: "500", 3: "expired", 4: "lost", 5: "odd"}
+    deeds = {2: "500", 3: "expired", 4: "lost", 5: "odd", 6: "error"}
     with BatchServer(
         plan=lambda row, batch: deeds.get(row, "ok") if batch == 1 else "ok",
         fate=lambda batch: "expired" if batch == 1 else "completed",
@@ -75,7 +75,7 @@ def test_what_a_batch_leaves_goes_into_another_and_what_it_failed_at_is_asked_at
         found = Asked(tmp_path, server(there.url)).run()
     assert found.stored == everything()
     assert {row: count for row, count in there.batched.items() if count > 1} == {3: 2, 4: 2}
-    assert dict(there.single) == {2: 1, 5: 1}
+    assert dict(there.single) == {2: 1, 5: 1, 6: 1}
     # of the row that no line told of nobody knows what it cost
     assert there.billed < found.spent.tokens < there.billed + 300
 
