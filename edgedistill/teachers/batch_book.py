@@ -157,13 +157,13 @@ class Book(Ledger):
             return self._answered(db, names)
 
     def unsettled(self, url: str) -> list[Batch]:
-        """Return the account's batches at a server that nobody is at and whose answers are all stored: they are taken over. Who was
-        at them died before it wrote down what they did cost.
+        """Return the account's batches at a server that nobody is at and whose questions are all answered: they are taken over. Who
+        was at them died before it wrote down what they did cost, or another build asked what these never came to ask.
         """
         found = list[Batch]()
         with self._writing() as db:
             for one in self._lines(db):
-                if one.url != url or one.batch.account != self.account or one.living or not one.batch.id:
+                if one.url != url or one.batch.account != self.account or one.living:
                     continue
                 if one.asker != self.asker and len(self._answered(db, one.batch.uses)) == len(one.batch.uses):
                     self._hand(db, one.batch, self.asker)

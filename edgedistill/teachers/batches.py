@@ -11,22 +11,20 @@ again by ordinary requests, which wait for a server that is busy and say why one
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import IO, Any
+from typing import Any
 
-import httpx2
-
-from edgedistill.errors import StepFailed, UsageError
-from edgedistill.served import Server, error_in, refusal, status_of
+from edgedistill.errors import StepFailed
+from edgedistill.served import Server, error_in
 from edgedistill.spending import Use, most, used
 from edgedistill.teachers.batch_book import Batch, Book, total
-from edgedistill.teachers.requests import AGAIN, FIRST_WAIT, LONGEST_WAIT, Ask, retry_after
+from edgedistill.teachers.batch_calls import Calls, NoBatches, Refused
+from edgedistill.teachers.requests import Ask
 
 MOST_BYTES = 200_000_000
 """OpenAI's bound on the file of a batch."""
@@ -37,7 +35,6 @@ UNTRIED = ("batch_expired", "batch_cancelled")
 """Errors of requests that a batch did not come to before it ended (OpenAI has a third, of those that took too long)."""
 FULL = "token_limit_exceeded"
 """Why OpenAI fails a batch where too many tokens are queued already: it may be sent again when another has ended."""
-NONE_HERE = (404, 405, 501)
 STORED_AT_ONCE = 500
 OTHERS_S = 1.0
 """Seconds between two looks at what other builds ask."""
@@ -74,25 +71,17 @@ class _Work:
     full: bool = False
 
 
-class _NoBatches(UsageError):
-    """The server has no such address."""
-
-
-class _Refused(StepFailed):
-    """The server refuses for good: what was to be created is not there."""
-
-
 class Batches:
     """Put requests to a server in batches: ``close`` when done."""
 
     def __init__(self, server: Server, book: Book, *, note: Callable[[str], None]) -> None:
         assert server.batch is not None
         self.server, self.book, self.note, self.how = server, book, note, server.batch
-        self._client = httpx2.Client(headers=server.headers(), timeout=server.timeout)
+        self._calls = Calls(server)
 
     def close(self) -> None:
         """Close the connections; batches go on. May be called twice."""
-        self._client.close()
+        self._calls.close()
         self.book.close()
 
     def post(
@@ -144,8 +133,10 @@ class Batches:
     # ── what others ask ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _settle(self) -> None:
-        """Write down what batches did cost whose answers are all stored, by builds that died before they could do so."""
-        for batch in self.book.unsettled(self.server.url):
+        """Write down what batches did cost whose questions are all answered, for builds that died before they could do so."""
+        for one in self.book.unsettled(self.server.url):
+            if (batch := self._found(one, set())) is None:
+                continue
             told = self._told(batch)
             if told.get("status") == "failed":
                 self.book.end(batch, NOTHING)
@@ -160,8 +151,11 @@ class Batches:
         """
         found, held = self.book.look(self.server.url, names, work.left)
         for batch in found:
-            if (known := self._found(batch, work)) is not None:
+            if (known := self._found(batch, work.left)) is not None:
                 work.open.append(known)
+                self.note(
+                    f"{known.id} with {len(known.uses):,} requests is under way since an earlier build: waiting for it"
+                )
                 for name in known.uses:
                     work.waiting.pop(name, None)
                     work.held.pop(name, None)
@@ -229,7 +223,7 @@ class Batches:
             if not self.book.ours(batch):
                 return batch
             batch = self._create(batch, path)
-        except (_NoBatches, _Refused):  # so nothing was asked
+        except (NoBatches, Refused):  # so nothing was asked
             self.book.end(batch, None)
             raise
         for name in batch.uses:
@@ -243,7 +237,7 @@ class Batches:
             "files": {"file": (f"{TAG}-{batch.tag}.jsonl", raw, "application/jsonl")},
             "data": {"purpose": "batch"},
         }
-        return self._id(self._call("POST", "/files", **parts), "/files")
+        return self._calls.id_of(self._calls.call("POST", "/files", **parts), "/files")
 
     def _create(self, batch: Batch, path: str) -> Batch:
         """Create a batch of an uploaded file. Before another try the server's list tells whether the one before did it."""
@@ -254,30 +248,34 @@ class Batches:
             "metadata": {TAG: batch.tag},
         }
 
-        reply = self._call("POST", "/batches", json=body, again=lambda: self._listed(batch))
-        found = reply if isinstance(reply, Batch) else replace(batch, id=self._id(reply, "/batches"))
+        reply = self._calls.call("POST", "/batches", json=body, again=lambda: self._listed(batch))
+        found = reply if isinstance(reply, Batch) else replace(batch, id=self._calls.id_of(reply, "/batches"))
         return self.book.name(batch, file=batch.file, id=found.id)
 
-    def _found(self, batch: Batch, work: _Work) -> Batch | None:
+    def _found(self, batch: Batch, left: set[str]) -> Batch | None:
         """Return a batch that another build began if the server has it, else None: then it has cost nothing. What the server does
-        not tell us of another recipe's batch, whose key may be another, says nothing: it is left to that recipe.
+        not tell us of another recipe's batch, whose key may be another, says nothing: it is ``left`` to that recipe.
         """
         own = batch.account == self.book.account
         if not batch.id:
             found = self._created(batch) if batch.file else None
             if found is None and batch.file and not own:
-                work.left.add(batch.tag)
+                left.add(batch.tag)
                 self.book.leave(batch)
                 return None
             if found is None:
                 self.book.end(batch, None)
                 return None
             batch = self.book.name(batch, file=batch.file, id=found.id)
-        elif not own and self._told(batch).get("status") == "gone":
-            work.left.add(batch.tag)
-            self.book.leave(batch)
-            return None
-        self.note(f"{batch.id} with {len(batch.uses):,} requests is under way since an earlier build: waiting for it")
+        elif not own:
+            try:
+                gone = self._told(batch).get("status") == "gone"
+            except Refused:  # with our key
+                gone = True
+            if gone:
+                left.add(batch.tag)
+                self.book.leave(batch)
+                return None
         return batch
 
     def _created(self, batch: Batch) -> Batch | None:
@@ -293,8 +291,10 @@ class Batches:
         after = ""
         while True:
             try:
-                reply = self._call("GET", "/batches", params={"limit": 100, **({"after": after} if after else {})})
-            except _NoBatches:  # it shows no list
+                reply = self._calls.call(
+                    "GET", "/batches", params={"limit": 100, **({"after": after} if after else {})}
+                )
+            except NoBatches:  # it shows no list
                 return None
             try:
                 page = reply["data"]
@@ -305,7 +305,7 @@ class Batches:
                     return None
                 after = str(page[-1]["id"])
             except (KeyError, TypeError, AttributeError) as error:
-                raise self._other("/batches", error) from None
+                raise self._calls.other("/batches", error) from None
 
     # ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -335,8 +335,8 @@ class Batches:
     def _told(self, batch: Batch) -> dict[str, Any]:
         """Return what the server says of a batch; "gone" where neither it nor the list of its batches knows that one."""
         try:
-            return self._call("GET", f"/batches/{batch.id}")
-        except _NoBatches:
+            return self._calls.call("GET", f"/batches/{batch.id}")
+        except NoBatches:
             if self._listed(batch) is None:
                 return {"status": "gone"}
             return {}
@@ -419,8 +419,8 @@ class Batches:
                 continue
             with tempfile.TemporaryFile() as file:
                 try:
-                    self._call("GET", f"/files/{told[key]}/content", into=file)
-                except _NoBatches:
+                    self._calls.call("GET", f"/files/{told[key]}/content", into=file)
+                except NoBatches:
                     self.note(f"{self.server.url} has the file {told[key]} no more: what stood in it is lost")
                     continue
                 file.seek(0)
@@ -434,70 +434,3 @@ class Batches:
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue  # it tells of no request
                     yield name, body if good else None, not untried
-
-    # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        into: IO[bytes] | None = None,
-        again: Callable[[], Any] = lambda: None,
-        **more: Any,
-    ) -> Any:
-        """Call the server until it answers; return the JSON, or write what comes ``into`` a file. Before another try ``again`` may
-        know the answer. Raises as `Requests.post`; UsageError for an address that the server does not have.
-        """
-        url, why, tries = self.server.url + path, "", self.server.retries + 1
-        for attempt in range(tries):
-            if attempt and (known := again()) is not None:
-                return known
-            wait: float | None = None
-            try:
-                with self._client.stream(method, url, **more) as response:
-                    if response.status_code == 200 and into is not None:
-                        into.seek(0)
-                        into.truncate()
-                        for part in response.iter_bytes():
-                            into.write(part)
-                        return None
-                    response.read()
-                status = response.status_code
-                if status in (200, 201):
-                    reply = dict(response.json())
-                    if (error := error_in(reply)) is None:
-                        return reply
-                    status = status_of(error)
-                why = refusal(self.server, response)
-                if status in NONE_HERE:
-                    raise _NoBatches(
-                        f"teacher.batch: {self.server.url} has no batches ({status} at {path})",
-                        "take teacher.batch out: requests are put one by one",
-                    )
-                if status not in AGAIN and status < 500:
-                    raise _Refused(f"{url}: {why}", "mend the recipe and build again")
-                wait = retry_after(response.headers.get("Retry-After"))
-            except httpx2.RequestError as error:
-                why = f"{type(error).__name__} {self.server.hide(str(error))}".strip()
-            except (ValueError, TypeError):
-                why = "an answer that is no JSON"
-            if attempt + 1 < tries:
-                backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                time.sleep(max(backoff, wait or 0.0))
-        raise StepFailed(
-            f"{url}: {why}" + (f", {tries} times" if tries > 1 else ""),
-            "batches go on at the server: see to it and build again, or raise teacher.retries",
-        )
-
-    def _id(self, reply: Any, path: str) -> str:
-        try:
-            return str(reply["id"])
-        except (KeyError, TypeError) as error:
-            raise self._other(path, error) from None
-
-    def _other(self, path: str, error: Exception) -> StepFailed:
-        return StepFailed(
-            f"{self.server.url + path}: an answer of another form than OpenAI's ({type(error).__name__}: {error})",
-            "take teacher.batch out: requests are put one by one",
-        )

@@ -110,7 +110,7 @@ def test_a_server_without_batches_is_told_by_the_key(tmp_path: Path, absent: str
 def test_a_batch_whose_creation_was_not_heard_of_is_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgedistill.teachers.batches.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("edgedistill.teachers.batch_calls.FIRST_WAIT", 0.01)
     with BatchServer() as there:
         there.flaky = 3  # an upload, and both creating and asking for it again
         found = Asked(tmp_path, server(there.url)).run()

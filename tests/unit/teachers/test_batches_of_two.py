@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +140,25 @@ def test_a_build_that_died_between_the_answers_and_the_bill_is_settled(tmp_path:
         RowStore(tmp_path).add_by_key("t", stored)
         finish(start(tmp_path, there.url, range(8, 12)))
         all_is_well(tmp_path, there, 12)
+
+
+@SLOW
+def test_builds_that_are_killed_at_any_moment_pay_for_each_question_once(tmp_path: Path) -> None:
+    """Three recipes at a time, in small batches; at last each asks one more, and settles what its dead builds left."""
+    rng, ranges = random.Random(3), {"a": range(0, 60), "b": range(20, 80), "c": range(40, 100)}
+    with BatchServer(fate=lambda batch: f"completed after {1 + batch % 7}") as there:
+        there.slow = {"create": 0.05, "upload": 0.05, "download": 0.05}
+        running = {name: start(tmp_path, there.url, rows, account=name, requests=4) for name, rows in ranges.items()}
+        kills = 0
+        while kills < 12 and len(there.batched) < 100:
+            time.sleep(rng.uniform(1.0, 2.5))
+            name = rng.choice("abc")
+            running[name].kill()
+            running[name].communicate()
+            running[name] = start(tmp_path, there.url, ranges[name], account=name, requests=4)
+            kills += 1
+        for client in running.values():
+            finish(client)
+        for name, row in zip("abc", range(100, 103), strict=True):
+            finish(start(tmp_path, there.url, range(row, row + 1), account=name))
+        all_is_well(tmp_path, there, 103, "abc")
