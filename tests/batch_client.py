@@ -17,14 +17,21 @@ from edgedistill.teachers.protocol import Answer, Sampling
 
 
 def server(
-    url: str, *, requests: int = 50_000, retries: int = 3, account: str = "a", poll: float = 0.01, **budget: Any
+    url: str,
+    *,
+    requests: int = 50_000,
+    retries: int = 3,
+    account: str = "a",
+    poll: float = 0.01,
+    timeout: float = 10.0,
+    **budget: Any,
 ) -> Server:
     return Server(
         urls=(url,),
         model="m",
         key_env="NO_SUCH_KEY",
         concurrency=4,
-        timeout=10,
+        timeout=timeout,
         retries=retries,
         account=account,
         budget=Budget(**budget),

@@ -11,7 +11,7 @@ import httpx2
 
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.served import Server, error_in, refusal, status_of
-from edgedistill.teachers.requests import AGAIN, FIRST_WAIT, LONGEST_WAIT, retry_after
+from edgedistill.teachers.requests import AGAIN, FIRST_WAIT, GAVE_UP, LONGEST_WAIT, retry_after
 
 NONE_HERE = (404, 405, 501)
 
@@ -41,17 +41,19 @@ class Calls:
         path: str,
         *,
         into: IO[bytes] | None = None,
-        again: Callable[[], Any] = lambda: None,
+        again: Callable[[bool], Any] = lambda unclear: None,
         **more: Any,
     ) -> Any:
         """Call the server until it answers; return the JSON, or write what comes ``into`` a file. Before another try ``again`` may
-        know the answer. Raises as `Requests.post`; UsageError for an address that the server does not have.
+        know the answer; it is told whether the server may still be at the try before. Raises as `Requests.post`; UsageError for an
+        address that the server does not have.
         """
-        url, why, tries = self.server.url + path, "", self.server.retries + 1
+        url, why, tries, unclear = self.server.url + path, "", self.server.retries + 1, False
         for attempt in range(tries):
-            if attempt and (known := again()) is not None:
+            if attempt and (known := again(unclear)) is not None:
                 return known
             wait: float | None = None
+            unclear = True
             try:
                 with self._client.stream(method, url, **more) as response:
                     if response.status_code == 200 and into is not None:
@@ -75,8 +77,10 @@ class Calls:
                     )
                 if status not in AGAIN and status < 500:
                     raise Refused(f"{url}: {why}", "mend the recipe and build again")
+                unclear = status in GAVE_UP
                 wait = retry_after(response.headers.get("Retry-After"))
             except httpx2.RequestError as error:
+                unclear = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
                 why = f"{type(error).__name__} {self.server.hide(str(error))}".strip()
             except (ValueError, TypeError):
                 why = "an answer that is no JSON"

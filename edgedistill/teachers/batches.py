@@ -39,7 +39,7 @@ STORED_AT_ONCE = 500
 OTHERS_S = 1.0
 """Seconds between two looks at what other builds ask."""
 CREATING_S = 10.0
-"""Seconds that the creation of a batch may take to come into the server's list after whoever asked for it is dead."""
+"""Seconds that the creation of a batch may take to come into the server's list after whoever asked for it is gone."""
 RECENT_S = 300.0
 """Seconds after the last sign of life of whoever asked in which its creation may still be under way."""
 
@@ -248,7 +248,7 @@ class Batches:
             "metadata": {TAG: batch.tag},
         }
 
-        reply = self._calls.call("POST", "/batches", json=body, again=lambda: self._listed(batch))
+        reply = self._calls.call("POST", "/batches", json=body, again=lambda unclear: self._created(batch, unclear))
         found = reply if isinstance(reply, Batch) else replace(batch, id=self._calls.id_of(reply, "/batches"))
         return self.book.name(batch, file=batch.file, id=found.id)
 
@@ -258,7 +258,7 @@ class Batches:
         """
         own = batch.account == self.book.account
         if not batch.id:
-            found = self._created(batch) if batch.file else None
+            found = self._created(batch, time.time() - batch.heard < RECENT_S) if batch.file else None
             if found is None and batch.file and not own:
                 left.add(batch.tag)
                 self.book.leave(batch)
@@ -278,10 +278,11 @@ class Batches:
                 return None
         return batch
 
-    def _created(self, batch: Batch) -> Batch | None:
-        """Look a batch up in the server's list, for some time where whoever was to create it died just now."""
-        recent = time.time() - batch.heard < RECENT_S
-        until = time.monotonic() + CREATING_S * recent
+    def _created(self, batch: Batch, unclear: bool) -> Batch | None:
+        """Look a batch up in the server's list: for some time where the server may still be at its creation, which whoever asked
+        for it did not wait for.
+        """
+        until = time.monotonic() + CREATING_S * unclear
         while (found := self._listed(batch)) is None and time.monotonic() < until:
             time.sleep(min(self.how.poll, OTHERS_S))
         return found

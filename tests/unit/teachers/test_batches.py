@@ -118,6 +118,17 @@ def test_a_batch_whose_creation_was_not_heard_of_is_found_again(
     assert len(there.batches) == 1 < there.calls["list"] + there.calls["upload"]
 
 
+def test_a_batch_that_the_server_creates_after_it_was_given_up_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgedistill.teachers.batch_calls.FIRST_WAIT", 0.01)
+    with BatchServer() as there:
+        there.slow = {"create": 1.5}
+        found = Asked(tmp_path, server(there.url, timeout=0.5)).run()
+    assert found.stored == everything() and set(there.batched.values()) == {1}
+    assert there.calls["create"] == len(there.batches) == 1 and found.spent.tokens == there.billed
+
+
 @pytest.mark.parametrize("step", ["upload", "create", "poll", "download"])
 def test_a_batch_of_a_client_that_is_gone_is_found_again(tmp_path: Path, step: str) -> None:
     """Kills of real builds: tests/e2e/test_batched_teacher.py."""
