@@ -147,16 +147,14 @@ def test_builds_that_are_killed_at_any_moment_pay_for_each_question_once(tmp_pat
     """Three recipes at a time, in small batches; at last each asks one more, and settles what its dead builds left."""
     rng, ranges = random.Random(3), {"a": range(0, 60), "b": range(20, 80), "c": range(40, 100)}
     with BatchServer(fate=lambda batch: f"completed after {1 + batch % 7}") as there:
-        there.slow = {"create": 0.05, "upload": 0.05, "download": 0.05}
-        running = {name: start(tmp_path, there.url, rows, account=name, requests=4) for name, rows in ranges.items()}
-        kills = 0
-        while kills < 12 and len(there.batched) < 100:
-            time.sleep(rng.uniform(1.0, 2.5))
+        there.slow = {"create": 0.2, "upload": 0.1, "download": 0.2}
+        running = {name: start(tmp_path, there.url, rows, account=name, requests=3) for name, rows in ranges.items()}
+        for _ in range(10):
+            time.sleep(rng.uniform(0.8, 2.5))
             name = rng.choice("abc")
             running[name].kill()
             running[name].communicate()
-            running[name] = start(tmp_path, there.url, ranges[name], account=name, requests=4)
-            kills += 1
+            running[name] = start(tmp_path, there.url, ranges[name], account=name, requests=3)
         for client in running.values():
             finish(client)
         for name, row in zip("abc", range(100, 103), strict=True):
