@@ -20,7 +20,7 @@ from edgedistill.recipe_base import Count, Given, Lora, Ordered, Positive, Rows,
 from edgedistill.recipe_distill import Distill, Round
 from edgedistill.recipe_draft import Draft
 from edgedistill.recipe_filter import Filter
-from edgedistill.recipe_labels import Labels, refuse_labels
+from edgedistill.recipe_labels import Labels, refuse_labels, refuse_samples
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts, refuse_backend, refuse_several
@@ -103,12 +103,6 @@ class Generate(Section):
     def _guided(self) -> Generate:
         if self.json_schema is not None and self.style != "answer":
             raise key_error("json_schema", f'a {self.style} is no JSON: set style = "answer"')
-        return self
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> Generate:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples > 1 at temperature 0 are all the same: set temperature")
         return self
 
 
@@ -281,6 +275,7 @@ class Recipe(Section):
         refuse_several(self)
         refuse_accounts(self)
         refuse_labels(self)
+        refuse_samples(self)
         return self
 
     @model_validator(mode="after")

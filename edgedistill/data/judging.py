@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edgedistill.data.grades import apart
 from edgedistill.data.prompts import Message, Row
 from edgedistill.data.thinking import split
 
@@ -70,12 +71,15 @@ def to_judge(
     rows: Iterable[Row], answers: Iterable[Mapping[str, Any]], rubric: str, *, against: bool = False
 ) -> list[Row]:
     """Return what the judge is asked of each answer that ended, as rows. Their ids are the answers' keys in the row store, with the
-    place of the answer behind (``KEY/1``, ``KEY/2``) where it is compared with the reference.
+    place of the answer behind (``KEY/1``, ``KEY/2``) where it is compared with the reference. Prompts that are the same have one
+    answer there: where their references differ, the prompt's id tells them apart (`apart`).
     """
     known, found = {row.id: row for row in rows}, []
-    for answer in answers:
-        if answer["finish"] != "stop":
-            continue
+    ended = [answer for answer in answers if answer["finish"] == "stop"]
+    references: dict[str, set[str | None]] = {}
+    for answer in ended:
+        references.setdefault(answer["row"], set()).add(known[answer["id"]].reference)
+    for answer in ended:
         row = known[answer["id"]]
         told = {"rubric": rubric.strip(), "conversation": shown(row.messages)}
         if not against:
@@ -83,8 +87,9 @@ def to_judge(
         else:
             pair = (split(answer["text"]).answer.strip(), split(row.reference or "").answer.strip())
             both = dict(zip(ORDERS, (pair, pair[::-1]), strict=True))
+            key = apart(answer) if len(references[answer["row"]]) > 1 else answer["row"]
             asked = {
-                f"{answer['row']}/{place}": COMPARE.format(**told, first=first, second=second)
+                f"{key}/{place}": COMPARE.format(**told, first=first, second=second)
                 for place, (first, second) in both.items()
             }
         found += [Row(id=key, messages=({"role": "user", "content": text},)) for key, text in asked.items()]
@@ -123,17 +128,18 @@ def result_of(verdict: str, place: str) -> float | None:
 def grades(
     answers: Iterable[Mapping[str, Any]], verdicts: Mapping[str, str], *, against: bool
 ) -> dict[str, float | None]:
-    """Return the grade of each answer that ended, by its key: the score of 1 to 5; or, of the two comparisons with the reference,
-    the worse one (1 won both, 0.5 lost neither, 0 lost one). None where the judge gave no verdict.
+    """Return the grade of each answer that ended, by its key (as it was asked: perhaps with its prompt's id): the score of 1 to 5;
+    or, of the two comparisons with the reference, the worse one (1 won both, 0.5 lost neither, 0 lost one). None where the judge
+    gave no verdict.
     """
     found: dict[str, float | None] = {}
     for answer in answers:
         if answer["finish"] != "stop":
             continue
-        key = answer["row"]
         if not against:
-            found[key] = score_of(verdicts[key])
+            found[answer["row"]] = score_of(verdicts[answer["row"]])
             continue
+        key = apart(answer) if f"{apart(answer)}/{ORDERS[0]}" in verdicts else answer["row"]
         both = [result_of(verdicts[f"{key}/{place}"], place) for place in ORDERS]
         known = [one for one in both if one is not None]
         found[key] = min(known) if len(known) == len(both) else None

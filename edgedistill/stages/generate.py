@@ -355,6 +355,7 @@ class Judge(Generate):
     answers: Key
     rubric: str
     against: str
+    apart: bool = later(False)  # prompts that are the same have several references: entries of before took them for one
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Ask what was not asked before, and read the verdicts."""

@@ -107,7 +107,7 @@ class OpenAITeacher:
         progress: Progress | None = None,
     ) -> Iterator[Answer]:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
-        put, ``on_batch`` each answer as it arrives.
+        put, ``on_batch`` each answer as it arrives. What another build had in a batch meanwhile is in the row store, and not here.
 
         With ``json_schemas``, one for each prompt, the server lets the model write nothing else. ``batch_size`` says nothing here:
         how many are asked at a time is the server's ``concurrency``. Raises StepFailed as `Requests.post`.
@@ -161,24 +161,30 @@ class OpenAITeacher:
             self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, guides[schemas[at]])
             for at, sample in jobs
         ]
-        path, singly = "/chat/completions", list(range(len(jobs)))
-        if self.batches is not None:
-            singly = self.batches.post(
+        path = "/chat/completions"
+
+        def singly(which: list[int]) -> None:
+            self.requests.post(
+                path,
+                [bodies[job] for job in which],
+                lambda one, reply: take(which[one], reply),
+                on_ask=lambda one: asking(which[one]),
+                names=[names[jobs[job][0]] for job in which],
+            )
+
+        if self.batches is None:
+            singly(list(range(len(jobs))))
+        else:
+            self.batches.post(
                 path,
                 [names[at] if samples == 1 else f"{names[at]}/{sample}" for at, sample in jobs],
                 bodies,
                 take_many,
+                singly,
                 on_ask=asking,
                 on_others=take_others,
                 on_count=lambda done, text: progress(done, len(jobs), text) if progress is not None else None,
             )
-        self.requests.post(
-            path,
-            [bodies[job] for job in singly],
-            lambda one, reply: take(singly[one], reply),
-            on_ask=lambda one: asking(singly[one]),
-            names=[names[jobs[job][0]] for job in singly],
-        )
         yield from (one for one in found if one is not None)
 
     def _question(
