@@ -280,7 +280,6 @@ def report(
         _note(f"{count} training logs: tensorboard --logdir {tensorboard}")
     data = collect(session)
     page = output or session.path.parent / "dist" / session.recipe.name / "report.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
     write_html(data, page)
     if as_json:
         _print_json(data.to_json())
@@ -316,7 +315,9 @@ def quantize(
     types: Annotated[str | None, typer.Option(help="types instead of targets: Q4_K_M,Q8_0,… or auto")] = None,
     size: Annotated[str | None, typer.Option(help="auto: most bytes of the file, such as '90 MiB'")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the files")] = Path("quantized"),
-    calibration: Annotated[Path | None, typer.Option(help="JSONL rows or plain text for the importance matrix")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="rows (JSONL, JSON, CSV, Parquet) or plain text for the importance matrix")
+    ] = None,
     general: Annotated[
         int,
         typer.Option(
@@ -334,7 +335,7 @@ def quantize(
     names = [name for name in (types or "").split(",") if name]
     results = quantize_model(
         model, targets=target or [], types=names, out=output, calibration=calibration, general=general, size=size,
-        reporter=TerminalReporter(), dry_run=dry_run,
+        reporter=TerminalReporter(raised=True), dry_run=dry_run,
     )  # fmt: skip
     _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))
 
@@ -453,6 +454,7 @@ def _install(part: str) -> None:
 
 def main() -> None:
     """Run the command line: errors become one message and an exit code; Ctrl-C loses nothing."""
+    import errno
     import traceback
 
     from edgedistill.errors import EdgeDistillError
@@ -474,6 +476,11 @@ def main() -> None:
     except Exception as error:
         if _verbose:
             raise
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+            place = error.filename or "a file"
+            hint = "df -h" if error.errno == errno.ENOSPC else f"ls -l {place}"
+            typer.echo(f"error: {place}: {error.strerror}\n  try: {hint}", err=True)
+            sys.exit(2)
         typer.echo(
             f"error: {type(error).__name__}: {error}\n  this is a bug; edgedistill -v shows the traceback", err=True
         )

@@ -82,6 +82,8 @@ def targets_kernels(
 
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder", f"mkdir -p {output.parent}")
+    if output.is_dir():
+        raise UsageError(f"{output}: is a folder, and a file is to be written", f"-o {output / 'kernels.json'}")
     names = [name for name in (types or "").split(",") if name] or PALETTE
 
     def progress(done: int, total: int, told: str) -> None:

@@ -35,7 +35,6 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe import Suite
 from edgedistill.recipe_teacher import Another
 from edgedistill.served import Server
-from edgedistill.stages.convert import Convert
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.measure import Measure
 from edgedistill.stages.package import DraftedPackage, Package
@@ -143,23 +142,6 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             self._evaluate("evaluate/base", base, "model", params, kind="decode", only=told)
 
     # artifacts
-
-    def _convert(self, name: str, model: Key, of: Resolved, params: int, *, title: str = "") -> Key:
-        stage = Convert(
-            model=model,
-            dtype="f16",
-            tool=self.gguf_tool,
-            title=f"{self.recipe.name} {title or name.removeprefix('convert/')}",
-            licence=of.facts.licence or "",
-            rows=self.checks,
-        )
-        return self.graph.add(
-            name,
-            stage,
-            Work(kind="convert", amount=2 * params),
-            memory=8 * params + RUNTIME_MIB * MIB,
-            disk=2 * params + 4 * MIB,
-        )
 
     def _artifacts(self, teacher: Key, base: Key, student: Key, healed: Key, kept: Key, scores: Key) -> None:
         """Add everything after training: containers, types, evaluation, measurement, packages and baselines."""
@@ -341,13 +323,15 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             return None
         path = self.inputs.path.parent / suite.grammar
         try:
-            return path.read_text()
-        except OSError as error:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            name = next(name for name, one in self.recipe.suites.items() if one is suite)
+            why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
             raise RecipeError(
-                f"{path}: {error.strerror}",
+                f"{path}: {why}",
                 "write the GBNF grammar there, or leave the key out",
                 file=self.inputs.path,
-                key="grammar",
+                key=f"suites.{name}.grammar",
             ) from None
 
     def _measure(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgedistill.data.prompts import rows_digest
+from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
@@ -14,7 +14,7 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.recipe_filter import Filter
 from edgedistill.stages.base import Gguf, Served
 from edgedistill.stages.embed import Embed
-from edgedistill.stages.generate import Judge
+from edgedistill.stages.generate import Judge, asked
 from edgedistill.stages.grade import Grade
 
 LONGER = 1.5  # times the tokens of prompt and answer that a judge reads: the rubric, too
@@ -26,6 +26,12 @@ def joined(grades: Sequence[Mapping[int, Key]]) -> dict[int, Key | tuple[Key, ..
     if len(grades) == 1:
         return dict(grades[0])
     return {at: tuple(one[at] for one in grades) for at in grades[0]}
+
+
+def _several_references(rows: Iterable[Row]) -> bool:
+    """Tell whether some rows ask the same and differ in their references."""
+    first: dict[object, str | None] = {}
+    return any(first.setdefault(asked(row), row.reference) != row.reference for row in rows)
 
 
 class GradeSteps(TrainingSteps):
@@ -119,6 +125,7 @@ class GradeSteps(TrainingSteps):
             answers=answers,
             rubric=one.rubric or "",
             against=one.against or "",
+            apart=bool(one.against) and _several_references(rows),
         )
         count = len(rows) * self.recipe.generate.samples * (2 if one.against else 1)
         amount = LONGER * tokens * (2 if one.against else 1) + VERDICT * count

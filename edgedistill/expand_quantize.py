@@ -15,13 +15,15 @@ from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import student_facts
 from edgedistill.kv_cache import CHOICES, F16, Pair, cache_bytes
-from edgedistill.models import ModelFacts
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
 from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.calibrate import Calibrate
 from edgedistill.stages.converse import Converse
+from edgedistill.stages.convert import Convert
 from edgedistill.stages.kv_cache import KvCache
 from edgedistill.stages.quantize import Quantize
 from edgedistill.stages.sensitivity import Sensitivity
@@ -38,6 +40,11 @@ def add_sensitivity(graph: Graph, name: str, stage: Sensitivity | SensitivityOnn
 def onnx_options(types: Types) -> dict[str, Any]:
     """Return what the step ``quantize`` takes of types beside those of GGUF."""
     return {"block": types.block, "symmetric": types.symmetric, "accuracy": types.accuracy}
+
+
+def is_wide(types: Types) -> bool:
+    """Tell whether a file of these types holds more of a weight than f16 does, in bits or in range."""
+    return not {"F32", "BF16"}.isdisjoint((types.type, types.embedding_type, types.output_type))
 
 
 def add_choice(
@@ -81,6 +88,37 @@ def add_general(graph: Graph, name: str, model: Key, count: int, params: int, to
 
 class QuantizeSteps(TrainingSteps):
     """Adds them for one student at a time."""
+
+    def _convert(self, name: str, model: Key, of: Resolved, params: int, *, title: str = "") -> Key:
+        stage = Convert(
+            model=model,
+            dtype="f16",
+            tool=self.gguf_tool,
+            title=f"{self.recipe.name} {title or name.removeprefix('convert/')}",
+            licence=of.facts.licence or "",
+            rows=self.checks,
+        )
+        return self.graph.add(
+            name,
+            stage,
+            Work(kind="convert", amount=2 * params),
+            memory=8 * params + RUNTIME_MIB * MIB,
+            disk=2 * params + 4 * MIB,
+        )
+
+    def _widened(self, gguf: Key, types: Types, params: int) -> Key:
+        """Return the file that one of these types is made from: where one is wider than f16, the checkpoint in float32."""
+        step = self.graph.step(gguf)
+        if not is_wide(types) or not isinstance(step.stage, Convert):  # a teacher's file is what it is
+            return gguf
+        name, at, of = step.id.partition("@")
+        return self.graph.add(
+            f"{name}-f32{at}{of}",
+            replace(step.stage, dtype="f32"),
+            Work(kind="convert", amount=4 * params),
+            memory=12 * params + RUNTIME_MIB * MIB,
+            disk=4 * params + 4 * MIB,
+        )
 
     def _typed(
         self, name: str, target: Target, student: Key, gguf: Key, imatrix: Key, kept: Key, of: str = ""
@@ -168,7 +206,7 @@ class QuantizeSteps(TrainingSteps):
     ) -> Key:
         onnx, gptq = format_ == "onnx", types.rounding == "gptq"
         stage = Quantize(
-            model=model,
+            model=model if onnx else self._widened(model, types, params),
             calibration=calibration,
             format=format_,
             type=types.type,

@@ -38,15 +38,24 @@ def of_any_width(config: Mapping[str, Any]) -> dict[str, Any]:
     return shared | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
 
-def check_trimmable(folder: Path) -> None:
-    """Raise UsageError where the tokenizer of a checkpoint is no byte-level BPE: only that can spell any text."""
+BYTES = 256
+"""Tokens without which a byte-level BPE cannot spell every text."""
+
+
+def check_trimmable(folder: Path) -> int:
+    """Return the tokens that a trimmed vocabulary keeps whatever is taught: single bytes and added tokens. Raises UsageError where
+    the tokenizer of a checkpoint is no byte-level BPE: only that can spell any text.
+    """
     path = folder / "tokenizer.json"
-    model = json.loads(path.read_text()).get("model", {}) if path.is_file() else {}
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    model = data.get("model", {})
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise UsageError(
             f"{path}: a {model.get('type', 'missing')} tokenizer; only a byte-level BPE vocabulary can be trimmed",
             "leave student.vocabulary out",
         )
+    added = {token["content"] for token in data.get("added_tokens", [])}
+    return len(added | {token for token in model["vocab"] if len(token) == 1})
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from edgedistill.data.verdicts import Verdict, read_verdicts
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.fingerprint import file_digest
-from edgedistill.models import ModelFacts, Resolved
-from edgedistill.recipe import Adapt, Draft, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
+from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
 from edgedistill.recipe_distill import Distill, Keep
+from edgedistill.recipe_draft import Draft
 from edgedistill.recipe_tune import OtherText
 from edgedistill.served import Server
 from edgedistill.target import Target

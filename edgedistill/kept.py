@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,19 @@ class Kept:
             return None
         return data if wanted and hashlib.sha256(data).hexdigest() == wanted else None
 
-    def put(self, pieces: dict[str, bytes]) -> None:
-        """Keep pieces, beside those that are there. A disk that is full is no error: then they are not kept."""
+    def put(self, pieces: Iterable[tuple[str, bytes]]) -> None:
+        """Keep pieces (name, bytes), beside those that are there. They are asked for one by one: each may be large. A disk that is
+        full is no error: then they are not kept.
+        """
         temporary = self.path / f".{uuid.uuid4().hex[:8]}"
+        digests: dict[str, str] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name, data in pieces.items():
+            for name, data in pieces:
                 temporary.write_bytes(data)
                 temporary.replace(self.path / name)
-            known = _read(self.path)["pieces"]
-            known |= {name: hashlib.sha256(data).hexdigest() for name, data in pieces.items()}
+                digests[name] = hashlib.sha256(data).hexdigest()
+            known = _read(self.path)["pieces"] | digests
             write_atomic(
                 self.path / "index.json", json.dumps({"of": self.of, "pieces": known}, indent=1, sort_keys=True)
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from edgedistill.fingerprint import Key
 
 if TYPE_CHECKING:
-    from edgedistill.models import ModelFacts
+    from edgedistill.model_facts import ModelFacts
     from edgedistill.step import Context
 
 KvType = Literal["f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]

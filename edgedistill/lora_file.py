@@ -61,7 +61,7 @@ def export_lora(
 
 def of_recipe(session: Session, base: str | None) -> tuple[Path, Path]:
     """Return the checkpoint that a recipe's last adapter was trained on, and the adapter. Raises UsageError where it trains none,
-    and for steps that are not built yet.
+    for steps that are not built yet, and where the student has a temperature beside the adapter.
     """
     if base is not None:
         raise UsageError("--base is for an adapter alone: a recipe names its own", "leave it out")
@@ -75,7 +75,29 @@ def of_recipe(session: Session, base: str | None) -> tuple[Path, Path]:
     student, adapter = (session.store.load(key) for key in (stage.student, stage.adapter))
     if student is None or adapter is None:
         raise UsageError("the adapter is not built yet", f"edgedistill build {session.path} --until merge")
+    _refuse_temperature(session)
     return student.path / "model", adapter.path / "adapter"
+
+
+def _refuse_temperature(session: Session) -> None:
+    """Refuse a student whose logits are divided by a temperature: that is in its final norm, where an adapter has no place."""
+    steps = [step for step in session.plan.steps if "temper" in step.ids]
+    if not steps:
+        return
+    entry = session.store.load(steps[0].key)
+    if entry is None:
+        raise UsageError(
+            "it is not known yet whether the student has a temperature beside the adapter",
+            f"edgedistill build {session.path} --until temper",
+        )
+    found = entry.facts["temper"]
+    if found["helped"]:
+        raise UsageError(
+            f"the student's logits are divided by T = {found['temperature']:.4g}, which is folded into its final norm; llama.cpp "
+            "lays an adapter over matrices alone, so that base and file would be surer than the student",
+            "take [temperature] out of the recipe, which builds nothing anew for this, and sample at T times the temperature; or "
+            "ship the merged student",
+        )
 
 
 def _refuse(config: dict[str, Any], adapter: Path) -> None:

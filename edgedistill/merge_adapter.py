@@ -7,7 +7,6 @@ this model, of its shape, before anything is merged.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.errors import UsageError
+from edgedistill.model_facts import read_json
 from edgedistill.models import KINDS, resolve
 from edgedistill.quantize_model import sample_rows
 from edgedistill.store import Store
@@ -96,10 +96,7 @@ def check_adapter(model: Path, adapter: Path) -> dict[str, Any]:
             + (" (adapter_model.bin is a pickle, and is not read)" if (adapter / "adapter_model.bin").exists() else ""),
             "save it again with safe_serialization=True",
         )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path}: no JSON: {error}", "save the adapter again") from None
+    config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise UsageError(
             f"{adapter}: a {config.get('peft_type')} adapter; only LORA is merged", "merge it where it was trained"
@@ -126,7 +123,7 @@ def check_adapter(model: Path, adapter: Path) -> dict[str, Any]:
             )
     if not modules:
         raise UsageError(f"{adapter}: no tensors in adapter_model.safetensors", "save the adapter again")
-    check_targets(json.loads((model / "config.json").read_text()), sorted(modules))
+    check_targets(read_json(model / "config.json"), sorted(modules))
     return config
 
 

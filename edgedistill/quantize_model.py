@@ -14,8 +14,9 @@ from typing import Any
 
 from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
+from edgedistill.data.sources import SUFFIXES
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, onnx_options
+from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, is_wide, onnx_options
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, kept, resolve
@@ -35,7 +36,6 @@ from edgedistill.store import Entry, Store
 from edgedistill.target import AUTO, Target, Types, find_target, format_size, parse_size
 
 FULL_PRECISION = ("F32", "F16", "BF16")
-WIDER = ("F32", "BF16")  # than F16, in bits or in range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +143,13 @@ def quantize_model(
             what = "choose types" if choice.type == AUTO else "round with feedback"
             raise UsageError(
                 f"{name}: to {what} takes text of the task",
-                "give --calibration FILE: JSONL rows or plain text"
+                "give --calibration FILE: rows (JSONL, CSV, …) or plain text"
                 + ("; or --general 64: text that the model writes itself" if format_ == "gguf" else ""),
             )
         if format_ == "gguf" and FILE_TYPES[choice.type].imatrix == "required":
             raise UsageError(
                 f"{name}: {choice.type} needs an importance matrix",
-                "give --calibration FILE: JSONL rows or plain text; or --general 64: text that the model writes itself",
+                "give --calibration FILE: rows (JSONL, CSV, …) or plain text; or --general 64: text that the model writes itself",
             )
     for name, format_, choice in wanted:
         if format_ == "onnx":
@@ -180,11 +180,15 @@ def quantize_model(
     plan, keys = _plan(resolved, wanted, calibration, general, speeds, caches)
     if dry_run:
         plan = plan.only(plan.match("allocate"))
-    if (
-        calibration is None
-        and not general
-        and any(format_ == "gguf" and choice.imatrix for _, format_, choice in wanted)
-    ):
+    calibrated = any(_is_calibrated(format_, choice) for _, format_, choice in wanted)
+    onnx = any(f == "onnx" and (choice.type == AUTO or choice.rounding == "gptq") for _, f, choice in wanted)
+    unread = ["--general"] if general and not (calibrated or caches) else []
+    if calibration is not None and not (calibrated or caches or onnx):
+        unread.insert(0, f"--calibration {calibration}")
+    if unread:
+        names = ", ".join(name for name, _, _ in wanted)
+        reporter.note(f"left out: {' and '.join(unread)}, since no importance matrix is read by {names}")
+    if calibration is None and not general and calibrated:
         reporter.note(
             "no --calibration FILE: quantizing without an importance matrix, which costs accuracy at 4 bits and under"
         )
@@ -197,6 +201,19 @@ def quantize_model(
     if dry_run:
         return [_chosen(store, plan, line) for line in wanted]
     return [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+
+
+def _is_calibrated(format_: str, choice: Types) -> bool:
+    """Tell whether a file goes by an importance matrix, or is rounded by the text that one is measured on."""
+    if format_ == "onnx" or not choice.imatrix:
+        return False
+    from edgedistill.formats.gguf.types import reads_imatrix
+
+    return (
+        choice.type == AUTO
+        or choice.rounding == "gptq"
+        or reads_imatrix(choice.type, choice.embedding_type, choice.output_type)
+    )
 
 
 def _refuse_choice(resolved: Resolved, name: str, choice: Types, reporter: Reporter | None) -> None:
@@ -253,13 +270,14 @@ def _plan(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
             container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
-            if any(format_ == "gguf" and choice.type in WIDER for _, format_, choice in wanted):
+            if any(format_ == "gguf" and is_wide(choice) for _, format_, choice in wanted):
                 work = Work(kind="convert", amount=4 * params)
                 wide = graph.add("convert/f32", replace(convert, dtype="f32"), work, disk=4 * params)
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
-    if (text or general) and container is not None:
+    calibrated = caches or any(_is_calibrated(format_, choice) for _, format_, choice in wanted)
+    if (text or general) and container is not None and calibrated:
         own = add_general(graph, "converse", container, general, params, llama)
         stage = CalibrateText(model=container, text=text, tool=llama, general=own)
         imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
@@ -274,7 +292,7 @@ def _plan(
     keys = []
     for name, format_, choice in wanted:
         onnx = format_ == "onnx"
-        model = base if onnx else wide if wide and choice.type in WIDER else container
+        model = base if onnx else wide if wide and is_wide(choice) else container
         assert model is not None  # the checks above leave no other case
         types, table = None, of_onnx if onnx else sensitivity
         if choice.type == AUTO:
@@ -282,7 +300,7 @@ def _plan(
             types = add_choice(graph, f"allocate/{name}", model, table, choice.size, speeds.get(name))
         stage = Quantize(
             model=model,
-            calibration=imatrix if choice.imatrix and not onnx else None,
+            calibration=imatrix if _is_calibrated(format_, choice) else None,
             format=format_,
             type=choice.type,
             embedding_type=choice.embedding_type,
@@ -305,7 +323,7 @@ def _plan(
 
 def _calibration_text(path: Path) -> tuple[str, ...]:
     """Read calibration text: rows (prompt and reference), or plain text in pieces of about 2,000 characters."""
-    if path.suffix in (".jsonl", ".gz", ".parquet") or path.is_dir():
+    if path.name.endswith((*SUFFIXES, ".gz")) or path.is_dir():
         rows = load_rows(path)
         return tuple(
             "\n".join([*(str(m.get("content") or "") for m in row.messages), row.reference or ""]) for row in rows[:400]
@@ -313,7 +331,11 @@ def _calibration_text(path: Path) -> tuple[str, ...]:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as text ({error})", "give a .jsonl or .txt file") from error
+        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+        raise UsageError(
+            f"{path}: cannot be read as text ({why})",
+            f"give plain text in UTF-8, or rows: {', '.join(SUFFIXES)}",
+        ) from error
     if not text.strip():
         raise UsageError(f"{path}: empty", "give some text of the kind that the model will see")
     return tuple(text[start : start + 2000] for start in range(0, min(len(text), 800_000), 2000))

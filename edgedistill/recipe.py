@@ -1,10 +1,10 @@
 """The recipe: what to teach, from which teacher, to which student, and what is good enough to ship.
 
 Every default lives in these classes, once (``recipe_base.py``: what the tables share; ``recipe_teacher.py``,
-``recipe_prompts.py``, ``recipe_filter.py``, ``recipe_labels.py``, ``recipe_distill.py`` and ``recipe_tune.py``: who teaches, what
-is asked, what is kept, how the student is taught, how its files are tuned). A key that is not built does not exist, and is refused
-with its line and a suggestion. Paths are relative to the recipe's folder. ``edgedistill schema`` prints this as JSON Schema for
-editors.
+``recipe_prompts.py``, ``recipe_filter.py``, ``recipe_labels.py``, ``recipe_distill.py``, ``recipe_tune.py`` and
+``recipe_draft.py``: who teaches, what is asked, what is kept, how the student is taught, how its files are tuned, what drafts for
+them). A key that is not built does not exist, and is refused with its line and a suggestion. Paths are relative to the recipe's
+folder. ``edgedistill schema`` prints this as JSON Schema for editors.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from edgedistill.data.columns import Columns
 from edgedistill.data.thinking import AFTER, BLOCKS
 from edgedistill.recipe_base import Count, Given, Lora, Ordered, Positive, Rows, Section, Shaped, Skip, Tabled, Training
-from edgedistill.recipe_distill import Distill, Loss, Round
+from edgedistill.recipe_distill import Distill, Round
+from edgedistill.recipe_draft import Draft
 from edgedistill.recipe_filter import Filter
-from edgedistill.recipe_labels import Labels, refuse_labels
+from edgedistill.recipe_labels import Labels, refuse_labels, refuse_samples
 from edgedistill.recipe_metric import SuiteMetric
 from edgedistill.recipe_prompts import Prompts
 from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts, refuse_backend, refuse_several
@@ -31,12 +32,6 @@ from edgedistill.training.objectives import WHOLE, problem
 THINKING = " or ".join(f'"{style}"' for style in BLOCKS)
 ANALYSED = tuple(style for style in BLOCKS if style != "rationale")
 """Styles whose answers can say what was wrong before."""
-UNLOADABLE = {
-    "eagle": "llama.cpp's library hands the states that an EAGLE head reads to nobody but its own programs: such a head could "
-    'be neither run nor measured here; take kind = "model"',
-    "medusa": 'llama.cpp cannot load Medusa heads; take kind = "model"',
-}
-"""Heads for speculative decoding that people ask for by name, and why they are refused (llama-cpp-python 0.3.36)."""
 
 
 class Adapt(Tabled, Training):
@@ -110,12 +105,6 @@ class Generate(Section):
             raise key_error("json_schema", f'a {self.style} is no JSON: set style = "answer"')
         return self
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> Generate:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples > 1 at temperature 0 are all the same: set temperature")
-        return self
-
 
 class Score(Section):
     """The teacher's distributions over the kept tokens: n random draws (RS-KD, ACL 2025), the top n and a tail, two thirds
@@ -164,49 +153,6 @@ class Temperature(Tabled):
     files: Annotated[tuple[Path, ...], Field(min_length=1)]
     rows: Rows = None
     skip: Skip = 0
-
-
-class Draft(Tabled, Shaped, Training):
-    """A draft model for speculative decoding: cut out of the merged student, trained in full on what the quantized file of each
-    target writes, with the student's distributions; then measured beside that file. One that brings nothing is not shipped.
-    """
-
-    LATER = Training.LATER
-
-    kind: Literal["model"] = "model"
-    targets: Annotated[tuple[str, ...], Field(min_length=1, description="whose files: GGUF targets of this recipe")]
-    layers: Literal["all"] | Count | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 2
-    files: tuple[Path, ...] = Field(
-        default=(),
-        description="rows whose prompts the file answers for the draft to learn from; none: those of [prompts]",
-    )
-    rows: Rows = None
-    skip: Skip = 0
-    loss: Loss = Loss()
-    epochs: Positive = 3.0
-    lr: Positive = 6e-4
-    type: str = Field(default="Q8_0", description="GGUF type of the draft")
-    tokens: Count = Field(default=3, description="the most tokens that it writes before they are checked")
-    min_probability: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="it stops before a token that it gives less"
-    )
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _loadable(cls, kind: Any) -> Any:
-        if str(kind).lower().rstrip("0123456789") in UNLOADABLE:
-            raise ValueError(UNLOADABLE[str(kind).lower().rstrip("0123456789")])
-        return kind
-
-    @model_validator(mode="after")
-    def _a_draft(self) -> Draft:
-        if self.vocabulary is not None:
-            raise key_error("vocabulary", "a draft writes the tokens of the model that checks it: leave the key out")
-        if self.layers == "all" and self.ffn is None:
-            raise ValueError("a draft with all layers and neurons is as slow as the model itself: set layers, or ffn")
-        if self.files == () and (self.rows is not None or self.skip != 0):
-            raise ValueError("rows and skip count rows of draft.files, and there are none")
-        return self
 
 
 class Suite(Tabled):
@@ -329,6 +275,7 @@ class Recipe(Section):
         refuse_several(self)
         refuse_accounts(self)
         refuse_labels(self)
+        refuse_samples(self)
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,7 @@ Given = Annotated[
 class Section(BaseModel):
     """Base of every table: unknown keys are errors, values never change after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     LATER: ClassVar[tuple[str, ...]] = ()
     """Fields that came after the first release. At their default they are no part of a key: what was built before is

@@ -35,10 +35,10 @@ class Labels(Section):
     """A closed set of answers. What the student learns of a prompt is a distribution over them: ``by`` "samples" it is the shares
     of the teacher's answers (``generate.samples``), so that a teacher without logits gives soft targets, too; by "majority" the
     most frequent answer alone. By "scores" the teacher is asked to score every label from 0 to 10, by "ranking" to order them: one
-    answer says something of all labels, and several, each asked with the labels in another place, are averaged. By "logits" nothing
-    is asked: a teacher whose weights are here has a probability for each label. Each label is a row with its share as its weight,
-    which makes the loss the cross-entropy of the distribution over whole answers. Suites with metric = "label" are scored by these
-    names.
+    answer says something of all labels, and several, each asked with the labels in another place, are averaged: at temperature 0,
+    too, up to one for each place. By "logits" nothing is asked: a teacher whose weights are here has a probability for each label.
+    Each label is a row with its share as its weight, which makes the loss the cross-entropy of the distribution over whole answers.
+    Suites with metric = "label" are scored by these names.
     """
 
     OWN: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -167,6 +167,21 @@ def refuse_labels(recipe: Recipe) -> None:
     for key, why in wrong.items():
         if why:
             raise key_error(key, str(why))
+
+
+def refuse_samples(recipe: Recipe) -> None:
+    """Refuse samples that are all the same: at temperature 0 they differ only as long as each is asked in another way."""
+    generate, labels = recipe.generate, recipe.labels
+    if generate.samples == 1 or generate.temperature > 0:
+        return
+    if labels is None or not labels.ask:
+        raise key_error("generate.samples", "at temperature 0 all of them are the same: set generate.temperature")
+    if generate.samples > (count := len(labels.names)):
+        raise key_error(
+            "generate.samples",
+            f"at temperature 0 they begin again after one for each place of {count} labels: set it to {count}, or set "
+            "generate.temperature",
+        )
 
 
 def _refuse_asking(recipe: Recipe, labels: Labels) -> None:

@@ -51,7 +51,7 @@ BLOCK = 32  # weights in a block of the smallest block types; a row must be a mu
 
 def refuse(inputs: Inputs) -> list[str]:
     """Raise RecipeError or UsageError for what cannot work; return warnings for what works but deserves a word."""
-    from edgedistill.training.lora import check_targets
+    from edgedistill.training.lora import check_modules, check_targets
 
     recipe, warnings = inputs.recipe, refuse_templates(inputs)
     teacher, student = inputs.teacher.facts, inputs.student.facts
@@ -97,6 +97,7 @@ def refuse(inputs: Inputs) -> list[str]:
         if section is not None and section.method != "full":
             try:
                 check_targets(facts.config(), section.lora.targets)
+                check_modules(facts.architecture, section.lora.targets)
             except UsageError as error:
                 raise RecipeError(error.message, error.hint, key=f"{key}.lora.targets", file=inputs.path) from None
     if recipe.distill.method == "qlora" and not Path("/dev/nvidiactl").exists():
@@ -143,6 +144,7 @@ def refuse(inputs: Inputs) -> list[str]:
     if recipe.calibrate.general and all(target.runtime.format != "gguf" for target in all_targets(inputs)):
         warnings.append("calibrate.general: it is for GGUF targets, and the recipe has none")
     _refuse_order(inputs)
+    _refuse_baselines(inputs)
     _refuse_draft(inputs)
     _refuse_temperature(inputs)
     return warnings + refuse_tuning(inputs) + _thinking(inputs) + _reviews(inputs) + warn_of_labels(inputs)
@@ -268,6 +270,16 @@ def _refuse_order(inputs: Inputs) -> None:
             )
 
 
+def _refuse_baselines(inputs: Inputs) -> None:
+    """Refuse a type that there is not."""
+    from edgedistill.formats.gguf.types import file_type
+
+    try:
+        file_type(inputs.recipe.baselines.quantized_teacher or "F16")
+    except UsageError as error:
+        raise RecipeError(error.message, error.hint, key="baselines.quantized_teacher", file=inputs.path) from None
+
+
 def _refuse_draft(inputs: Inputs) -> None:
     """Refuse a draft of what llama.cpp does not run, of a shape or type that there is not, and without a suite to measure it on."""
     from edgedistill.formats.gguf.types import file_type
@@ -282,7 +294,8 @@ def _refuse_draft(inputs: Inputs) -> None:
     if not any(suite.metric != "perplexity" for suite in inputs.recipe.suites.values()):
         told = ("a draft is measured on the prompts of a suite, and none is answered", "add one to [suites]", "targets")
     try:
-        file_type(draft.type)
+        if file_type(draft.type).imatrix == "required":
+            told = (f"{draft.type} needs an importance matrix, and drafts have none", 'take "Q4_0", or "Q8_0"', "type")
     except UsageError as error:
         told = (error.message, error.hint, "type")
     if told is not None:
@@ -382,8 +395,8 @@ def _refuse_width(inputs: Inputs, width: int, key: str) -> None:
 
 
 def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
-    """Refuse a vocabulary larger than the model's, or of a tokenizer that cannot spell what was cut away."""
-    from edgedistill.families import check_trimmable
+    """Refuse a vocabulary larger than the model's, of a tokenizer that cannot spell what was cut away, or too small for that."""
+    from edgedistill.families import BYTES, check_trimmable
 
     model, facts = inputs.recipe.student.model, inputs.student.facts
     if size > facts.vocab:
@@ -393,13 +406,21 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
             key=key,
             file=inputs.path,
         )
+    least = BYTES
     if (
         inputs.student.path.is_dir()
     ):  # a GGUF that `base` dequantizes has a byte-level BPE tokenizer, or is refused there
         try:
-            check_trimmable(inputs.student.path)
+            least = check_trimmable(inputs.student.path)
         except UsageError as error:
             raise RecipeError(error.message, error.hint, key=key, file=inputs.path) from None
+    if size < least:
+        raise RecipeError(
+            f"{least} tokens spell whatever is written, single bytes and added tokens: {size} are fewer",
+            f"take {-(-(least + 1) // 64) * 64} or more; the rows that are taught need theirs beside these",
+            key=key,
+            file=inputs.path,
+        )
 
 
 def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:

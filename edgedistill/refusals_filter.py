@@ -12,7 +12,7 @@ from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import mathematics
 from edgedistill.evals.metrics import LABEL, METRICS
 from edgedistill.inputs import Inputs, keyed_metric
-from edgedistill.models import labels_of
+from edgedistill.model_facts import labels_of
 from edgedistill.pooling import pooling_of
 
 

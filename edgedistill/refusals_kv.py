@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgedistill.errors import RecipeError
 from edgedistill.kv_cache import BLOCK, CHOICES, F16, Pair, cache_bytes, told
-from edgedistill.models import ModelFacts
+from edgedistill.model_facts import ModelFacts
 from edgedistill.target import AUTO, Target, format_size
 
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.errors import UsageError
+
 if TYPE_CHECKING:
     from edgedistill.session import Session
 
@@ -273,10 +275,15 @@ def _finite(value: Any) -> Any:
 
 
 def write_html(data: ReportData, path: Path) -> None:
-    """Write the report as one self-contained page."""
+    """Write the report as one self-contained page. Raises UsageError."""
     from edgedistill.report_html import page
 
-    path.write_text(page(data), encoding="utf-8")
+    text = page(data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})", "give another file: -o FILE.html") from None
 
 
 def collect(session: Session) -> ReportData:

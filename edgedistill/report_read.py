@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 from edgedistill.compare import flat, step_of
 from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.data_stats import step_figures
-from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_reviews, student_facts
 from edgedistill.report import (
     Comparison,
@@ -24,7 +22,8 @@ from edgedistill.report import (
     SuiteLine,
 )
 from edgedistill.report_entries import caches, curve, fallbacks, hops, sources, stances
-from edgedistill.store import Damaged, Entry
+from edgedistill.report_reader import Reader
+from edgedistill.store import Entry
 
 if TYPE_CHECKING:
     from edgedistill.session import Session
@@ -36,94 +35,9 @@ LABELLED = ("macro_f1", "error", "gap", "brier", "nll", "top")
 """The figures of a suite of labels (``evals/labels.py``)."""
 
 
-class _Reader:
-    """The entries of one plan by step id, each loaded once. What is stale counts as missing: its figures are of other
-    bytes.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.steps = {name: step for step in session.plan.steps for name in step.ids}
-        self._why: dict[Key, str] = {}
-        self._entries: dict[str, Entry | None] = {}
-        self._answers: dict[tuple[str, str], dict[str, tuple[float, str]] | None] = {}
-
-    def entry(self, name: str) -> Entry | None:
-        if name not in self._entries:
-            self._entries[name] = self._load(name) if name in self.steps else None
-        return self._entries[name]
-
-    def _load(self, name: str) -> Entry | None:
-        store = self.session.store
-        try:
-            entry = store.load(self.steps[name].key)
-            why = "not built" if entry is None else store.inputs_match(entry)
-        except Damaged as error:
-            entry, why = None, f"damaged: {error.why}"
-        if why:
-            self._why[self.steps[name].key] = why
-        return None if why else entry
-
-    def missing(self) -> tuple[list[str], int]:
-        """Return the steps that are missing though their inputs are there, with the reason, and the number of those
-        that wait.
-        """
-        steps = [step for step in self.session.plan.steps if self.entry(step.id) is None]
-        first = [step for step in steps if not self._why.keys() & set(step.stage.inputs())]
-        return [f"{step.id} ({self._why[step.key]})" for step in first], len(steps) - len(first)
-
-    def facts(self, name: str) -> Mapping[str, Any]:
-        entry = self.entry(name)
-        return entry.facts if entry else {}
-
-    def size(self, name: str) -> int | None:
-        """Return the bytes of the model that a step made: ``model.gguf``, or everything under ``onnx/``."""
-        entry = self.entry(name)
-        return (
-            sum(r.size for f, r in entry.files.items() if f == "model.gguf" or f.startswith("onnx/")) if entry else None
-        )
-
-    def answers(self, name: str, suite: str) -> dict[str, tuple[float, str]] | None:
-        """Return row id -> (score, text) of one evaluation, None if there is none."""
-        if (name, suite) not in self._answers:
-            entry = self.entry(f"evaluate/{name}")
-            path = entry.path / "answers" / f"{suite}.jsonl" if entry else None
-            found = None
-            if path is not None and path.is_file():
-                with path.open(encoding="utf-8") as file:
-                    rows = [json.loads(line) for line in file]
-                found = {row["id"]: (float(row["score"]), str(row["text"])) for row in rows}
-            self._answers[name, suite] = found
-        return self._answers[name, suite]
-
-    def briers(self, name: str, suite: str) -> dict[str, float]:
-        """Return row id -> Brier score of the labels' probabilities in one evaluation; {} where it has none."""
-        from edgedistill.evals.labels import brier, named
-
-        entry, labels = self.entry(f"evaluate/{name}"), self.session.recipe.labels
-        path = entry.path / "answers" / f"{suite}.jsonl" if entry else None
-        if labels is None or path is None or not path.is_file():
-            return {}
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not rows or any("probabilities" not in row["details"] for row in rows):
-            return {}
-        import numpy as np
-
-        wanted = named([row["reference"] for row in rows], labels.names)
-        found = brier(np.asarray([row["details"]["probabilities"] for row in rows]), wanted)
-        return {row["id"]: value for row, value in zip(rows, found.tolist(), strict=True)}
-
-    def paired(self, a: tuple[str, str], b: tuple[str, str]) -> tuple[list[float], list[float]] | None:
-        """Return two evaluations' scores on the rows that they share; None unless all rows pair up."""
-        left, right = self.answers(*a), self.answers(*b)
-        if not left or not right or left.keys() != right.keys():
-            return None
-        return [score for score, _ in left.values()], [right[row][0] for row in left]
-
-
 def read(session: Session) -> ReportData:
     """Read a build's entries into a report without findings."""
-    reader = _Reader(session)
+    reader = Reader(session)
     models = _models(reader)
     gates, shipped = _gates(reader)
     entries = {name: reader.entry(name) for name in reader.steps}
@@ -166,7 +80,7 @@ def read(session: Session) -> ReportData:
 
 def read_gates(session: Session) -> list[tuple[str, dict[str, Any]]]:
     """Return every gate of every target that can be decided, as (target, line)."""
-    gates, _ = _gates(_Reader(session))
+    gates, _ = _gates(Reader(session))
     return [(target, line) for target, lines in gates.items() for line in lines]
 
 
@@ -182,7 +96,7 @@ def _shape(session: Session) -> str:
     return "".join(f", {kept:,} of {whole:,} {what}" for kept, whole, what in pairs if kept < whole)
 
 
-def _yields(reader: _Reader) -> dict[str, Any]:
+def _yields(reader: Reader) -> dict[str, Any]:
     """Return what the filters let through, and how many of the teacher's analyses of its mistakes were right."""
     found, analysed = dict(reader.facts("filter")), reader.facts("analyse")
     if analysed:
@@ -198,7 +112,7 @@ def _yields(reader: _Reader) -> dict[str, Any]:
     return found
 
 
-def _models(reader: _Reader) -> list[Model]:
+def _models(reader: Reader) -> list[Model]:
     """List teacher, baselines, arms, merged student and artifacts: those that are evaluated, measured or written so far."""
     session, base = reader.session, reader.session.recipe.baselines
     of_teacher = "F16"
@@ -280,7 +194,7 @@ def _link_targets(session: Session) -> list[tuple[str, tuple[Target, ...]]]:
     return [(f"link-{at}", targets) for at, targets in enumerate(session.inputs.link_targets, 1) if targets]
 
 
-def _calibration(reader: _Reader, name: str) -> dict[str, Figure]:
+def _calibration(reader: Reader, name: str) -> dict[str, Figure]:
     """Return how sure a model is: an artifact's own figures, or those that an artifact's evaluation took of its reference."""
     (model, _, link), artifacts = name.partition("@"), reader.session.plan.packages
     for artifact in [name] if name in artifacts else [one for one in artifacts if one.partition("@")[2] == link]:
@@ -315,7 +229,7 @@ def _learnt(session: Session, curves: Mapping[str, list[dict[str, float]]]) -> F
     return Figure.read(mean(tenth))
 
 
-def _base(reader: _Reader, name: str) -> str:
+def _base(reader: Reader, name: str) -> str:
     """Return whose evaluation is that of what a model was before it was cut and taught."""
     session = reader.session
     same = session.inputs.student.digest == session.inputs.teacher.digest
@@ -326,7 +240,7 @@ def _base(reader: _Reader, name: str) -> str:
     return "base" if same and session.recipe.adapt else "teacher" if session.recipe.adapt is None else ""
 
 
-def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
+def _suite(reader: Reader, name: str, suite: str, facts: Mapping[str, Any]) -> SuiteLine:
     if facts.get("perplexity"):
         from edgedistill.evals.statistics import perplexity_over
 
@@ -372,7 +286,7 @@ def _suite(reader: _Reader, name: str, suite: str, facts: Mapping[str, Any]) -> 
     )
 
 
-def _hedges(reader: _Reader, answers: Mapping[str, tuple[float, str]] | None) -> tuple[Figure | None, Figure | None]:
+def _hedges(reader: Reader, answers: Mapping[str, tuple[float, str]] | None) -> tuple[Figure | None, Figure | None]:
     """Return the share of rows that a model does not answer but hedges, and its score on the others."""
     from edgedistill.evals.statistics import mean
 
@@ -419,7 +333,7 @@ def _median(samples: Mapping[str, Any]) -> Figure:
     return Figure(value=samples["median"], low=low, high=high, n=samples["n"], method="median")
 
 
-def _gates(reader: _Reader) -> tuple[dict[str, list[dict[str, Any]]], dict[str, bool]]:
+def _gates(reader: Reader) -> tuple[dict[str, list[dict[str, Any]]], dict[str, bool]]:
     """Return target -> lines, from its package, or decided now where a missed gate kept the package from being
     written.
     """
@@ -434,7 +348,7 @@ def _gates(reader: _Reader) -> tuple[dict[str, list[dict[str, Any]]], dict[str, 
     return found, shipped
 
 
-def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
+def _decide(reader: Reader, target: str) -> list[dict[str, Any]] | None:
     from edgedistill.gates import check_gates
 
     stage: Package = reader.steps[f"package/{target}"].stage  # type: ignore[assignment]
@@ -467,7 +381,7 @@ def _decide(reader: _Reader, target: str) -> list[dict[str, Any]] | None:
     ).to_json()
 
 
-def _drafts(reader: _Reader) -> list[DraftLine]:
+def _drafts(reader: Reader) -> list[DraftLine]:
     """Read what each draft model brings, and whether it ships."""
     from edgedistill.gates import draft_refused
 
@@ -496,7 +410,7 @@ def _drafts(reader: _Reader) -> list[DraftLine]:
     return found
 
 
-def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
+def _differences(reader: Reader, models: Iterable[Model]) -> list[Difference]:
     """Attribute the loss to the stages, each as a paired difference of two evaluations of the same rows."""
     by_id = {model.id: model for model in models}
     shaped, rounds = "shape" in reader.steps, len(reader.session.recipe.round)
@@ -535,7 +449,7 @@ def _differences(reader: _Reader, models: Iterable[Model]) -> list[Difference]:
     return found
 
 
-def _comparisons(reader: _Reader) -> list[Comparison]:
+def _comparisons(reader: Reader) -> list[Comparison]:
     """Compare the student with every arm, the one of references only and the one before the rounds, on every suite with a score."""
     from edgedistill.evals.statistics import paired_difference
 
@@ -566,7 +480,7 @@ def _comparisons(reader: _Reader) -> list[Comparison]:
     return found
 
 
-def _rounds(reader: _Reader) -> list[Round]:
+def _rounds(reader: Reader) -> list[Round]:
     """Return what each round that is built asked and kept."""
     from edgedistill.evals.statistics import proportion
 

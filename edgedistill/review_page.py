@@ -10,7 +10,7 @@ import json
 from html import escape
 from typing import Any
 
-from edgedistill.report_html import STYLE
+from edgedistill.report_style import STYLE
 
 OWN = """
 main { max-width: 1080px; padding-bottom: 120px; }

@@ -8,16 +8,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import canonical_json, digest
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import Recipe
 from edgedistill.recipe_teacher import SERVED, Asked, every_asked
-from edgedistill.spending import Budget, Ledger
+from edgedistill.rows import RowStore
+from edgedistill.spending import Budget, Ledger, Use, most, used
 from edgedistill.store import write_atomic
 
 KIND = SERVED.removesuffix(":")
@@ -25,6 +28,16 @@ NAME = "teacher"
 """What a server is told to call a model that we start it on."""
 SCORED = "prompt_logprobs"
 """vLLM's parameter for the log-probabilities of given text; the others' ``echo`` gives those of text that they cut themselves."""
+
+FOR_GOOD = ("invalid", "authentication", "permission", "not_found", "quota", "billing", "content", "context")
+"""In the type or the code of an error: another try would end the same, whatever else it says."""
+SIGNS = {
+    429: ("rate limit", "too many requests", "resource exhausted"),
+    503: ("overloaded", "unavailable", "at capacity", "try again"),
+    504: ("timeout", "time-out", "timed out", "deadline exceeded"),
+    500: ("server error", "internal error", "api error"),
+}
+"""Words of errors, and the statuses that they stand for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,20 +268,39 @@ def _abilities(server: Server, store: Path, *, scored: int) -> Abilities:
     memo = store / "models" / "served" / f"{digest([server.url, server.identity, scored])}.json"
     if memo.is_file():
         return Abilities(**json.loads(memo.read_text()))
-    found = probe(server, scored=scored)
+    bounded = server.budget.tokens is not None or server.budget.money is not None
+    with closing(server.ledger(RowStore(store).path)) as ledger:
+        found = probe(server, scored=scored, ledger=ledger if bounded else None)
     memo.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(memo, json.dumps(asdict(found)))
     return found
 
 
-def probe(server: Server, *, scored: int) -> Abilities:
-    """Ask a server for its models and one token, and with ``scored`` for the best tokens along a given text. Raises UsageError."""
+def probe(server: Server, *, scored: int, ledger: Ledger | None = None) -> Abilities:
+    """Ask a server for its models and one token, and with ``scored`` for the best tokens along a given text; what that costs is
+    put down in the ``ledger``. Raises UsageError.
+    """
     import httpx2
 
     with httpx2.Client(headers=server.headers(), timeout=server.timeout) as client:
 
         def post(path: str, body: Mapping[str, Any]) -> httpx2.Response:
-            return client.post(server.url + path, json={"model": server.model, **body})
+            asked = {"model": server.model, **body}
+            if ledger is None:
+                return client.post(server.url + path, json=asked)
+            if not ledger.reserve(need := most(asked)):
+                raise UsageError(ledger.over(need), "raise teacher.budget: a server is asked what it can do")
+            try:
+                response = client.post(server.url + path, json=asked)
+            except httpx2.ConnectError:  # of any other, nobody knows what it cost
+                ledger.settle(need, Use(0, 0))
+                raise
+            if response.status_code == 200:
+                with suppress(ValueError):
+                    ledger.settle(need, used(response.json()) or need)
+            else:
+                ledger.settle(need, Use(0, 0))
+            return response
 
         try:
             context = _listed(client.get(f"{server.url}/models"), server)
@@ -278,6 +310,8 @@ def probe(server: Server, *, scored: int) -> Abilities:
                 answer = post("/chat/completions", asked)
             if answer.status_code != 200:
                 raise UsageError(f"{server.url}: {refusal(server, answer)}", _remedy(server, answer.status_code))
+            if error_in(answer.json()) is not None:
+                raise UsageError(f"{server.url}: {refusal(server, answer)}", "see to the server, or mend [teacher]")
             logprobs = bool(answer.json()["choices"][0].get("logprobs"))
             scores = 0
             if scored:
@@ -320,10 +354,41 @@ def _remedy(server: Server, status: int) -> str:
 def refusal(server: Server, response: Any) -> str:
     """Return what a server says of a request that it refuses, in one line and without the key."""
     try:
-        told = response.json()
-        error = told.get("error", told) if isinstance(told, dict) else told
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
+        text = said(response.json())
     except ValueError:
         text = response.text
     text = " ".join(server.hide(text).split())
     return f"the server refuses ({response.status_code}): {text[:300] or 'it says nothing'}"
+
+
+def said(told: Any) -> str:
+    """Return the words of an error, or of a reply that is one."""
+    error = (error_in(told) or told.get("error", told)) if isinstance(told, dict) else told
+    return str(error.get("message", error) if isinstance(error, dict) else error)
+
+
+def error_in(reply: Mapping[str, Any]) -> Any:
+    """Return the error that a reply holds in the place of an answer: some servers, and what stands between them and us, send it
+    with the status of an answer. None where it holds none.
+    """
+    if reply.get("object") == "error":
+        return reply
+    choices = reply.get("choices")
+    if isinstance(choices, list) and choices:
+        return (choices[0].get("error") or None) if isinstance(choices[0], dict) else None
+    return reply.get("error") or None
+
+
+def status_of(error: Any) -> int:
+    """Return the HTTP status that an error in a reply stands for: the one that it names, or that of its words; 400 where these say
+    nothing of a server that may be asked again.
+    """
+    named = [error.get(key) for key in ("code", "status", "type")] if isinstance(error, dict) else []
+    for one in named:
+        if isinstance(one, int | str) and str(one).isdecimal() and 400 <= int(one) < 600:
+            return int(one)
+    words = " ".join(one for one in named if isinstance(one, str)).lower()
+    if any(word in words for word in FOR_GOOD):
+        return 400
+    text = f"{words} {error.get('message') if isinstance(error, dict) else error}".lower().replace("_", " ")
+    return next((status for status, signs in SIGNS.items() if any(sign in text for sign in signs)), 400)

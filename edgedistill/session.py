@@ -14,7 +14,9 @@ from edgedistill.chat_template import named_template
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
-from edgedistill.models import HubFile, Resolved, Task, fetch_rows, read_lock, resolve, write_lock
+from edgedistill.lock import read_lock, write_lock
+from edgedistill.model_facts import Task
+from edgedistill.models import HubFile, Resolved, fetch_rows, resolve
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
@@ -23,7 +25,7 @@ from edgedistill.recipe_teacher import Teacher
 from edgedistill.runner import Verdict, assess
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
-from edgedistill.store import Store
+from edgedistill.store import Entry, Store
 from edgedistill.target import Target, find_target, format_size
 
 if TYPE_CHECKING:
@@ -125,7 +127,13 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
             "gguf",
         )  # your own files may change: that is a new build, not an error
         pin = None if local else pins.get(source)
-        found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
+        try:
+            found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
+        except UsageError as error:
+            at = next((at for at, one in enumerate(recipe.teachers) if one.model == source), None)
+            key = "student.model" if at is None else f"teachers.{at}.model"
+            key = "teacher.model" if source == recipe.teacher.model else key
+            raise RecipeError(error.message, error.hint, file=path, key=key) from None
     write_lock(lock, [model for model in found.values() if model.kind not in ("path", "gguf")])
     student = found[of_student]
 
@@ -250,33 +258,42 @@ def check_disk(rows: list[tuple[Step, Verdict, float]], store: Store) -> None:
 
 
 def publish(session: Session, outcome: Outcome) -> list[Path]:
-    """Hard-link every finished package to ``dist/<recipe>/<target>/`` beside the recipe."""
-    import os
-
+    """Hard-link every finished package to ``dist/<recipe>/<target>/`` beside the recipe. Raises UsageError where that cannot be."""
     published = []
     for target, key in session.plan.packages.items():
         entry = session.store.load(key) if key not in {session.plan.match(n)[0].key for n in outcome.failed} else None
         if entry is None:
             continue
         folder = session.path.parent / "dist" / session.recipe.name / target
-        for name, record in entry.files.items():
-            source, goal = entry.path / name, folder / name
-            if goal.exists():
-                stat = goal.stat()
-                if os.path.samestat(stat, source.stat()) or (stat.st_size, stat.st_mtime_ns) == (
-                    record.size,
-                    record.mtime_ns,
-                ):
-                    continue
-                goal.unlink()
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source, goal)
-            except OSError:  # another disk
-                shutil.copy2(source, goal)
-        for stale in [
-            p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in entry.files
-        ]:
-            stale.unlink()
+        try:
+            _link_package(entry, folder)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: cannot be written ({error.strerror}); the package is in {entry.path}",
+                f"make room there, then: edgedistill build {session.path}   # runs nothing anew",
+            ) from None
         published.append(folder)
     return published
+
+
+def _link_package(entry: Entry, folder: Path) -> None:
+    """Give a folder the files of an entry, and no others."""
+    import os
+
+    for name, record in entry.files.items():
+        source, goal = entry.path / name, folder / name
+        if goal.exists():
+            stat = goal.stat()
+            if os.path.samestat(stat, source.stat()) or (stat.st_size, stat.st_mtime_ns) == (
+                record.size,
+                record.mtime_ns,
+            ):
+                continue
+            goal.unlink()
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, goal)
+        except OSError:  # another disk
+            shutil.copy2(source, goal)
+    for stale in [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in entry.files]:
+        stale.unlink()

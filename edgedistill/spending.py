@@ -165,6 +165,9 @@ class Ledger:
             (more.prompt, more.completion, self.budget.cost(more), self.account),
         )
 
+    def _widen(self, db: sqlite3.Connection) -> None:
+        """Give tables of an earlier version what they lack."""
+
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         try:
@@ -173,6 +176,7 @@ class Ledger:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=NORMAL")  # as the row store
                 self._db.executescript(self.schema)
+                self._widen(self._db)
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db

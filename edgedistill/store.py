@@ -234,17 +234,16 @@ class Store:
     def lease(self, key: Key, *, waiting: Callable[[str], None] = lambda who: None) -> Iterator[bool]:
         """Hold the lease of ``key`` while the block runs. Yields False if another build finished the step meanwhile."""
         path = self.root / "leases" / f"{key}.json"
-        token = uuid.uuid4().hex
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "boot": boot_id(), "token": token}
+        me = new_holder()
         told, waited = False, False
         while not _take(path, me):
             holder = _holder(path)
-            if holder is None or _is_dead(holder, path):
+            if holder is None or is_dead(holder, _heard(path)):
                 _remove_if(path, holder)
                 continue
             waited = True
             if not told:
-                waiting(f"process {holder.get('pid')} on {holder.get('host')}")
+                waiting(called(holder))
                 told = True
             time.sleep(0.2)
         stop = threading.Event()
@@ -270,7 +269,7 @@ class Store:
         held = set()
         for path in (self.root / "leases").glob("*.json"):
             holder = _holder(path)
-            if holder is not None and not _is_dead(holder, path):
+            if holder is not None and not is_dead(holder, _heard(path)):
                 held.add(path.stem)
         return held
 
@@ -295,6 +294,56 @@ def boot_id() -> str:
         return ""
 
 
+def new_holder() -> dict[str, Any]:
+    """Return what tells of a holder of something whether it lives: this process, with a name of its own."""
+    pid = os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "boot": boot_id(),
+        "started": _started(pid),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def called(holder: Mapping[str, Any]) -> str:
+    """Return a holder's name, for messages."""
+    return f"process {holder.get('pid')} on {holder.get('host')}"
+
+
+def is_dead(holder: Mapping[str, Any], heard: float) -> bool:
+    """Tell whether a holder that was last ``heard`` of at that time (its heartbeat) is gone. On this machine its process tells."""
+    if holder.get("host") == socket.gethostname() and holder.get("boot") == boot_id():
+        try:
+            pid = int(holder["pid"])
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        except (ValueError, KeyError):
+            return False
+        now, then = _started(pid), holder.get("started")
+        return bool(now and then) and now != then  # the number is another's by now
+    return time.time() - heard > LEASE_DEAD_S
+
+
+def _started(pid: int) -> str:
+    """Return when a process began, in the kernel's ticks (Linux, proc(5)); "ended" once it has, "" where nobody can tell."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "ended" if state in ("Z", "X") else rest[18]
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
+def _heard(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _take(path: Path, me: dict[str, Any]) -> bool:
     """Create the lease by a hard link, which fails if it exists and is never seen half-written."""
     temporary = path.with_name(f".{me['token']}")
@@ -313,21 +362,6 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _is_dead(holder: dict[str, Any], path: Path) -> bool:
-    if holder.get("host") == socket.gethostname() and holder.get("boot") == boot_id():
-        try:
-            os.kill(int(holder["pid"]), 0)
-        except ProcessLookupError:
-            return True
-        except (PermissionError, ValueError, KeyError):
-            pass
-        return False
-    try:
-        return time.time() - path.stat().st_mtime > LEASE_DEAD_S
-    except FileNotFoundError:
-        return True
 
 
 def _remove_if(path: Path, holder: dict[str, Any] | None) -> None:

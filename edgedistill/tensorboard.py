@@ -29,7 +29,7 @@ TIMES = ("step", "seconds")
 def write_events(session: Session, folder: Path) -> list[Path]:
     """Write the logs of every training step that is built to ``folder/<step>/``; the same build writes the same bytes.
 
-    Raises UsageError where nothing is trained yet.
+    Raises UsageError where nothing is trained yet, and where they cannot be written.
     """
     written = []
     for step in session.plan.steps:
@@ -41,8 +41,13 @@ def write_events(session: Session, folder: Path) -> list[Path]:
         ended = calendar.timegm(time.strptime(entry.created, "%Y-%m-%dT%H:%M:%SZ"))
         begun = ended - (lines[-1]["seconds"] if lines else 0.0)
         path = folder / step.id.replace("/", "-") / f"events.out.tfevents.{int(begun)}.edgedistill"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(record(event(begun)) + b"".join(record(event(begun, line)) for line in lines))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(record(event(begun)) + b"".join(record(event(begun, line)) for line in lines))
+        except OSError as error:
+            raise UsageError(
+                f"{path}: cannot be written ({error.strerror})", "--tensorboard DIR: another one"
+            ) from None
         written.append(path)
     if not written:
         raise UsageError("no training step is built yet", f"edgedistill build {session.path}")

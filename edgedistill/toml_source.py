@@ -289,6 +289,8 @@ _EXPECTED = {
     "model": "a table",
     "dataclass": "a table",
     "path": "a path",
+    "int_from_float": "a whole number",
+    "finite_number": "a finite number",
 }
 
 
@@ -308,6 +310,8 @@ def _recipe_error(
         if one["type"] == "edgedistill_key":
             key = (*key, *split_dotted(str(one.get("ctx", {})["key"])))
             found = None
+        if one["type"] == "too_short" and isinstance(found, list) and len(found) >= one.get("ctx", {})["min_length"]:
+            continue  # of entries of which one is wrong, and told of by itself
         messages.setdefault(key, []).append(_say(one, key, found, data, model))
 
     def line_of(key: Key) -> int:
@@ -394,11 +398,13 @@ def _say(error: Any, key: Key, found: Any, data: dict[str, Any], model: type[Bas
     if kind == "union_tag_not_found":
         tag = str(ctx["discriminator"]).strip("'")
         return "said", f"the key {tag}, which says what this table is, is missing"
-    if kind == "int_from_float":
-        return "expected", "a whole number"
     base = re.sub(r"_(attributes_)?(type|parsing|parsing_size)$", "", kind)
-    if base != kind and base in _EXPECTED:
+    if base in _EXPECTED:
         return "expected", _EXPECTED[base]
+    if kind == "too_short":
+        return "said", f"entries needed: at least {ctx['min_length']}; found {ctx['actual_length']}"
+    if kind == "string_pattern_mismatch":
+        return "said", f"has characters that it may not; found {_found(found)}, the pattern is {ctx['pattern']}"
     message = str(error["msg"])
     message = re.sub(r"^Input should be ", "expected a value ", message)
     return "said", f"{message[:1].lower()}{message[1:]}; found {_found(found)}"

@@ -27,9 +27,9 @@ def clock(seconds: float | None) -> str:
 class TerminalReporter(Reporter):
     """Tell a build's progress on stderr."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, raised: bool = False) -> None:
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.quiet = quiet
+        self.quiet, self.raised = quiet, raised
         self._live: Progress | None = None
         self._task = None
         self._number = self._total = 0
@@ -92,9 +92,11 @@ class TerminalReporter(Reporter):
             self.console.print(f"[{self._number}/{self._total}] {step.id}: done in {seconds:.1f} s", markup=False)
 
     def fail(self, step: Step, error: EdgeDistillError) -> None:
-        """Show the error at once; the build may go on with other steps."""
+        """Show the error at once, since the build may go on with other steps; but the first one not where it is raised after it."""
         self._stop()
-        show_error(error, self.console)
+        if not self.raised:
+            show_error(error, self.console)
+        self.raised = False
 
     def note(self, text: str) -> None:
         """Print a line above the progress."""

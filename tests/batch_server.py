@@ -17,14 +17,19 @@ from tests.planned_server import USAGE, answer, number_of
 
 Plan = Callable[[int, int], str]
 """(number of the row, of the batch from 1) -> what comes of it: "ok", "500" (a line in the file of errors), "expired", "lost" (no
-line), "cancelled", "odd" (an answer of no form)."""
+line), "cancelled", "odd" (an answer of no form), "error" (one with the status of an answer)."""
 Fate = Callable[[int], str]
 """Number of the batch -> how it ends: "completed", "expired", "cancelled", "failed CODE"; "… after N" only at the Nth look."""
+
+LATE = 0.5
+"""Seconds until a server does what it was asked by somebody who is gone."""
 
 
 class BatchServer(JsonServer):
     """Answer row n, a chat that ends with the number, in batches or one by one. ``hang`` names the step ("upload", "create",
-    "poll", "download") that it never answers: it does its part, sets ``hanging`` and waits until whoever asked is gone.
+    "poll", "download", "single") that it never answers: it does its part, sets ``hanging`` and waits until whoever asked is gone.
+    With "before" ahead of the step it does nothing at all, with "late" it does its part after that. A step that is ``slow`` takes
+    so many seconds more.
     """
 
     def __init__(self, plan: Plan = lambda row, batch: "ok", fate: Fate = lambda batch: "completed") -> None:
@@ -32,7 +37,7 @@ class BatchServer(JsonServer):
         self.files, self.batches = dict[str, bytes](), dict[str, dict[str, Any]]()
         self.batched, self.single, self.calls = Counter[int](), Counter[int](), Counter[str]()
         self.looks, self.billed, self.absent = Counter[str](), 0, set[str]()
-        self.hang, self.hanging = "", threading.Event()
+        self.hang, self.hanging, self.slow = "", threading.Event(), dict[str, float]()
         self.flaky = 0  # so many of the next calls about batches fail, after they were done
         outer = self
 
@@ -49,33 +54,35 @@ class BatchServer(JsonServer):
                     self.send(outer.page(parse_qs(url.query).get("after", [""])[0]))
                 elif parts[0] == "batches":
                     told = outer.look(parts[1])
-                    self.act("poll", told or {"error": {"message": "no such batch"}}, 200 if told else 404)
+                    self.act("poll", lambda: told or {"error": {"message": "no such batch"}}, 200 if told else 404)
                 elif parts[0] == "files":
                     there = parts[1] in outer.files
-                    self.act("download", outer.files[parts[1]] if there else {"error": "gone"}, 200 if there else 404)
+                    self.act("download", lambda: outer.files.get(parts[1], {"error": "gone"}), 200 if there else 404)
 
             def do_POST(self) -> None:
                 raw = self.body()
                 if self.path.strip("/") in outer.absent:
                     self.send({"error": {"message": "no such address"}}, 404)
                 elif self.path == "/files":
-                    self.act("upload", outer.upload(raw, self.headers["Content-Type"]))
+                    self.act("upload", lambda: outer.upload(raw, self.headers["Content-Type"]))
                 elif self.path == "/batches":
-                    self.act("create", outer.create(json.loads(raw)))
+                    self.act("create", lambda: outer.create(json.loads(raw)))
                 else:
-                    body = json.loads(raw)
-                    row = number_of(body)
-                    with outer.lock:
-                        if row is not None:
-                            outer.single[row] += 1
-                            outer.billed += sum(USAGE.values())
-                    self.send(answer(body, row or 0))
+                    self.act("single", lambda: outer.answer(json.loads(raw)))
 
-            def act(self, step: str, body: Any, status: int = 200) -> None:
+            def act(self, step: str, deed: Callable[[], Any], status: int = 200) -> None:
                 outer.calls[step] += 1
-                if outer.hang == step:
+                if step in outer.slow:
+                    outer.hanging.set()
+                    time.sleep(outer.slow[step])
+                when, _, hangs = outer.hang.rpartition(" ")
+                body = deed() if hangs != step or not when else None
+                if hangs == step:
                     outer.hanging.set()
                     self.rfile.read(1)  # until the other end closes
+                    if when == "late":
+                        time.sleep(LATE)
+                        deed()
                     self.close_connection = True
                     return
                 with outer.lock:
@@ -87,6 +94,14 @@ class BatchServer(JsonServer):
                 self.send(body, status)
 
         super().__init__(Handler)
+
+    def answer(self, body: dict[str, Any]) -> bytes:
+        """Answer one request by itself."""
+        row = number_of(body)
+        with self.lock:
+            self.single.update([] if row is None else [row])  # none: what `plan` asks
+            self.billed += sum(USAGE.values())
+        return answer(body, row or 0)
 
     def upload(self, raw: bytes, kind: str) -> dict[str, Any]:
         parts: Any = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + raw).get_payload()
@@ -123,6 +138,9 @@ class BatchServer(JsonServer):
                     self.billed += sum(USAGE.values())
                     reply = reply if deed == "ok" else {"usage": USAGE, "choices": []}
                     good.append({"custom_id": name, "response": {"status_code": 200, "body": reply}, "error": None})
+                elif deed == "error":
+                    no = {"error": {"code": 503, "message": "overloaded"}}
+                    good.append({"custom_id": name, "response": {"status_code": 200, "body": no}, "error": None})
                 elif deed in ("expired", "cancelled"):
                     bad.append({"custom_id": name, "response": None, "error": {"code": f"batch_{deed}"}})
                 elif deed == "500":

@@ -14,7 +14,8 @@ from tests.http_server import JsonHandler, JsonServer
 
 Plan = Callable[[int, int], str]
 """(number of the row, how often it was asked before) -> what the server does: "ok", a status with perhaps seconds for Retry-After
-("429 0.5"), "slow 1.5" (answers after so long), "cut" (the answer breaks off), "truncated" (whole, and no JSON)."""
+("429 0.5"), "slow 1.5" (answers after so long), "cut" (the answer breaks off), "truncated" (whole, and no JSON), "says {…}" (that
+JSON with the status 200, and no bill)."""
 USAGE = {"prompt_tokens": 20, "completion_tokens": 10}
 
 
@@ -64,7 +65,7 @@ class Planned(JsonServer):
             def act(self, deed: str, body: bytes) -> None:
                 what, _, more = deed.partition(" ")
                 status = int(what) if what.isdigit() else 200
-                if status == 200:  # whether it arrives or not
+                if status == 200 and what != "says":  # whether it arrives or not
                     with outer.lock:
                         outer.billed += sum(USAGE.values())
                 if what == "slow":
@@ -77,7 +78,15 @@ class Planned(JsonServer):
                     self.close_connection = True
                     return
                 said = {"error": {"message": "no, my sk-secret friend"}}
-                raw = b'{"row": ' if what == "truncated" else body if status == 200 else json.dumps(said).encode()
+                raw = (
+                    more.encode()
+                    if what == "says"
+                    else b'{"row": '
+                    if what == "truncated"
+                    else body
+                    if status == 200
+                    else json.dumps(said).encode()
+                )
                 self.send(raw, status, {"Retry-After": more} if status != 200 and more else None)
 
         super().__init__(Handler)

@@ -1,6 +1,7 @@
 """What a model thinks of answers, one number each, and what passes: grades are made once and read again by every threshold.
 
-A file of grades is JSONL, one line an answer: its key in the row store ("row") and its "grade", null where there is none.
+A file of grades is JSONL, one line an answer: its key in the row store ("row") and its "grade", null where there is none. The key
+has the prompt's id behind it where the grade is about the reference, and prompts that are the same have several.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,7 @@ def judged(
     ``max``, and ``keep``, so many of the highest grades. The order stays. What a person wrote is no answer of the row store's, and
     has no grade: it passes, and comes before all others.
     """
-    values = [grades[answer["row"]] if answer["row"] else math.inf for answer in found]
+    values = [_graded(spec, grades, answer) if answer["row"] else math.inf for answer in found]
     whys = [_why(spec, value) if answer["row"] else "" for answer, value in zip(found, values, strict=True)]
     if "keep" in spec:
         good = [at for at, why in enumerate(whys) if not why]
@@ -112,6 +114,18 @@ def judged(
         for at in set(good) - set(best):
             whys[at] = f"{spec['kind']}: not among the best {spec['keep']}"
     return list(zip(found, whys, strict=True))
+
+
+def apart(answer: Mapping[str, Any]) -> str:
+    """Return the key of a grade that holds for one prompt's reference alone."""
+    return f"{answer['row']} {answer['id']}"
+
+
+def _graded(spec: Mapping[str, Any], grades: Grades | GradeTable, answer: Mapping[str, Any]) -> float | None:
+    if spec.get("against"):
+        with suppress(KeyError):
+            return grades[apart(answer)]
+    return grades[answer["row"]]
 
 
 def _why(spec: Mapping[str, Any], grade: float | None) -> str:

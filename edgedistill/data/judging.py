@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edgedistill.data.grades import apart
 from edgedistill.data.prompts import Message, Row
 from edgedistill.data.thinking import split
+from edgedistill.sequences import Made
 
 LEAST_SCORE = 4
 """The score that passes unless a recipe says otherwise."""
@@ -67,28 +70,38 @@ _WINNER = re.compile(rf"{_MARKS}winner{_MARKS}:{_MARKS}(?:answer\s*)?(1|2|tie){_
 
 
 def to_judge(
-    rows: Iterable[Row], answers: Iterable[Mapping[str, Any]], rubric: str, *, against: bool = False
-) -> list[Row]:
-    """Return what the judge is asked of each answer that ended, as rows. Their ids are the answers' keys in the row store, with the
-    place of the answer behind (``KEY/1``, ``KEY/2``) where it is compared with the reference.
+    rows: Iterable[Row], answers: Sequence[Mapping[str, Any]], rubric: str, *, against: bool = False
+) -> Sequence[Row]:
+    """Return what the judge is asked of each answer that ended, as rows, which are made when they are looked at. Their ids are the
+    answers' keys in the row store, with the place of the answer behind (``KEY/1``, ``KEY/2``) where it is compared with the
+    reference. Prompts that are the same have one answer there: where their references differ, the prompt's id tells them apart
+    (`apart`).
     """
-    known, found = {row.id: row for row in rows}, []
-    for answer in answers:
-        if answer["finish"] != "stop":
-            continue
+    known = {row.id: row for row in rows}
+    ended, several = array("I"), set[str]()
+    first: dict[str, str | None] = {}  # reference by key
+    for number, answer in enumerate(answers):
+        if answer["finish"] == "stop":
+            ended.append(number)
+            reference = known[answer["id"]].reference
+            if against and first.setdefault(answer["row"], reference) != reference:
+                several.add(answer["row"])
+
+    def make(at: int) -> Row:
+        number, place = divmod(at, len(ORDERS)) if against else (at, 0)
+        answer = answers[ended[number]]
         row = known[answer["id"]]
-        told = {"rubric": rubric.strip(), "conversation": shown(row.messages)}
+        key, told = answer["row"], {"rubric": rubric.strip(), "conversation": shown(row.messages)}
         if not against:
-            asked = {answer["row"]: SCORE.format(**told, answer=answer["text"].strip())}
+            text = SCORE.format(**told, answer=answer["text"].strip())
         else:
             pair = (split(answer["text"]).answer.strip(), split(row.reference or "").answer.strip())
-            both = dict(zip(ORDERS, (pair, pair[::-1]), strict=True))
-            asked = {
-                f"{answer['row']}/{place}": COMPARE.format(**told, first=first, second=second)
-                for place, (first, second) in both.items()
-            }
-        found += [Row(id=key, messages=({"role": "user", "content": text},)) for key, text in asked.items()]
-    return found
+            one, other = pair[::-1] if place else pair
+            key = f"{apart(answer) if key in several else key}/{ORDERS[place]}"
+            text = COMPARE.format(**told, first=one, second=other)
+        return Row(id=key, messages=({"role": "user", "content": text},))
+
+    return Made(range(len(ended) * (len(ORDERS) if against else 1)), make)
 
 
 def shown(messages: Sequence[Message]) -> str:
@@ -123,17 +136,18 @@ def result_of(verdict: str, place: str) -> float | None:
 def grades(
     answers: Iterable[Mapping[str, Any]], verdicts: Mapping[str, str], *, against: bool
 ) -> dict[str, float | None]:
-    """Return the grade of each answer that ended, by its key: the score of 1 to 5; or, of the two comparisons with the reference,
-    the worse one (1 won both, 0.5 lost neither, 0 lost one). None where the judge gave no verdict.
+    """Return the grade of each answer that ended, by its key (as it was asked: perhaps with its prompt's id): the score of 1 to 5;
+    or, of the two comparisons with the reference, the worse one (1 won both, 0.5 lost neither, 0 lost one). None where the judge
+    gave no verdict.
     """
     found: dict[str, float | None] = {}
     for answer in answers:
         if answer["finish"] != "stop":
             continue
-        key = answer["row"]
         if not against:
-            found[key] = score_of(verdicts[key])
+            found[answer["row"]] = score_of(verdicts[answer["row"]])
             continue
+        key = apart(answer) if f"{apart(answer)}/{ORDERS[0]}" in verdicts else answer["row"]
         both = [result_of(verdicts[f"{key}/{place}"], place) for place in ORDERS]
         known = [one for one in both if one is not None]
         found[key] = min(known) if len(known) == len(both) else None

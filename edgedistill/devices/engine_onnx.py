@@ -10,6 +10,7 @@ from typing import Any
 
 from edgedistill.devices.protocol import Messages
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.model_facts import read_json
 
 
 class OnnxEngine:
@@ -22,11 +23,14 @@ class OnnxEngine:
             raise UsageError("onnxruntime-genai is not installed", "pip install 'edgedistill[onnx]'") from None
         self.api: Any = onnxruntime_genai
         self.path = path
-        self.settings = json.loads((path / "genai_config.json").read_text())["model"]
+        settings = read_json(path / "genai_config.json").get("model")
+        if not isinstance(settings, dict):
+            raise UsageError(f"{path / 'genai_config.json'}: says nothing of a model", "build the ONNX folder again")
+        self.settings = settings
         self.random = random.Random(0)
-        config = self.api.Config(str(path))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
         try:
+            config = self.api.Config(str(path))
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
             self.model = self.api.Model(config)
         except RuntimeError as error:
             raise UsageError(

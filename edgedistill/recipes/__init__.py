@@ -9,6 +9,7 @@ and ``init`` copies these files beside its own: what a user gets is complete by 
 
 from __future__ import annotations
 
+import os
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -33,12 +34,18 @@ def copy_recipe(name: str, folder: Path) -> Path:
     """Copy a packaged recipe to a new folder and return it; a folder with something in it is never written over."""
     if name not in packaged():
         raise UsageError(f"no packaged recipe {name!r}", f"there is: {', '.join(packaged())}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: already there", f"build it: edgedistill build {folder}, or name another folder")
-    shutil.copytree(
-        HERE / name, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py", "*.txt"), dirs_exist_ok=True
-    )
-    for file, source in taken(name).items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, folder / file)
+    try:
+        shutil.copytree(
+            HERE / name, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py", "*.txt"), dirs_exist_ok=True
+        )
+        for file, source in taken(name).items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / file)
+    except OSError as error:  # of copytree's own kind it has no strerror
+        why = error.strerror or "not all files were copied"
+        raise UsageError(
+            f"{folder}: cannot be written ({why})", f"name another folder: edgedistill init {name} DIR"
+        ) from None
     return folder

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from edgedistill.chat_template import write_template
-from edgedistill.models import model_files
+from edgedistill.model_facts import model_files
 from edgedistill.step import Context, Stage, later, unkeyed
 
 

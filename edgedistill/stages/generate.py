@@ -368,18 +368,20 @@ class Judge(Generate):
     answers: Key
     rubric: str
     against: str
+    apart: bool = later(False)  # prompts that are the same have several references: entries of before took them for one
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Ask what was not asked before, and read the verdicts."""
         from edgedistill.data.grades import histogram, write_grades
-        from edgedistill.data.judging import grades
+        from edgedistill.data.judging import ORDERS, grades
 
         asked = super().run(ctx)
         found: dict[str, float | None] = {}
+        count = self.samples * (len(ORDERS) if self.against else 1)  # on each answer
         verdicts = map(json.loads, each_line(ctx.out / "rows.jsonl"))  # in the order of the answers that they are on
         for answer in map(json.loads, each_line(ctx.path(self.answers, "rows.jsonl"))):
             if answer["finish"] == "stop":
-                own = {one["id"]: one["text"] for one in islice(verdicts, self.samples * self._asks)}
+                own = {one["id"]: one["text"] for one in islice(verdicts, count)}
                 found |= grades([answer], own, against=bool(self.against))
         write_grades(ctx.out / "grades.jsonl", found)
         return {**asked, "grades": {"kind": "judge", "n": len(found), "histogram": histogram(found)}}
@@ -388,21 +390,8 @@ class Judge(Generate):
         """Return what the judge is asked."""
         from edgedistill.data.judging import to_judge
 
-        rows = {row.id: row for row in super().to_ask(ctx)}
         answers = Lines(ctx.path(self.answers, "rows.jsonl"))
-        ended = array("I", (at for at, answer in enumerate(answers) if answer["finish"] == "stop"))
-
-        def make(at: int) -> Row:
-            answer = answers[ended[at // self._asks]]
-            asked = to_judge([rows[answer["id"]]], [answer], self.rubric, against=bool(self.against))
-            return asked[at % self._asks]
-
-        return Made(range(self._asks * len(ended)), make)
-
-    @property
-    def _asks(self) -> int:
-        """Return how often the judge is asked about an answer."""
-        return 2 if self.against else 1
+        return to_judge(super().to_ask(ctx), answers, self.rubric, against=bool(self.against))
 
 
 @dataclass(frozen=True, kw_only=True)

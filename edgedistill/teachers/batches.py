@@ -3,27 +3,28 @@ it off when it has time, a file of answers comes down.
 
 Nothing is sent twice where that can be known. A batch is written down before it is sent (``batch_book.py``) and bears a name of
 ours at the server: of one that was created by a build which died before it read the answer, the server's list tells. A batch whose
-creation is not in that list was never created, and costs nothing. The server gets another chance at what it left unanswered, in
-another batch; what it refused is put again by ordinary requests, which wait for a server that is busy and say why one is refused.
+creation is not in that list was never created, and costs nothing. What another build that lives has asked is waited for: its
+answers come into the row store. The server gets another chance at what it left unanswered, in another batch; what it refused is put
+again by ordinary requests, which wait for a server that is busy and say why one is refused.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from itertools import islice
+from typing import Any
 
-import httpx2
-
-from edgedistill.errors import StepFailed, UsageError
-from edgedistill.served import Server, refusal
+from edgedistill.errors import StepFailed
+from edgedistill.served import Server, error_in
 from edgedistill.spending import Use, most, used
 from edgedistill.teachers.batch_book import Batch, Book, total
-from edgedistill.teachers.requests import AGAIN, FIRST_WAIT, LONGEST_WAIT, Ask, retry_after
+from edgedistill.teachers.batch_calls import Calls, NoBatches, Refused
+from edgedistill.teachers.requests import Ask
 
 MOST_BYTES = 200_000_000
 """OpenAI's bound on the file of a batch."""
@@ -34,12 +35,19 @@ UNTRIED = ("batch_expired", "batch_cancelled")
 """Errors of requests that a batch did not come to before it ended (OpenAI has a third, of those that took too long)."""
 FULL = "token_limit_exceeded"
 """Why OpenAI fails a batch where too many tokens are queued already: it may be sent again when another has ended."""
-NONE_HERE = (404, 405, 501)
 STORED_AT_ONCE = 500
+OTHERS_S = 1.0
+"""Seconds between two looks at what other builds ask."""
+CREATING_S = 10.0
+"""Seconds that the creation of a batch may take to come into the server's list after whoever asked for it is gone."""
+RECENT_S = 300.0
+"""Seconds after the last sign of life of whoever asked in which its creation may still be under way."""
 
 NOTHING = Use(0, 0)
 Replies = Callable[[list[tuple[int, dict[str, Any]]]], list[int]]
 """Takes (index of the request, JSON) of some answers; returns the indices of those that it cannot read."""
+Singly = Callable[[list[int]], None]
+"""Takes the indices of requests that are to be put one by one, and puts them."""
 Others = Callable[[list[tuple[str, dict[str, Any]]]], None]
 """Takes (name of the request, JSON) of answers to what was asked before, and not now: they are paid for, too."""
 Count = Callable[[int, str], None]
@@ -47,24 +55,20 @@ Count = Callable[[int, str], None]
 
 @dataclass(kw_only=True)
 class _Work:
-    """What is still to do: requests that are in no batch, batches under way (with how many requests of each are done), and requests
-    to be put one by one. ``full``: the server takes no further batch before one ends.
+    """What is still to do, by the names of requests: those that are in no batch, batches under way (with how many requests of each
+    are done), those that other builds ask (and who), and those to be put one by one. ``left``: batches, by their tags, of which the
+    server tells us nothing; ``full``: the server takes no further batch before one ends.
     """
 
-    waiting: dict[int, None]
-    open: list[Batch]
+    index: Mapping[str, int]
+    waiting: dict[str, None]
+    open: list[Batch] = field(default_factory=list)
     done: dict[str, int] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
     singly: list[int] = field(default_factory=list)
+    left: set[str] = field(default_factory=set)
     arrived: int = 0
     full: bool = False
-
-
-class _NoBatches(UsageError):
-    """The server has no such address."""
-
-
-class _Refused(StepFailed):
-    """The server refuses for good: what was to be created is not there."""
 
 
 class Batches:
@@ -73,11 +77,11 @@ class Batches:
     def __init__(self, server: Server, book: Book, *, note: Callable[[str], None]) -> None:
         assert server.batch is not None
         self.server, self.book, self.note, self.how = server, book, note, server.batch
-        self._client = httpx2.Client(headers=server.headers(), timeout=server.timeout)
+        self._calls = Calls(server)
 
     def close(self) -> None:
         """Close the connections; batches go on. May be called twice."""
-        self._client.close()
+        self._calls.close()
         self.book.close()
 
     def post(
@@ -86,76 +90,144 @@ class Batches:
         names: Sequence[str],
         bodies: Sequence[Mapping[str, Any]],
         on_replies: Replies,
+        singly: Singly,
         *,
         on_ask: Ask = lambda at: None,
         on_others: Others = lambda found: None,
         on_count: Count = lambda done, text: None,
-    ) -> list[int]:
+    ) -> None:
         """Post all bodies, each by its name, and wait for the answers: ``on_ask`` gets the index of each before its batch is
-        created, ``on_replies`` the answers of a batch once it has ended, ``on_others`` what a batch of an earlier build brings
-        beside them, ``on_count`` how many are done at the server.
+        created, ``on_replies`` the answers of a batch once it has ended, ``on_others`` what a batch of another build brings
+        beside them, ``on_count`` how many are done at the server. What a batch failed at ``singly`` puts one by one. What another
+        build asks meanwhile is waited for, and not given to anybody here: it is in the row store.
 
-        Returns the indices of those that are to be put one by one. Raises UsageError where the server takes no batches; StepFailed
-        where one is refused, cancelled, or brings nothing, and where the budget is spent.
+        Raises UsageError where the server takes no batches; StepFailed where one is refused, cancelled, or brings nothing, and
+        where the budget is spent.
         """
-        index = {name: at for at, name in enumerate(names)}
-        work = _Work(waiting=dict.fromkeys(range(len(names))), open=[])
-        try:
-            for batch in self.book.under_way(self.server.url):
-                if any(name in index for name in batch.uses) and (found := self._found(batch)) is not None:
-                    work.open.append(found)
-                    for name in found.uses.keys() & index.keys():
-                        work.waiting.pop(index[name], None)
-            while work.waiting or work.open:
-                while work.waiting and not work.full and (sent := self._send(path, names, bodies, work, on_ask)):
-                    work.open.append(sent)
-                if not work.open:
-                    at = next(iter(work.waiting))
-                    raise StepFailed(
-                        self.book.over(most(bodies[at])),
-                        "what was answered is stored: raise teacher.budget and build again, or take fewer prompts",
-                    )
-                batch, told = self._wait(work, on_count)
-                work.open.remove(batch)
-                self._end(batch, told, index, work, on_replies, on_others)
-        except KeyboardInterrupt:
-            if work.open:
-                running = ", ".join(batch.id for batch in work.open)
-                self.note(f"{running} at {self.server.url}: not cancelled, the next build waits for the answers")
-            raise
-        return sorted(work.singly)
+        work = _Work(index={name: at for at, name in enumerate(names)}, waiting=dict.fromkeys(names))
+        with self.book.at_work():
+            try:
+                self._settle()
+                while work.waiting or work.open or work.held or work.singly:
+                    fits = self._send_all(path, bodies, work, on_ask)
+                    if work.singly and not work.open:  # others may wait for them: so before we wait for others
+                        singly(sorted(work.singly))
+                        work.arrived += len(work.singly)
+                        work.singly = []
+                        self.book.put()
+                    elif work.open or work.held:
+                        if (ended := self._wait(work, on_count)) is not None:
+                            work.open.remove(ended[0])
+                            self._end(*ended, work, on_replies, on_others)
+                    elif not fits:
+                        raise StepFailed(
+                            self.book.over(most(bodies[work.index[next(iter(work.waiting))]])),
+                            "what was answered is stored: raise teacher.budget and build again, or take fewer prompts",
+                        )
+            except KeyboardInterrupt:
+                if work.open:
+                    running = ", ".join(batch.id for batch in work.open)
+                    self.note(f"{running} at {self.server.url}: not cancelled, the next build waits for the answers")
+                raise
+
+    # ── what others ask ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _settle(self) -> None:
+        """Write down what batches did cost whose questions are all answered, for builds that died before they could do so."""
+        for one in self.book.unsettled(self.server.url):
+            if (batch := self._found(one, set())) is None:
+                continue
+            told = self._told(batch)
+            if told.get("status") == "failed":
+                self.book.end(batch, NOTHING)
+            elif told.get("status") in (*ENDED, "gone"):
+                self._end(batch, told, _Work(index={}, waiting={}), lambda replies: [], lambda found: None)
+            else:
+                self.book.leave(batch)
+
+    def _look(self, work: _Work, names: Collection[str]) -> dict[str, str]:
+        """Look which of the names are in batches under way: what nobody is at is taken over, the rest is waited for. Return that,
+        with who asks it.
+        """
+        found, held = self.book.look(self.server.url, names, work.left)
+        for batch in found:
+            if (known := self._found(batch, work.left)) is not None:
+                work.open.append(known)
+                self.note(
+                    f"{known.id} with {len(known.uses):,} requests is under way since an earlier build: waiting for it"
+                )
+                for name in known.uses:
+                    work.waiting.pop(name, None)
+                    work.held.pop(name, None)
+        for who, count in Counter(who for name, who in held.items() if name not in work.held).items():
+            self.note(f"{who} asks {count:,} of the questions: waiting for its answers")
+        for name, who in held.items():
+            work.waiting.pop(name, None)
+            work.held[name] = who
+        return held
+
+    def _freed(self, work: _Work) -> bool:
+        """Tell whether other builds are done with something that was waited for: it is answered, or to be asked here, or a batch of
+        theirs is ours now.
+        """
+        under_way = len(work.open)
+        held = self._look(work, list(work.held))
+        free = [name for name in work.held if name not in held]
+        answered = self.book.answered(free)
+        work.arrived += len(answered)
+        for name in free:
+            del work.held[name]
+            if name not in answered:
+                work.waiting[name] = None
+        return bool(free) or len(work.open) > under_way
 
     # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _send(
-        self,
-        path: str,
-        names: Sequence[str],
-        bodies: Sequence[Mapping[str, Any]],
-        work: _Work,
-        on_ask: Ask,
-    ) -> Batch | None:
-        """Put the first of what waits into a batch; None where the budget has no room for one request."""
-        index, lines, size = dict[str, int](), dict[str, bytes](), 0
-        for at in work.waiting:
-            line = {"custom_id": names[at], "method": "POST", "url": f"/v1{path}", "body": bodies[at]}
-            raw = json.dumps(line).encode() + b"\n"
-            if lines and (size + len(raw) > MOST_BYTES or len(lines) == self.how.requests):
+    def _send_all(self, path: str, bodies: Sequence[Mapping[str, Any]], work: _Work, on_ask: Ask) -> bool:
+        """Put what waits into batches, as far as server and budget have room; False where the budget has none for one request."""
+        while work.waiting and not work.full:
+            self._look(work, work.waiting)
+            if not work.waiting:
                 break
-            index[names[at]], lines[names[at]], size = at, raw, size + len(raw)
-        batch = self.book.open(self.server.url, {name: most(bodies[at]) for name, at in index.items()})
-        if batch is None:
-            return None
+            batch = self._send(path, bodies, work, on_ask)
+            if batch is None:
+                return False
+            if batch.id:
+                work.open.append(batch)
+        return True
+
+    def _send(self, path: str, bodies: Sequence[Mapping[str, Any]], work: _Work, on_ask: Ask) -> Batch | None:
+        """Put the first of what waits into a batch; None where the budget has no room for one request. A batch without an id was
+        not sent: others were faster.
+        """
+        first = list(islice(work.waiting, self.how.requests))
+        answered = self.book.answered(first)
+        work.arrived += len(answered)
+        lines, size = dict[str, bytes](), 0
+        for name in first:
+            if name in answered:
+                del work.waiting[name]
+                continue
+            body = bodies[work.index[name]]
+            raw = json.dumps({"custom_id": name, "method": "POST", "url": f"/v1{path}", "body": body}).encode() + b"\n"
+            if lines and size + len(raw) > MOST_BYTES:
+                break
+            lines[name], size = raw, size + len(raw)
+        batch = self.book.open(self.server.url, {name: most(bodies[work.index[name]]) for name in lines}, work.left)
+        if batch is None or not batch.uses:
+            return batch
         try:
             batch = self.book.name(batch, file=self._upload(batch, b"".join(lines[name] for name in batch.uses)))
             for name in batch.uses:
-                on_ask(index[name])
+                on_ask(work.index[name])
+            if not self.book.ours(batch):
+                return batch
             batch = self._create(batch, path)
-        except (_NoBatches, _Refused):  # so nothing was asked
+        except (NoBatches, Refused):  # so nothing was asked
             self.book.end(batch, None)
             raise
         for name in batch.uses:
-            del work.waiting[index[name]]
+            del work.waiting[name]
         self.note(f"{batch.id} is under way with {len(batch.uses):,} requests; a stopped build leaves it running")
         return batch
 
@@ -165,7 +237,7 @@ class Batches:
             "files": {"file": (f"{TAG}-{batch.tag}.jsonl", raw, "application/jsonl")},
             "data": {"purpose": "batch"},
         }
-        return self._id(self._call("POST", "/files", **parts), "/files")
+        return self._calls.id_of(self._calls.call("POST", "/files", **parts), "/files")
 
     def _create(self, batch: Batch, path: str) -> Batch:
         """Create a batch of an uploaded file. Before another try the server's list tells whether the one before did it."""
@@ -176,28 +248,54 @@ class Batches:
             "metadata": {TAG: batch.tag},
         }
 
-        reply = self._call("POST", "/batches", json=body, again=lambda: self._listed(batch))
-        found = reply if isinstance(reply, Batch) else replace(batch, id=self._id(reply, "/batches"))
+        reply = self._calls.call("POST", "/batches", json=body, again=lambda unclear: self._created(batch, unclear))
+        found = reply if isinstance(reply, Batch) else replace(batch, id=self._calls.id_of(reply, "/batches"))
         return self.book.name(batch, file=batch.file, id=found.id)
 
-    def _found(self, batch: Batch) -> Batch | None:
-        """Return a batch that an earlier build began if the server has it, else None: then it has cost nothing."""
+    def _found(self, batch: Batch, left: set[str]) -> Batch | None:
+        """Return a batch that another build began if the server has it, else None: then it has cost nothing. What the server does
+        not tell us of another recipe's batch, whose key may be another, says nothing: it is ``left`` to that recipe.
+        """
+        own = batch.account == self.book.account
         if not batch.id:
-            found = self._listed(batch) if batch.file else None
+            found = self._created(batch, time.time() - batch.heard < RECENT_S) if batch.file else None
+            if found is None and batch.file and not own:
+                left.add(batch.tag)
+                self.book.leave(batch)
+                return None
             if found is None:
                 self.book.end(batch, None)
                 return None
             batch = self.book.name(batch, file=batch.file, id=found.id)
-        self.note(f"{batch.id} with {len(batch.uses):,} requests is under way since an earlier build: waiting for it")
+        elif not own:
+            try:
+                gone = self._told(batch).get("status") == "gone"
+            except Refused:  # with our key
+                gone = True
+            if gone:
+                left.add(batch.tag)
+                self.book.leave(batch)
+                return None
         return batch
+
+    def _created(self, batch: Batch, unclear: bool) -> Batch | None:
+        """Look a batch up in the server's list: for some time where the server may still be at its creation, which whoever asked
+        for it did not wait for.
+        """
+        until = time.monotonic() + CREATING_S * unclear
+        while (found := self._listed(batch)) is None and time.monotonic() < until:
+            time.sleep(min(self.how.poll, OTHERS_S))
+        return found
 
     def _listed(self, batch: Batch) -> Batch | None:
         """Look a batch up in the server's list by our name for it, or by its file."""
         after = ""
         while True:
             try:
-                reply = self._call("GET", "/batches", params={"limit": 100, **({"after": after} if after else {})})
-            except _NoBatches:  # it shows no list
+                reply = self._calls.call(
+                    "GET", "/batches", params={"limit": 100, **({"after": after} if after else {})}
+                )
+            except NoBatches:  # it shows no list
                 return None
             try:
                 page = reply["data"]
@@ -208,27 +306,38 @@ class Batches:
                     return None
                 after = str(page[-1]["id"])
             except (KeyError, TypeError, AttributeError) as error:
-                raise self._other("/batches", error) from None
+                raise self._calls.other("/batches", error) from None
 
     # ── waiting ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _wait(self, work: _Work, on_count: Count) -> tuple[Batch, dict[str, Any]]:
-        """Return the first batch that ends, with what the server says of it."""
+    def _wait(self, work: _Work, on_count: Count) -> tuple[Batch, dict[str, Any]] | None:
+        """Return the first batch that ends, with what the server says of it; None as soon as another build is done with something
+        that was waited for.
+        """
+        look = 0.0
         while True:
-            for batch in work.open:
-                told = self._told(batch)
-                if told.get("status") in (*ENDED, "gone"):
-                    return batch, told
-                work.done[batch.id] = int((told.get("request_counts") or {}).get("completed") or 0)
-            under_way = sum(work.done.get(batch.id, 0) for batch in work.open)
-            on_count(work.arrived + under_way, f"answers, {len(work.open)} batch{'es' * (len(work.open) > 1)}")
-            time.sleep(self.how.poll)
+            if time.monotonic() >= look:
+                for batch in work.open:
+                    told = self._told(batch)
+                    if told.get("status") in (*ENDED, "gone"):
+                        return batch, told
+                    work.done[batch.id] = int((told.get("request_counts") or {}).get("completed") or 0)
+                look = time.monotonic() + self.how.poll
+                under_way = sum(work.done.get(batch.id, 0) for batch in work.open)
+                text = f"answers, {len(work.open)} batch{'es' * (len(work.open) > 1)}" if work.open else "answers"
+                held = f", {len(work.held):,} asked by another build" if work.held else ""
+                on_count(work.arrived + under_way, text + held)
+            if work.held and self._freed(work):
+                work.full = False
+                return None
+            wait = max(0.0, look - time.monotonic())
+            time.sleep(min(wait, OTHERS_S) if work.held else wait)
 
     def _told(self, batch: Batch) -> dict[str, Any]:
         """Return what the server says of a batch; "gone" where neither it nor the list of its batches knows that one."""
         try:
-            return self._call("GET", f"/batches/{batch.id}")
-        except _NoBatches:
+            return self._calls.call("GET", f"/batches/{batch.id}")
+        except NoBatches:
             if self._listed(batch) is None:
                 return {"status": "gone"}
             return {}
@@ -237,23 +346,23 @@ class Batches:
         self,
         batch: Batch,
         told: Mapping[str, Any],
-        index: Mapping[str, int],
         work: _Work,
         on_replies: Replies,
         on_others: Others,
     ) -> None:
         """Take in what a batch brought, and settle what it cost."""
-        status, own = told["status"], {name: index[name] for name in batch.uses if name in index}
+        work.full = False
+        status, own = told["status"], {name: work.index[name] for name in batch.uses if name in work.index}
         if status == "gone":  # what it did cost, nobody knows
             self.book.end(batch, batch.most)
             self.note(f"{batch.id}: {self.server.url} has no such batch any more; its requests are put again")
-            work.waiting.update(dict.fromkeys(own.values()))
+            work.waiting.update(dict.fromkeys(own))
             return
         if status == "failed":
             self.book.end(batch, NOTHING)
             errors = (told.get("errors") or {}).get("data") or [{}]
-            if errors[0].get("code") == FULL and work.open:
-                work.waiting.update(dict.fromkeys(own.values()))
+            if errors[0].get("code") == FULL and (work.open or work.held):
+                work.waiting.update(dict.fromkeys(own))
                 work.full = True
                 return
             said = self.server.hide(str(errors[0].get("message") or "it does not say why"))
@@ -263,9 +372,8 @@ class Batches:
                 if errors[0].get("code") == FULL
                 else "mend [teacher]",
             )
-        work.full = False
         costs, chunk, nothing = dict[str, Use](), list[tuple[int, dict[str, Any]]](), True
-        others = list[tuple[str, dict[str, Any]]]()
+        others, names, before = list[tuple[str, dict[str, Any]]](), list(work.index), len(work.singly)
 
         def store() -> None:
             work.singly += on_replies(chunk)
@@ -285,13 +393,14 @@ class Batches:
                 chunk.append((at, reply))
             elif at is not None:
                 work.singly.append(at)
-            elif reply is not None and name not in index:
+            elif reply is not None and name not in work.index:
                 others.append((name, reply))
             if len(chunk) + len(others) == STORED_AT_ONCE:
                 store()
         store()
         # of what no line tells, nobody knows what it cost
-        self.book.end(batch, total(costs.get(name, use) for name, use in batch.uses.items()))
+        cost = total(costs.get(name, use) for name, use in batch.uses.items())
+        self.book.end(batch, cost, [names[at] for at in work.singly[before:]])
         if status == "cancelled" and own:
             raise StepFailed(
                 f"{self.server.url}: {batch.id} was cancelled",
@@ -302,7 +411,7 @@ class Batches:
                 f"{self.server.url}: {batch.id} {'has expired' if status == 'expired' else 'ended'} without an answer",
                 "build again to put its requests anew, or take teacher.batch out",
             )
-        work.waiting.update(dict.fromkeys(own.values()))
+        work.waiting.update(dict.fromkeys(own))
 
     def _lines(self, told: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any] | None, bool]]:
         """Yield of each line of a batch's files: the name of the request, the answer or None, and whether it was tried at all."""
@@ -311,8 +420,8 @@ class Batches:
                 continue
             with tempfile.TemporaryFile() as file:
                 try:
-                    self._call("GET", f"/files/{told[key]}/content", into=file)
-                except _NoBatches:
+                    self._calls.call("GET", f"/files/{told[key]}/content", into=file)
+                except NoBatches:
                     self.note(f"{self.server.url} has the file {told[key]} no more: what stood in it is lost")
                     continue
                 file.seek(0)
@@ -321,71 +430,8 @@ class Batches:
                         line: dict[str, Any] = json.loads(raw)
                         name, reply = str(line["custom_id"]), line.get("response") or {}
                         body: Any = reply.get("body")
-                        good = reply.get("status_code") == 200 and isinstance(body, dict)
+                        good = reply.get("status_code") == 200 and isinstance(body, dict) and error_in(body) is None
                         untried = (line.get("error") or {}).get("code") in UNTRIED
                     except (ValueError, KeyError, TypeError, AttributeError):
                         continue  # it tells of no request
                     yield name, body if good else None, not untried
-
-    # ── one call ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        into: IO[bytes] | None = None,
-        again: Callable[[], Any] = lambda: None,
-        **more: Any,
-    ) -> Any:
-        """Call the server until it answers; return the JSON, or write what comes ``into`` a file. Before another try ``again`` may
-        know the answer. Raises as `Requests.post`; UsageError for an address that the server does not have.
-        """
-        url, why, tries = self.server.url + path, "", self.server.retries + 1
-        for attempt in range(tries):
-            if attempt and (known := again()) is not None:
-                return known
-            wait: float | None = None
-            try:
-                with self._client.stream(method, url, **more) as response:
-                    if response.status_code == 200 and into is not None:
-                        into.seek(0)
-                        into.truncate()
-                        for part in response.iter_bytes():
-                            into.write(part)
-                        return None
-                    response.read()
-                if response.status_code in (200, 201):
-                    return dict(response.json())
-                why = refusal(self.server, response)
-                if response.status_code in NONE_HERE:
-                    raise _NoBatches(
-                        f"teacher.batch: {self.server.url} has no batches ({response.status_code} at {path})",
-                        "take teacher.batch out: requests are put one by one",
-                    )
-                if response.status_code not in AGAIN and response.status_code < 500:
-                    raise _Refused(f"{url}: {why}", "mend the recipe and build again")
-                wait = retry_after(response.headers.get("Retry-After"))
-            except httpx2.RequestError as error:
-                why = f"{type(error).__name__} {self.server.hide(str(error))}".strip()
-            except (ValueError, TypeError):
-                why = "an answer that is no JSON"
-            if attempt + 1 < tries:
-                backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1.0)
-                time.sleep(max(backoff, wait or 0.0))
-        raise StepFailed(
-            f"{url}: {why}" + (f", {tries} times" if tries > 1 else ""),
-            "batches go on at the server: see to it and build again, or raise teacher.retries",
-        )
-
-    def _id(self, reply: Any, path: str) -> str:
-        try:
-            return str(reply["id"])
-        except (KeyError, TypeError) as error:
-            raise self._other(path, error) from None
-
-    def _other(self, path: str, error: Exception) -> StepFailed:
-        return StepFailed(
-            f"{self.server.url + path}: an answer of another form than OpenAI's ({type(error).__name__}: {error})",
-            "take teacher.batch out: requests are put one by one",
-        )

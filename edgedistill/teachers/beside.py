@@ -1,7 +1,7 @@
 """A served teacher beside the student: what the student writes is sent to the server, which scores it.
 
-Rows that were scored before keep their stored targets: only what is new in a step is asked. What comes back are the best tokens
-and the tail as one bucket, as ``score.kind = "top-k"`` stores them.
+Rows that were scored before keep their stored targets: only what is new in a step is asked, each text once. What comes back are the
+best tokens and the tail as one bucket, as ``score.kind = "top-k"`` stores them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ServedTeacher:
 
     def targets(self, batch: Any, rows: Sequence[int], examples: Sequence[Example]) -> BatchTargets:
         """Return the targets of the examples of a batch, in their order."""
-        new = [one for one in examples if one.token_hash not in self.known]
+        new = [*{one.token_hash: one for one in examples if one.token_hash not in self.known}.values()]
         read = [one if self.origin is None else self.origin.example(one) for one in new]
         scored = dict(self.server.score(read, kind="top-k", n=self.n)) if read else {}
         asked = {

@@ -109,7 +109,8 @@ class OpenAITeacher:
         progress: Progress | None = None,
     ) -> Iterator[Answer]:
         """Yield the answers once all are there, in the order of ``prompts``; ``on_ask`` gets the index of a prompt before it is
-        put. With ``on_batch``, which gets each answer as it arrives, none is kept, and none yielded.
+        put. With ``on_batch``, which gets each answer as it arrives, none is kept, and none yielded. What another build had in a
+        batch meanwhile is in the row store, and not here.
 
         What is given by prompt is looked at when its turn comes, and not held: it may be made then (`Made`). With ``json_schemas``,
         one for each prompt, the server lets the model write nothing else. ``batch_size`` says nothing here: how many are asked at
@@ -167,24 +168,30 @@ class OpenAITeacher:
             form = guide(json_schemas[at] if json_schemas is not None else "")
             return self._question(prompts[at], tools[at] if tools else (), names[at], sample, sampling, form)
 
-        path, singly = "/chat/completions", jobs
-        if self.batches is not None:
-            singly = self.batches.post(
+        path = "/chat/completions"
+
+        def singly(which: Sequence[int]) -> None:
+            self.requests.post(
+                path,
+                Made(which, body),
+                lambda one, reply: take(which[one], reply),
+                on_ask=lambda one: asking(which[one]),
+                names=Made(which, lambda job: names[job // samples]),
+            )
+
+        if self.batches is None:
+            singly(jobs)
+        else:
+            self.batches.post(
                 path,
                 [names[job] if samples == 1 else f"{names[job // samples]}/{job % samples}" for job in jobs],
                 Made(jobs, body),
                 take_many,
+                singly,
                 on_ask=asking,
                 on_others=take_others,
                 on_count=lambda done, text: progress(done, len(jobs), text) if progress is not None else None,
             )
-        self.requests.post(
-            path,
-            Made(singly, body),
-            lambda one, reply: take(singly[one], reply),
-            on_ask=lambda one: asking(singly[one]),
-            names=Made(singly, lambda job: names[job // samples]),
-        )
         yield from (found[job] for job in jobs if job in found)
 
     def _question(

@@ -1,9 +1,9 @@
 """Requests to one teacher, which several servers may serve: some at a time, each put again until it is answered or refused.
 
 A busy, broken or absent server is waited for: 408, 409, 425, 429, 5xx, a connection that fails or is cut, an answer that is no
-JSON. The wait doubles from half a second to a minute, with jitter, so that requests which failed together do not come back
-together, and is at least what ``Retry-After`` says. Other refusals are final: another try would be refused, too. Each try goes to
-the server that has least to do and is not waited for.
+JSON, and an error of these kinds that has the status of an answer. The wait doubles from half a second to a minute, with jitter, so
+that requests which failed together do not come back together, and is at least what ``Retry-After`` says. Other refusals are final:
+another try would be refused, too. Each try goes to the server that has least to do and is not waited for.
 
 What a try can cost at most is taken out of the budget before it is sent (``spending.py``). A refusal costs nothing; an answer what
 it says; of one that was cut or too slow nobody knows, so it has cost the most. Where the budget has too little for another
@@ -25,7 +25,7 @@ from typing import Any
 import httpx2
 
 from edgedistill.errors import StepFailed
-from edgedistill.served import Server, refusal
+from edgedistill.served import Server, error_in, refusal, status_of
 from edgedistill.spending import Ledger, Use, most, used
 
 AGAIN = (408, 409, 425, 429)
@@ -157,13 +157,18 @@ class Requests:
                 reply = dict(response.json())
             except (ValueError, TypeError):
                 return Tried(why="an answer that is no JSON")
-            return Tried(reply=reply, cost=used(reply))
+            error = error_in(reply)
+            if error is None:
+                return Tried(reply=reply, cost=used(reply))
+            status, cost = status_of(error), used(reply)
+        else:
+            status, cost = response.status_code, None
         return Tried(
             why=refusal(self.server, response),
-            cost=None if response.status_code in GAVE_UP else NOTHING,
+            cost=cost or (None if status in GAVE_UP else NOTHING),
             wait=retry_after(response.headers.get("Retry-After")),
-            final=response.status_code not in AGAIN and response.status_code < 500,
-            of_one=response.status_code in OF_ONE,
+            final=status not in AGAIN and status < 500,
+            of_one=status in OF_ONE,
         )
 
     def _host(self) -> Host:

@@ -144,8 +144,9 @@ def split_rows(batch: PackedBatch | PaddedBatch, states: torch.Tensor) -> list[t
     """Cut a batch's states [rows or 1, positions, H] into those of each row, its share of the common prefix included."""
     if isinstance(batch, PaddedBatch):
         return [own[mask.bool()] for own, mask in zip(states, batch.attention_mask, strict=True)]
-    prefix, own = states[0, : batch.layout.prefix], states[0, batch.layout.prefix :]
-    return [torch.cat([prefix, part]) for part in own.split(batch.layout.counts)]
+    layout = batch.layout
+    prefix, own = states[0, : layout.prefix], states[0, layout.prefix : states.shape[1] - layout.tail]
+    return [torch.cat([prefix, part]) for part in own.split(layout.counts)]
 
 
 def join_rows(batch: PackedBatch | PaddedBatch, rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -155,8 +156,8 @@ def join_rows(batch: PackedBatch | PaddedBatch, rows: Sequence[torch.Tensor]) ->
         for own, mask, row in zip(laid, batch.attention_mask, rows, strict=True):
             own[mask.bool().to(own.device)] = row
         return laid
-    prefix = batch.layout.prefix
-    return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
+    prefix, tail = batch.layout.prefix, rows[0].new_zeros((batch.layout.tail, rows[0].shape[-1]))
+    return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows), tail])[None]
 
 
 def teachers_hashes(

@@ -102,6 +102,20 @@ def load_checkpoint(
     return state
 
 
+def save_weights(path: Path, masters: dict[str, torch.Tensor]) -> None:
+    """Write the weights in training to one file, whole and on the disk: a checkpoint that is written after it counts on it."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().contiguous() for name, tensor in masters.items()}, partial)
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def load_weights(path: Path, masters: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a file of ``save_weights`` back in place."""
+    for name, tensor in load_file(path).items():
+        masters[name].data.copy_(tensor)
+
+
 class StepLog:
     """``log.jsonl``: one line an optimiser step, each step once, however often the run was cut off."""
 

@@ -179,6 +179,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int = 1)
     return out
 
 
+def _filled(rows: torch.Tensor, tail: int) -> torch.Tensor:
+    """Put ``tail`` rows of zeros behind ``rows`` [tokens, H]."""
+    return nn.functional.pad(rows, (0, 0, 0, tail)) if tail else rows
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """What an attention half needs beside its tensors."""
@@ -205,8 +210,9 @@ class AttentionHalf(torch.autograd.Function):
         (query, key, value), low = project(normed, inner)
         heads = [one.view(len(x), -1, plan.dim) for one in (query, key, value)]
         turned = [rotate(one, plan.cos, plan.sin) for one in heads[:2]]
-        seen, wide = attend(turned[0], turned[1], heads[2], plan.layout, plan.scale, plan.window)
-        seen = seen.reshape(len(x), -1)
+        real = len(x) - plan.layout.tail
+        seen, wide = attend(turned[0][:real], turned[1][:real], heads[2][:real], plan.layout, plan.scale, plan.window)
+        seen = _filled(seen.reshape(real, -1), plan.layout.tail)
         (out,), low_out = project(seen, [last])
         ctx.plan = plan
         ctx.save_for_backward(x, norm, scale, seen, low, low_out, *(t for one in wide for t in one), *tensors)
@@ -224,14 +230,15 @@ class AttentionHalf(torch.autograd.Function):
         grad = grads[0]
         of_seen, of_last = project_back(seen, [last], low_out, [grad], needs[cut:])
         assert of_seen is not None
+        real = len(x) - plan.layout.tail
         of = attend_back(
-            of_seen.view(len(x), -1, plan.dim),
+            of_seen.view(len(x), -1, plan.dim)[:real],
             [Wide(*wide[at : at + 4]) for at in range(0, len(wide), 4)],
             plan.layout,
             plan.scale,
         )
-        turned = [rotate(one, plan.cos, plan.sin, -1) for one in of[:2]]
-        flat = [one.reshape(len(x), -1) for one in (*turned, of[2])]
+        turned = [rotate(one, plan.cos[:real], plan.sin[:real], -1) for one in of[:2]]
+        flat = [_filled(one.reshape(real, -1), plan.layout.tail) for one in (*turned, of[2])]
         below = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         of_normed, of_inner = project_back(_scaled(x, scale, norm), inner, low, flat, needs[:cut], of_input=below)
         of_x = of_norm = None

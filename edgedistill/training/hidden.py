@@ -169,6 +169,7 @@ def token_counts(batch: PackedBatch | PaddedBatch) -> torch.Tensor:
         return batch.attention_mask.float()
     counts = torch.ones(batch.position_ids.shape, device=batch.position_ids.device)
     counts[:, : batch.layout.prefix] *= len(batch.layout.counts)
+    counts[:, counts.shape[1] - batch.layout.tail :] = 0
     return counts
 
 

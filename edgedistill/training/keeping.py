@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.training.checkpoint import State
+from edgedistill.training.checkpoint import State, load_weights, save_weights
 from edgedistill.training.data import Example, counter_rng
 from edgedistill.training.dense import DenseTargets, DenseTeacher
 from edgedistill.training.losses import LossTerms, completion_loss
@@ -173,11 +171,7 @@ class Keeper:
         if (sum(found) - sum(self.before)) / self.tokens <= self.keep.stop:
             state.within, state.beyond = state.step, 0
             if write:
-                partial = self.snapshot.with_suffix(".partial")
-                save_file({name: one.detach().contiguous() for name, one in masters.items()}, partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # a checkpoint that is written after it counts on it
-                os.replace(partial, self.snapshot)
+                save_weights(self.snapshot, masters)
         else:
             state.beyond += 1
         return sum(found) / self.tokens
@@ -198,8 +192,7 @@ class Keeper:
                 f"{self.every} steps",
                 hint="try a lower distill.lr, a larger distill.keep.kl, or a larger distill.keep.stop",
             )
-        for name, one in load_file(self.snapshot).items():
-            masters[name].data.copy_(one)
+        load_weights(self.snapshot, masters)
 
     def report(self, model: Any, state: State) -> dict[str, Any]:
         """Say what the student that ships has forgotten: nats a token before and after, and the rise, paired by row."""

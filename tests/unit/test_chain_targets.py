@@ -11,7 +11,8 @@ import pytest
 from edgedistill import session as sessions
 from edgedistill import tables
 from edgedistill.errors import RecipeError, UsageError
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect, write_html
 from edgedistill.runner import Outcome

@@ -11,7 +11,8 @@ import pytest
 from edgedistill.chat import check_tools, read_chat
 from edgedistill.data.prompts import parse_row
 from edgedistill.errors import RecipeError, UsageError
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from tests.unit.formats.gguf.conftest import TEMPLATE as PLAIN
 from tests.unit.formats.gguf.conftest import make_tokenizer
 from tests.unit.test_plan import FACTS

@@ -16,7 +16,9 @@ from edgedistill.compare import flat, step_of
 from edgedistill.errors import RecipeError
 from edgedistill.evals.statistics import paired_difference
 from edgedistill.evals.suites import load_scores
-from edgedistill.models import ModelFacts, Resolved, read_lock, write_lock
+from edgedistill.lock import read_lock, write_lock
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.plan import Plan
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect, write_html

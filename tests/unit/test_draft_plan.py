@@ -9,7 +9,8 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError
 from edgedistill.inputs import draft_inputs, student_facts
-from edgedistill.recipe import Draft, load_recipe
+from edgedistill.recipe import load_recipe
+from edgedistill.recipe_draft import Draft
 from edgedistill.recipes import copy_recipe
 from edgedistill.stages.distill import DistillDraft
 from edgedistill.stages.package import DraftedPackage

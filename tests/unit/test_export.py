@@ -223,7 +223,10 @@ def test_adapters_that_do_not_fit_are_refused(tiny_folder: Path, adapter: Path, 
     with pytest.raises(UsageError, match="a IA3 adapter; only LORA"):
         check_adapter(tiny_folder, adapter)
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(UsageError, match="no JSON"):
+    with pytest.raises(UsageError, match="not valid JSON"):
+        check_adapter(tiny_folder, adapter)
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"adapter_config\.json: a JSON object was expected"):
         check_adapter(tiny_folder, adapter)
     (adapter / "adapter_model.safetensors").unlink()
     (adapter / "adapter_model.bin").write_bytes(b"pickle")

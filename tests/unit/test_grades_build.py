@@ -17,6 +17,7 @@ from edgedistill.report import collect
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.session import Session, prepare
+from edgedistill.stages.generate import Judge
 from edgedistill.store import Store
 from tests.judge_server import JudgeServer
 from tests.unit.evals.test_embedding import make_encoder, plain_vectors
@@ -232,6 +233,18 @@ def test_compared_with_the_reference_its_place_wins_nothing(folder: Path, tmp_pa
     right = {one["row"] for one in answers if one["text"].strip() == one["id"]}
     good = {key for key, value in grades(session, "grade/judge").items() if value}
     assert good == {"": right, "1": set(), "tie": {one["row"] for one in answers}}[bias]
+
+
+def test_prompts_that_are_the_same_with_several_references_are_judged_anew(folder: Path, tmp_path: Path) -> None:
+    """The step's key was once the same whether they were told apart or not."""
+    twice = [{"id": f"{word}{at}", "prompt": "Say a word.", "reference": word} for at, word in enumerate(WORDS[:2] * 2)]
+    with JudgeServer(lambda text: "Winner: tie") as server:
+        for name, rows, told in (("twice", twice, True), ("once", twice[::2], False)):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            spec = {"kind": "judge", "rubric": "Is the word said?", "against": "reference"}
+            more = {"judge": {**JUDGE, "server": server.url}, "prompts": {"files": [f"{name}.jsonl"]}}
+            (step,) = prepared(folder, tmp_path, spec, {"kind": "pii"}, **more).plan.match("grade/judge")
+            assert isinstance(step.stage, Judge) and step.stage.apart == told
 
 
 def test_a_judge_by_the_teachers_own_weights(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from edgedistill.errors import UsageError
-from edgedistill.models import fetch_rows, read_lock, write_lock
+from edgedistill.lock import read_lock, write_lock
+from edgedistill.models import fetch_rows
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.session import recipe_files

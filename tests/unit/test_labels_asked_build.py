@@ -175,6 +175,19 @@ def test_scores_and_an_order_of_a_served_teacher_become_a_student(folder: Path) 
     assert "the teacher's scores of all labels" in " ".join(labels_sheet(collect(session)).notes)
 
 
+def test_samples_at_temperature_0_differ_by_the_places_of_the_labels(folder: Path) -> None:
+    with Teacher() as server:
+        told = {"model": "openai:teacher", "backend": "openai", "server": server.url, "retries": 0}
+        session = prepared(folder, teacher=told, generate__samples=3, generate__temperature=0.0, labels__by="ranking")
+        build(session, "filter")
+    texts = [
+        one["messages"][-1]["content"] for one in server.asked if "Do not answer" in one["messages"][-1]["content"]
+    ]
+    assert len(texts) == len(set(texts)) == 6 * 3
+    assert len(read(session, "generate", "rows.jsonl")) == 18
+    assert taught(session)["turn nine"] == pytest.approx({"call": 4 / 7, "alarm": 2 / 7, "play": 1 / 7})
+
+
 @pytest.mark.slow
 def test_a_teacher_in_a_gguf_file_can_write_nothing_else(folder: Path) -> None:
     convert(folder / "model", folder / "teacher.gguf", dtype="f16")

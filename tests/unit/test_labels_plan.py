@@ -11,7 +11,8 @@ import pytest
 from edgedistill.errors import RecipeError
 from edgedistill.fingerprint import Key
 from edgedistill.inputs import read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
 from edgedistill.refusals_filter import warn_of_labels
@@ -68,7 +69,11 @@ def folder(tmp_path: Path) -> Path:
         ({**RANKING, "labels__first": 8}, r"labels\.first: there are 7 labels"),
         ({"labels__by": "scores"}, r"generate\.max_new_tokens: an answer of \d+ characters .* does not fit: set it"),
         ({"labels__by": "ranking"}, r"generate\.max_new_tokens: "),
-        ({**SCORES, "generate__temperature": 0.0}, r"samples > 1 at temperature 0"),
+        ({"generate__temperature": 0.0}, r"generate\.samples: at temperature 0 all of them are the same"),
+        (
+            {**SCORES, "generate__temperature": 0.0, "generate__samples": 8},
+            r"generate\.samples: at temperature 0 they begin again after one for each place of 7 labels",
+        ),
         ({**SCORES, "generate__style": "plan"}, r"generate\.style: a label is a whole answer"),
         ({**SCORES, "generate__json_schema": "schema.json"}, r"generate\.json_schema: "),
         ({**SCORES, "labels__guided": True}, r"labels\.guided: transformers writes freely"),
@@ -90,6 +95,11 @@ def folder(tmp_path: Path) -> Path:
 def test_labels_that_cannot_be_meant(folder: Path, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         make(folder, **overrides)
+
+
+def test_samples_at_temperature_0_are_refused_without_labels(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"generate\.samples: at temperature 0 all of them are the same"):
+        make(copy_recipe("answer", tmp_path / "answer"), generate__samples=2, generate__temperature=0.0)
 
 
 def test_a_reference_that_is_no_label_is_named_with_its_row(folder: Path) -> None:
@@ -190,6 +200,8 @@ def test_each_sample_has_the_labels_in_another_place(folder: Path) -> None:
                 assert bool(schema) == bool(more)
                 if schema and overrides is SCORES:
                     assert list(json.loads(schema)["properties"]) == order
+            greedy = plan_of(folder, **{**overrides, **more, "generate__samples": 3, "generate__temperature": 0.0})
+            assert greedy.turned == found.turned and greedy.samples == 3  # as different as their questions
     # after as many samples as labels, all begins again
     assert len(plan_of(folder, **SCORES, generate__samples=20).turned) == len(names) - 1
     # the few prompts of a pilot are asked alike, and a second teacher as it can be

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from edgedistill.cli import app
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.fingerprint import Key
 from edgedistill.formats.gguf import lora
 from edgedistill.formats.gguf.convert import convert
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.read import read_info
-from edgedistill.lora_file import export_lora
+from edgedistill.lora_file import export_lora, of_recipe
 from tests.unit.formats.gguf.conftest import make_model
+from tests.unit.made_build import make_session
 
 IDS = [[(7 * row + 3 * at * at) % 300 + 3 for at in range(20 + row)] for row in range(3)]
 Make = Callable[..., tuple[Path, Path]]
@@ -208,3 +210,34 @@ def test_the_command_line(make: Make, tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(wrong.exception, UsageError) and "--set is for a recipe" in wrong.exception.message
     wrong = CliRunner().invoke(app, ["export", "--to", "unsloth", "--base", str(model)])
     assert isinstance(wrong.exception, UsageError) and "--to gguf-lora" in wrong.exception.message
+
+
+FITTED = {"files": ["data/train.jsonl"], "skip": 1200, "rows": 200}
+
+
+@pytest.mark.parametrize("helped", [None, False, True])
+def test_an_adapter_does_not_hold_a_temperature(helped: bool | None, tmp_path: Path) -> None:
+    session = make_session(tmp_path, keep=lambda name: False, temperature=FITTED)
+
+    def put(key: Key, folder: str, facts: dict[str, Any]) -> None:
+        out, _ = session.store.partial(key)
+        (out / folder).mkdir()
+        session.store.commit(key, stage="made", inputs={}, fields={}, facts=facts, seconds=1.0, versions={})
+
+    stage: Any = session.plan.match("merge")[0].stage
+    put(stage.student, "model", {})
+    put(stage.adapter, "adapter", {})
+    if helped is not None:
+        temper = {"temperature": 1.25, "helped": helped}
+        put(session.plan.match("temper")[0].key, "model", {"temper": temper})
+    if helped is False:  # the student stayed as it was
+        assert of_recipe(session, None)[1].name == "adapter"
+        return
+    with pytest.raises(UsageError) as caught:
+        of_recipe(session, None)
+    if helped is None:
+        assert "not known yet whether the student has a temperature" in caught.value.message
+        assert caught.value.hint == f"edgedistill build {session.path} --until temper"
+    else:
+        assert "T = 1.25" in caught.value.message and "final norm" in caught.value.message
+        assert "[temperature]" in caught.value.hint

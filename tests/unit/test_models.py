@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,78 @@ def test_facts_that_another_version_wrote_are_read_anew(change: dict[str, Any], 
     memo.write_text(json.dumps({key: value for key, value in {**known, **change}.items() if value is not None}))
     assert resolve(f"path:{tmp_path / 'model'}", tmp_path / "store").facts == first
     assert json.loads(memo.read_text()) == known
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("whole") / "model")
+
+
+def with_keys(**keys: Any) -> Callable[[bytes], bytes]:
+    return lambda before: json.dumps({**json.loads(before), **keys}).encode()
+
+
+NO_JSON = lambda before: b"{"  # noqa: E731
+BINARY = lambda before: b"\xff\xfe"  # noqa: E731
+LIST = lambda before: b"[]"  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("config.json", NO_JSON, "not valid JSON"),
+        ("config.json", BINARY, "not valid JSON"),
+        ("config.json", lambda before: b"", "not valid JSON"),
+        ("config.json", LIST, "a JSON object was expected"),
+        ("config.json", with_keys(hidden_size="wide"), "hidden_size is 'wide'; a number was expected"),
+        ("config.json", with_keys(num_attention_heads=0), "num_attention_heads is 0; a number was expected"),
+        ("config.json", with_keys(architectures="LlamaForCausalLM"), "architectures is 'LlamaForCausalLM'; a list"),
+        ("config.json", with_keys(architectures=[1]), "architectures is [1]; a list of names was expected"),
+        ("tokenizer.json", NO_JSON, "not valid JSON"),
+        ("tokenizer.json", BINARY, "not valid JSON"),
+        ("tokenizer.json", LIST, "a JSON object was expected"),
+        ("tokenizer.json", with_keys(model=[]), "not as tokenizers writes it"),
+        ("tokenizer.json", with_keys(added_tokens=[{"id": 1}]), "not as tokenizers writes it"),
+        ("tokenizer_config.json", NO_JSON, "not valid JSON"),
+        ("tokenizer_config.json", LIST, "a JSON object was expected"),
+    ],
+)
+def test_a_folder_that_is_damaged_is_told_of_by_file(
+    name: str, change: Callable[[bytes], bytes], told: str, whole: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(UsageError) as caught:
+        resolve(f"path:{folder}", tmp_path / "store")
+    assert caught.value.message.startswith(f"{folder / name}: ") and told in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_number_that_is_left_open_is_taken_for_granted(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "model")
+    path = folder / "config.json"
+    path.write_bytes(with_keys(num_key_value_heads=None, head_dim=None)(path.read_bytes()))
+    facts = resolve(f"path:{folder}", tmp_path / "store").facts
+    assert facts.kv_heads == facts.heads == 4 and facts.head == facts.hidden // 4
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("path:nowhere", "path:nowhere': no such file or folder"),
+        ("path:text.txt", "path:text.txt': a file, and no .gguf"),
+        ("path:empty", "path:empty': no config.json in this folder"),
+        ("path:", "names nothing"),
+        ("path:~nobody-of-that-name/x", "no home folder"),
+        ("gguf:nowhere.gguf", "gguf:nowhere.gguf': no such file"),
+        ("gguf:empty", "gguf:empty': a folder, and no .gguf file"),
+        ("ftp:x", "unknown kind of source"),
+    ],
+)
+def test_a_source_that_leads_nowhere_says_what_is_there(source: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("x")
+    with pytest.raises(UsageError) as caught:
+        resolve(source, tmp_path / "store", base=tmp_path)
+    assert told in caught.value.message.replace(f"{tmp_path}/", "") and caught.value.hint

@@ -13,7 +13,8 @@ import pytest
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
@@ -570,16 +571,31 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"tune__skip": 99999}, {}, "leaves out 99999 rows"),
         ({}, {"architecture": "qwen2"}, "the llama family"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
+        (
+            {"student__vocabulary": 255},
+            {},
+            r"student\.vocabulary: 256 tokens spell whatever is written.* 255 are fewer",
+        ),
         ({"suites__holdout__files": ["data/train.jsonl"]}, {}, "stands in the training rows and in the suite"),
         ({"heal__files": ["data/holdout.jsonl"], "heal__rows": 9}, {}, "stands in the training rows and in the suite"),
         ({"suites__ood__files": ["data/holdout.jsonl"]}, {}, "stands in the suite 'holdout' and in the suite 'ood'"),
         ({"prompts__files": ["data/nothing.jsonl"], "prompts__rows": 9}, {}, "no such file"),
-        ({"suites__holdout__grammar": "no.gbnf"}, {}, "No such file"),
+        ({"suites__holdout__grammar": "no.gbnf"}, {}, r"suites\.holdout\.grammar: .*No such file"),
+        ({"suites__holdout__grammar": "binary.gbnf"}, {}, r"suites\.holdout\.grammar: .*not UTF-8 at byte 0"),
+        ({"baselines__quantized_teacher": "Q4"}, {}, r"baselines\.quantized_teacher: unknown GGUF type 'Q4'"),
+        (
+            {"draft": {"targets": ["laptop-x86"], "type": "IQ2_XS"}},
+            {},
+            r"draft\.type: IQ2_XS needs an importance matrix",
+        ),
+        ({"distill__lora__targets": ["q_proj", "query"]}, {}, r"distill\.lora\.targets: llama has no query"),
+        ({"adapt__lora__targets": ["c_attn"]}, {}, r"adapt\.lora\.targets: llama has no c_attn"),
     ],
 )
 def test_what_cannot_work_is_refused_with_the_file_and_the_key(
     folder: Path, overrides: dict[str, Any], student: dict[str, Any], message: str
 ) -> None:
+    (folder / "binary.gbnf").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match=message) as caught:
         make(folder, student=student, **overrides)
     assert "recipe.toml" in str(caught.value)

@@ -354,3 +354,72 @@ def test_a_second_size_makes_only_what_is_new_and_the_same_file(model: Path, tex
         feedback=json.loads((first["calibrate-text"].path / "tokens.json").read_text()),
     )
     assert (tmp_path / "alone.gguf").read_bytes() == path.read_bytes()
+
+
+def test_text_that_no_type_is_calibrated_on_is_told_and_not_run(model: Path, text: Path, tmp_path: Path) -> None:
+    laptop, reporter = profile(tmp_path / "laptop.toml", 'type = "Q8_0"\nimatrix = true'), Noted()
+    store = Store(tmp_path / "store")
+    make: dict[str, Any] = {"out": tmp_path / "out", "store": store, "reporter": reporter}
+    quantize_model(str(model), targets=[laptop], types=["Q8_0", "F16"], calibration=text, general=2, **make)
+    assert {entry.stage for key in store.all_keys() if (entry := store.load(key))} == {"base", "convert", "quantize"}
+    assert reporter.notes == [
+        f"left out: --calibration {text} and --general, since no importance matrix is read by {laptop}, Q8_0, F16"
+    ]
+    reporter.notes.clear()
+    quantize_model(str(model), targets=[laptop], types=[], **make)
+    assert reporter.notes == []  # nor does it cost accuracy that there is none
+
+    rounded = profile(tmp_path / "rounded.toml", 'type = "Q8_0"\nimatrix = true\nrounding = "gptq"')
+    quantize_model(str(model), targets=[rounded], types=["F16"], calibration=text, **make)
+    assert list(store.root.glob("entries/*/*/tokens.json")) and reporter.notes == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", '[{"prompt": "wake me", "reference": "Done."}, {"prompt": "and you?"}]'),
+        ("rows.csv", 'prompt,reference\nwake me,Done.\n"and you?",\n'),
+        ("rows.tsv", "prompt\treference\nwake me\tDone.\nand you?\t\n"),
+    ],
+)
+def test_tables_and_lists_are_calibrated_on_as_rows(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    assert _calibration_text(path) == ("wake me\nDone.", "and you?\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.json", '{"a": [1, 2]}', r"rows\.json:1: no messages"),
+        ("rows.json", '[{"prompt": "a"},', r"rows\.json:1: malformed JSON"),
+        ("rows.json", '"words"', r"rows\.json:1: a row must be a JSON object, not a string"),
+        ("rows.json", "[]", r"rows\.json: no rows"),
+        ("rows.csv", "a;b\n1;2\n", r"rows\.csv:1: the columns are separated by semicolons"),
+        ("rows.csv", "prompt,reference\nwake me\n", r"rows\.csv:2: 1 cells, and the header names 2 columns"),
+        ("rows.csv", "", r"rows\.csv: no rows"),
+        ("text.txt", " \n", r"text\.txt: empty"),
+        ("text.txt", b"\xff\xfe\x00", r"text\.txt: cannot be read as text"),
+        ("rows.xlsx", b"PK\x03\x04\x14\x00\xe2", r"rows\.xlsx: cannot be read as text \(not UTF-8 at byte 6\)"),
+        ("missing.json", None, r"missing\.json: no such file"),
+        ("missing.txt", None, r"missing\.txt: cannot be read as text \(No such file or directory\)"),
+    ],
+)
+def test_calibration_that_cannot_be_read_is_refused_by_file(
+    name: str, content: str | bytes | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=said) as caught:
+        _calibration_text(path)
+    assert caught.value.hint
+
+
+def test_what_fails_in_a_step_is_said_once(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "tiny")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    command = [sys.executable, "-m", "edgedistill", "quantize", str(folder), "--types", "Q8_0", "-o", str(tmp_path)]
+    environment = {**os.environ, "EDGEDISTILL_STORE": str(tmp_path / "store")}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and "not a safetensors file" in done.stderr

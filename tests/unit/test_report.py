@@ -15,6 +15,7 @@ import pytest
 
 from edgedistill import report_html
 from edgedistill.data.stats import THIRDS
+from edgedistill.errors import UsageError
 from edgedistill.report import collect, gate_lines, write_html
 from edgedistill.report_findings import diagnose
 from edgedistill.report_sheets import all_sheets, forgetting_sheet
@@ -364,3 +365,12 @@ def test_a_draft_is_shown_with_what_it_brings_and_a_finding_where_it_brings_noth
 def test_without_a_draft_nothing_is_said_of_one(session: Session) -> None:
     data = collect(session)
     assert data.drafts == [] and drafts_sheet(data).rows == []
+
+
+def test_a_page_that_cannot_be_written_is_told(tmp_path: Path, session: Session) -> None:
+    data = collect(session)
+    (tmp_path / "file").write_text("x")
+    for page, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "report.html", "File exists")):
+        with pytest.raises(UsageError, match=rf"cannot be written \({why}\)") as caught:
+            write_html(data, page)
+        assert str(page) in caught.value.message and caught.value.hint

@@ -308,16 +308,22 @@ def test_the_plan_says_what_will_be_asked_what_it_costs_and_what_is_spent(folder
         session = prepared(folder, server.url, tmp_path / "store", **changes)
         before = plan_json(session, rows_of(session))["teacher"]
         assert before["tokens"] > 12 * 12 and before["money"] == pytest.approx(1.5e-6 * before["tokens"], rel=0.5)
-        assert before["spent"] == {"requests": 0, "tokens": 0, "money": 0.0}
-        assert any(
-            "0 of 100,000 tokens and 0 of 0.5 money" in note for note in plan_table(session, rows_of(session)).notes
-        )
+        probed = before["spent"]  # what `plan` asks by itself
+        assert probed["requests"] == server.requests.total() == 2
+        assert 2 < probed["tokens"] < 200 and 1e-6 * probed["tokens"] < probed["money"] < 3e-6 * probed["tokens"]
+        notes = plan_table(session, rows_of(session)).notes
+        assert any(f"{probed['tokens']} of 100,000 tokens and " in note for note in notes)
+        again = prepared(folder, server.url, tmp_path / "store", **changes)
+        assert plan_json(again, rows_of(again))["teacher"]["spent"] == probed  # it is known
+        with pytest.raises(UsageError, match="0 of 3 tokens are spent, a request may take") as refused:
+            prepared(folder, server.url, tmp_path / "third", **{"teacher.budget": {"tokens": 3}})
+        assert "raise teacher.budget" in refused.value.hint
         plan = session.plan.only(session.plan.match("score"))
         assert not Runner(plan, session.store).build().failed
         after = plan_json(session, rows_of(session))["teacher"]
         assert after["tokens"] < before["tokens"]
-        assert after["spent"]["requests"] == server.requests.total() - 2  # what `plan` asked by itself
-        assert 0 < after["spent"]["tokens"] < 100_000
+        assert after["spent"]["requests"] == server.requests.total()
+        assert probed["tokens"] < after["spent"]["tokens"] < 100_000
     stats = collect_stats(session)
     (account,) = stats["spent"]["accounts"].values()
     assert account == after["spent"] and stats["spent"]["money"] == account["money"]

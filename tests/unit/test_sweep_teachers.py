@@ -14,7 +14,8 @@ from edgedistill import tables
 from edgedistill.compare import step_of
 from edgedistill.errors import RecipeError
 from edgedistill.evals.statistics import paired_difference
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect
 from edgedistill.session import prepare

@@ -12,7 +12,8 @@ from edgedistill.errors import RecipeError
 from edgedistill.evals.runners.base import Answer
 from edgedistill.evals.suites import WHOLE_TRACES, evaluate
 from edgedistill.inputs import read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.refusals import refuse
 from edgedistill.rows import Question

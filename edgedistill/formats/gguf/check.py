@@ -168,7 +168,7 @@ def _epsilon(config: dict[str, Any], info: GgufInfo) -> dict[str, tuple[Any, Any
 
 
 def _template(folder: Path) -> str:
-    from edgedistill.formats.gguf.checkpoint import read_json
+    from edgedistill.model_facts import read_json
 
     path = folder / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.is_file() else None

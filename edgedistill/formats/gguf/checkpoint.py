@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
 from edgedistill.families import plain_config
+from edgedistill.model_facts import read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,19 +37,6 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UsageError with the file and position when it is missing or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file", "point to a Hugging Face model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path}: a JSON object was expected")
-    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:

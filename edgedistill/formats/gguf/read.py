@@ -8,6 +8,7 @@ entries. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,8 +233,8 @@ class _Header:
 def read_info(path: Path | str) -> GgufInfo:
     """Read the header of the GGUF at ``path`` and check that all its tensors are there (0.1 s, data not read).
 
-    Raises UsageError when the file is missing, is no GGUF, has a damaged header, uses an unknown tensor type, or is cut
-    short ("GGUF cut short: N bytes are missing").
+    Raises UsageError when the file is missing, is no GGUF, has a damaged header, uses an unknown tensor type, is cut
+    short ("GGUF cut short: N bytes are missing"), or is one of the parts that a model was split into.
     """
     path = Path(path)
     if not path.is_file():
@@ -268,6 +269,7 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
     for _ in range(n_values):
         key = header.string()
         metadata[key] = header.value(header.number("I"))
+    _refuse_part(path, metadata)
     entries: list[tuple[str, tuple[int, ...], str, int]] = []
     for _ in range(n_tensors):
         name, dims = header.string(), header.number("I")
@@ -303,6 +305,19 @@ def _parse(path: Path, size: int, header: _Header) -> GgufInfo:
             _SOURCE_HINT,
         )
     return GgufInfo(path=path, size=size, version=version, metadata=metadata, tensors=tuple(tensors))
+
+
+def _refuse_part(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse a part of a split model (llama.cpp's tools/gguf-split): its digest and size would stand for the whole."""
+    number, count = metadata.get("split.no", 0), metadata.get("split.count", 0)
+    if not isinstance(number, int) or not isinstance(count, int) or count < 2:
+        return
+    first = path.with_name(re.sub(r"-\d{5}-of-(\d{5}\.gguf)$", r"-00001-of-\1", path.name))
+    whole = path.with_name(re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", path.name).removesuffix(".gguf") + "-whole.gguf")
+    raise UsageError(
+        f"{path}: part {number + 1} of a model that is split into {count} files",
+        f"join them with llama.cpp's tool: llama-gguf-split --merge {first} {whole}",
+    )
 
 
 def first_token(path: Path | str) -> list[int]:

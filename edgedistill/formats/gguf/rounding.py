@@ -26,6 +26,7 @@ nearest, 0.840 so (one student, standard error 0.014).
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import time
@@ -360,8 +361,8 @@ class _Moments:
         except ValueError:
             known = {}
         known |= {name: self.input_of(name) for name in names}
-        pieces = {_piece(of): np.ascontiguousarray(second).tobytes() for of, second in self.sums.items()}
-        kept.put(pieces | {"inputs.json": json.dumps(known, sort_keys=True).encode()})
+        pieces = ((_piece(of), second.tobytes()) for of, second in self.sums.items())
+        kept.put(itertools.chain(pieces, [("inputs.json", json.dumps(known, sort_keys=True).encode())]))
 
 
 def _piece(of: str) -> str:

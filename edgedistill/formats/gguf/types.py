@@ -107,6 +107,7 @@ PALETTE = (
 more. Fewer leave little of a small model."""
 
 NEEDS_IMATRIX = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+_UNWEIGHED = ("F32", "F16", "BF16", "Q8_0")
 _LOW_BIT = ("IQ2_XXS", "IQ2_XS", "IQ1_S", "IQ1_M", "IQ2_S", "IQ2_M")
 
 
@@ -146,6 +147,14 @@ def rounded_in(type_name: str) -> tuple[str, ...]:
     """
     base = file_type(type_name).base
     return _FIRST_ROUNDED if base in _FIRST_ROUNDED else FINELY_ROUNDED if base in FINELY_ROUNDED else ()
+
+
+def reads_imatrix(type_name: str, *tensor_types: str | None) -> bool:
+    """Tell whether llama.cpp weighs errors by an importance matrix in a file of ``type_name`` with matrices of ``tensor_types``.
+
+    Q8_0 takes its scale from the largest weight of a block; ternary files have a head, and rows that fall back, of types that do.
+    """
+    return any(name not in _UNWEIGHED for name in (file_type(type_name).base, *tensor_types) if name is not None)
 
 
 def fits(type_name: str, columns: int) -> str:

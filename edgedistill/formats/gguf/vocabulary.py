@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import UsageError
-from edgedistill.formats.gguf.checkpoint import read_json
 from edgedistill.formats.gguf.pretokenizers import SPLITTERS, find_pre
+from edgedistill.model_facts import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

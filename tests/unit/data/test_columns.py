@@ -15,7 +15,8 @@ from edgedistill.data.columns import Columns, template_problem
 from edgedistill.data.prompts import load_rows, rows_digest
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.inputs import read_inputs
-from edgedistill.models import ModelFacts, Resolved
+from edgedistill.model_facts import ModelFacts
+from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.recipe_base import Tabled
 from edgedistill.recipes import copy_recipe

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from edgedistill.data.grades import histogram, judged, read_grades, told, write_grades
+from edgedistill.data.grades import GradeTable, histogram, judged, read_grades, told, write_grades
 from edgedistill.data.judging import grades, result_of, score_of, to_judge
 from edgedistill.data.prompts import Row
 from edgedistill.data.thinking import join
@@ -72,6 +73,32 @@ def test_both_orders_are_asked_and_the_worse_result_counts() -> None:
     assert grade("Winner: 1", "?") is None
     (alone,) = to_judge([row], answers, "Is it right?")
     assert alone.id == "k" and "Hm." in str(alone.messages[0]["content"])  # a rubric may ask about the block
+
+
+def test_rows_of_one_prompt_are_compared_each_with_its_own_reference(tmp_path: Path) -> None:
+    """The row store has one answer to both."""
+    asked = ({"role": "user", "content": "Say ha or ho."},)
+    rows = [Row(id=name, messages=asked, reference=name) for name in ("ha", "ho")]
+    rows += [Row(id="hi", messages=({"role": "user", "content": "Say hi."},), reference="hi")]
+    answers = [
+        {"id": name, "row": "k" if name != "hi" else "j", "text": "ha", "finish": "stop"} for name in ("ha", "ho", "hi")
+    ]
+    questions = to_judge(rows, answers, "Is it right?", against=True)
+    assert len({one.id for one in questions}) == len(questions) == 6
+    assert [one.id for one in questions[4:]] == ["j/1", "j/2"]  # as ever where one row asks so
+
+    def says(text: str) -> str:
+        first, second = re.findall(r"<answer>\n(.*)\n</answer>", text)
+        return "Winner: tie" if first == second else "Winner: 2"
+
+    verdicts = {one.id: says(str(one.messages[0]["content"])) for one in questions}
+    found = grades(answers, verdicts, against=True)
+    write_grades(tmp_path / "grades.jsonl", found)
+    spec = {"kind": "judge", "against": "reference"}
+    for table in (found, GradeTable([tmp_path / "grades.jsonl"])):
+        assert [judged(spec, table, [one])[0][1] for one in answers] == ["", *["judge: loses to the reference"] * 2]
+    before = {"k": 1.0, "j": 1.0}  # an entry of before, of rows that no other is like
+    assert judged(spec, before, [answers[0]])[0][1] == ""
 
 
 def test_grades_are_kept_and_told(tmp_path: Path) -> None:

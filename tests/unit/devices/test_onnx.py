@@ -47,3 +47,17 @@ def test_broken_onnx_is_refused_with_its_name(tiny_onnx: Path, tmp_path: Path) -
         (broken / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".onnx" else file.read_bytes())
     with pytest.raises(EdgeDistillError, match=r"broken.*cannot load"), Worker(broken, 1):
         pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("{", r"genai_config\.json: not valid JSON"),
+        ("{}", r"genai_config\.json: says nothing of a model"),
+        ('{"model": {}}', "onnxruntime-genai cannot load it"),
+    ],
+)
+def test_onnx_without_settings_is_refused_by_file(settings: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text(settings)
+    with pytest.raises(UsageError, match=told):
+        measure(tmp_path, Settings(threads=1, reps=1))

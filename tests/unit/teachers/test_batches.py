@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.served import Batching, Server
+from edgedistill.served import Server
 from edgedistill.spending import Budget, Spent, Use
 from edgedistill.teachers.batch_book import Book
 from edgedistill.teachers.openai import OpenAITeacher
 from edgedistill.teachers.protocol import Sampling
+from tests.batch_client import server, start
 from tests.batch_server import BatchServer, wait_for
 from tests.planned_server import USAGE
 
 ROWS = 10
 EACH = Use(USAGE["prompt_tokens"], USAGE["completion_tokens"])
-
-
-def server(url: str, *, requests: int = 50_000, retries: int = 3, **budget: Any) -> Server:
-    return Server(
-        urls=(url,),
-        model="m",
-        key_env="NO_SUCH_KEY",
-        concurrency=4,
-        timeout=10,
-        retries=retries,
-        account="a",
-        budget=Budget(**budget),
-        batch=Batching(requests=requests, window="24h", poll=0.01, share=0.5),
-    )
 
 
 class Asked:
@@ -83,7 +67,7 @@ def test_each_prompt_is_answered_once_and_settled_at_the_price_of_batches(tmp_pa
 
 
 def test_what_a_batch_leaves_goes_into_another_and_what_it_failed_at_is_asked_at_once(tmp_path: Path) -> None:
-    deeds = {2: "500", 3: "expired", 4: "lost", 5: "odd"}
+    deeds = {2: "500", 3: "expired", 4: "lost", 5: "odd", 6: "error"}
     with BatchServer(
         plan=lambda row, batch: deeds.get(row, "ok") if batch == 1 else "ok",
         fate=lambda batch: "expired" if batch == 1 else "completed",
@@ -91,7 +75,7 @@ def test_what_a_batch_leaves_goes_into_another_and_what_it_failed_at_is_asked_at
         found = Asked(tmp_path, server(there.url)).run()
     assert found.stored == everything()
     assert {row: count for row, count in there.batched.items() if count > 1} == {3: 2, 4: 2}
-    assert dict(there.single) == {2: 1, 5: 1}
+    assert dict(there.single) == {2: 1, 5: 1, 6: 1}
     # of the row that no line told of nobody knows what it cost
     assert there.billed < found.spent.tokens < there.billed + 300
 
@@ -126,7 +110,7 @@ def test_a_server_without_batches_is_told_by_the_key(tmp_path: Path, absent: str
 def test_a_batch_whose_creation_was_not_heard_of_is_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgedistill.teachers.batches.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("edgedistill.teachers.batch_calls.FIRST_WAIT", 0.01)
     with BatchServer() as there:
         there.flaky = 3  # an upload, and both creating and asking for it again
         found = Asked(tmp_path, server(there.url)).run()
@@ -134,26 +118,33 @@ def test_a_batch_whose_creation_was_not_heard_of_is_found_again(
     assert len(there.batches) == 1 < there.calls["list"] + there.calls["upload"]
 
 
+def test_a_batch_that_the_server_creates_after_it_was_given_up_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgedistill.teachers.batch_calls.FIRST_WAIT", 0.01)
+    with BatchServer() as there:
+        there.slow = {"create": 1.5}
+        found = Asked(tmp_path, server(there.url, timeout=0.5)).run()
+    assert found.stored == everything() and set(there.batched.values()) == {1}
+    assert there.calls["create"] == len(there.batches) == 1 and found.spent.tokens == there.billed
+
+
 @pytest.mark.parametrize("step", ["upload", "create", "poll", "download"])
 def test_a_batch_of_a_client_that_is_gone_is_found_again(tmp_path: Path, step: str) -> None:
     """Kills of real builds: tests/e2e/test_batched_teacher.py."""
     with BatchServer() as there:
         there.hang = step
-        gone = Asked(tmp_path, server(there.url, retries=0, tokens=100_000))
-
-        def hang() -> None:
-            with contextlib.suppress(StepFailed):  # when the server goes
-                gone.run()
-
-        threading.Thread(target=hang, daemon=True).start()
+        gone = start(tmp_path, there.url, range(ROWS), tokens=100_000)
         wait_for(there.hanging)
+        gone.kill()
+        gone.communicate()
         there.hang = ""
         if step == "create":  # somebody else's batches stand before it in the list
             for _ in range(5):
                 name = there.upload_lines([])
                 there.create({"input_file_id": name, "endpoint": "/v1/chat/completions", "completion_window": "24h"})
         again = Asked(tmp_path, server(there.url, tokens=100_000)).run()
-        assert again.stored == everything() and not gone.stored
+        assert again.stored == everything()
         assert set(there.batched.values()) == {1} and not there.single
         assert there.calls["create"] == 1 and there.calls["upload"] == (2 if step == "upload" else 1)
         assert (there.calls["list"] == 3) == (step == "create")
@@ -212,14 +203,10 @@ def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_b
     """OpenAI keeps them for a month."""
     with BatchServer() as there:
         there.hang = "poll"
-        gone = Asked(tmp_path, server(there.url, retries=0))
-
-        def hang() -> None:
-            with contextlib.suppress(StepFailed):
-                gone.run()
-
-        threading.Thread(target=hang, daemon=True).start()
+        gone = start(tmp_path, there.url, range(ROWS))
         wait_for(there.hanging)
+        gone.kill()
+        gone.communicate()
         there.hang = ""
         del there.files["output_file_id-1"]
         with pytest.raises(StepFailed, match="batch_1 ended without an answer") as error:
@@ -227,14 +214,3 @@ def test_a_batch_whose_answers_the_server_has_deleted_is_put_again_by_the_next_b
         assert "build again" in error.value.hint
         again = Asked(tmp_path, server(there.url)).run()
     assert again.stored == everything() and again.spent.tokens > there.billed  # of the first nobody knows what it cost
-
-
-def test_two_builds_that_wait_for_a_batch_settle_it_once(tmp_path: Path) -> None:
-    book = Book(tmp_path / "rows.sqlite", "a", Budget(tokens=200))
-    batch = book.open("http://x", {"r1": Use(100, 10), "r2": Use(100, 10)})
-    assert batch is not None and list(batch.uses) == ["r1"]
-    assert book.under_way("http://x") == [batch] and book.under_way("http://y") == []
-    book.end(batch, Use(7, 3))
-    book.end(batch, Use(7, 3))
-    assert (book.spent().tokens, book.spent().requests) == (10, 1)
-    assert book.under_way("http://x") == []

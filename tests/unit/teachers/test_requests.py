@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -89,6 +90,59 @@ def test_a_refusal_is_final_and_what_is_in_flight_still_arrives(monkeypatch: pyt
         assert planned.keys == {"Bearer sk-secret"}
     assert sorted(found) == [0, 1, 2]
     assert "sk-secret" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": 429, "message": "slow down"},  # OpenRouter
+        {"code": "502", "message": "no answer from behind"},
+        {"type": "rate_limit_error", "code": None, "message": "Too fast"},
+        {"type": "overloaded_error", "message": "Overloaded"},  # Anthropic
+        {"status": "RESOURCE_EXHAUSTED", "message": "later"},  # Google
+        {"code": "server_error", "message": "we are sorry"},
+        {"message": "The request timed out"},
+        "Rate limit reached for m",
+    ],
+)
+def test_an_error_with_the_status_of_an_answer_is_what_it_names(error: Any, tmp_path: Path) -> None:
+    told = json.dumps({"error": error})
+    with Planned(lambda row, before: f"says {told}" if before < 2 else "ok") as planned:
+        client = Requests(_server(planned.url), Ledger(tmp_path / "rows.sqlite", "a", Budget()))
+        found: list[dict[str, Any]] = []
+        client.post("/x", [{"row": 0, "usage": 1}], lambda at, reply: found.append(reply))
+        assert client.ledger is not None
+        spent = client.ledger.spent()
+        client.close()
+        assert found == [{"row": 0, "usage": USAGE}] and planned.asked == {0: 3}
+    assert spent.requests == 3 and (spent.tokens == planned.billed) == ("timed out" not in told)  # who knows
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"error": {"code": 400, "message": "no such model, sk-secret"}}, "no such model, …"),
+        ({"error": {"type": "invalid_request_error", "message": "not with this server: rate limit"}}, "not with this"),
+        ({"error": {"code": "insufficient_quota", "type": "insufficient_quota", "message": "pay"}}, "pay"),
+        ({"error": "the prompt is too long"}, "the prompt is too long"),
+        ({"object": "error", "message": "too long", "code": 400}, "too long"),
+        ({"choices": [{"error": {"code": 403, "message": "flagged"}, "finish_reason": "error"}]}, "flagged"),
+    ],
+)
+def test_an_error_with_the_status_of_an_answer_is_refused_in_the_servers_words(
+    said: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ED_TEST_KEY", "sk-secret")
+    with Planned(lambda row, before: f"says {json.dumps(said)}") as planned:
+        with pytest.raises(StepFailed, match=f"the server refuses .*: {told}"):
+            _ask(planned, 1)
+        assert planned.asked == {0: 1}
+
+
+def test_an_error_that_is_null_is_none() -> None:
+    answer = {"error": None, "choices": [{"error": None}]}
+    with Planned(lambda row, before: f"says {json.dumps(answer)}") as planned:
+        assert _ask(planned, 1) == {0: answer}
 
 
 def test_a_server_that_stays_broken_ends_the_step_with_what_to_do() -> None:

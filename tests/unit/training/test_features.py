@@ -107,7 +107,8 @@ def plain_sums(
 def laid_out(batch: Any, rows: Sequence[torch.Tensor], prefix: int) -> torch.Tensor:
     """Lay the states of rows out as a batch has them; what stands at padding must not matter."""
     if isinstance(batch, packing.PackedBatch):
-        return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows)])[None]
+        tail = torch.full((batch.layout.tail, rows[0].shape[1]), 7.0, dtype=rows[0].dtype)
+        return torch.cat([rows[0][:prefix], *(row[prefix:] for row in rows), tail])[None]
     out = torch.full((*batch.input_ids.shape, rows[0].shape[1]), 7.0, dtype=rows[0].dtype)
     for at, row in enumerate(rows):
         out[at, : len(row)] = row
@@ -157,9 +158,10 @@ def test_value_and_gradient_are_the_plain_ones_in_float64(distance: Any, project
     for layer, rows in zip(caught, leaves, strict=True):
         grads = [row.grad for row in rows]
         assert layer.grad is not None and all(one is not None for one in grads)
-        if packed:
+        if isinstance(batch, packing.PackedBatch):
             together = torch.stack([one[:4] for one in grads if one is not None]).sum(0)
-            expected = torch.cat([together, *(one[4:] for one in grads if one is not None)])[None]
+            nothing = together.new_zeros((batch.layout.tail, together.shape[1]))
+            expected = torch.cat([together, *(one[4:] for one in grads if one is not None), nothing])[None]
         else:
             expected = torch.zeros_like(layer, dtype=torch.float64)
             for at, one in enumerate(grads):

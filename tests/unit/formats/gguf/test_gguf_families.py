@@ -19,7 +19,7 @@ from edgedistill.formats.gguf.moments import collect
 from edgedistill.formats.gguf.quantize import dry_run, quantize
 from edgedistill.formats.gguf.read import read_info
 from edgedistill.formats.gguf.types import estimate_file_size, plan_tensors, tensor_shapes
-from edgedistill.models import folder_facts
+from edgedistill.model_facts import folder_facts
 from tests.unit.formats.gguf.error_costs import ROWS, STARTS, cost_ratios
 
 Tiny = Callable[..., Path]

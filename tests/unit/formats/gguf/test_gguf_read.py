@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from edgedistill.cli import app
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.read import read_info, read_tensor
 from edgedistill.formats.gguf.types import GGML_TYPES
+from edgedistill.models import resolve
 
 MANY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -128,3 +131,36 @@ def test_the_real_file(smollm2_gguf: Path) -> None:
         True,
     )
     assert {name: row["tensors"] for name, row in info.types().items()} == {"Q4_1": 210, "Q8_0": 1, "F32": 61}
+
+
+def test_a_part_of_a_split_model_is_refused_wherever_a_file_is_given(
+    tiny_gguf: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    whole = gguf.GGUFReader(tiny_gguf())
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", split_max_tensors=12)
+    for name, field in whole.fields.items():
+        kind, value = field.types[0], field.contents()
+        if kind == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, value)
+        elif not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, value, kind)
+    for tensor in whole.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = sorted(tmp_path.glob("big-*.gguf"))
+    assert len(parts) == 2
+    for number, part in enumerate(parts, 1):
+        with pytest.raises(UsageError, match=f"part {number} of a model that is split into 2 files") as caught:
+            read_info(part)
+        assert caught.value.hint.endswith(f"--merge {tmp_path}/big-00001-of-00002.gguf {tmp_path}/big-whole.gguf")
+    monkeypatch.setenv("EDGEDISTILL_STORE", str(tmp_path / "store"))
+    for command in (["quantize", str(parts[0]), "--types", "Q4_0"], ["bench", str(parts[0]), "-r", "1"]):
+        found = CliRunner().invoke(app, command)
+        assert isinstance(found.exception, UsageError) and "is split into 2 files" in found.exception.message
+    with pytest.raises(UsageError, match="is split into 2 files"):
+        resolve(f"gguf:{parts[1]}", tmp_path / "store")

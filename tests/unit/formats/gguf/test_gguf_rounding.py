@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from edgedistill.formats.gguf.blocks import FORMATS, LONG
 from edgedistill.formats.gguf.imatrix import collect, load
 from edgedistill.formats.gguf.model_io import all_logits, open_model
 from edgedistill.formats.gguf.quantize import quantize
-from edgedistill.formats.gguf.read import read_info
+from edgedistill.formats.gguf.read import TensorInfo, read_info
 from edgedistill.formats.gguf.rounding import feed_back, inverse_factor, refit, round_file
 from edgedistill.formats.gguf.types import FILE_TYPES, FINELY_ROUNDED, GGML_TYPES, rounded_in
+from edgedistill.kept import Kept
 from tests.unit.formats.gguf.ggml_blocks import dequantized, quantized
 
 Tiny = Callable[..., Path]
@@ -252,3 +254,22 @@ def test_moments_are_the_imatrix_on_their_diagonal(tiny_gguf: Tiny, imatrix: Cal
         of = moments.input_of(name)
         assert of is not None
         np.testing.assert_allclose(moments.sums[of].diagonal() / seen.tokens, mean, rtol=1e-4)
+
+
+def test_moments_are_kept_one_by_one(tmp_path: Path) -> None:
+    moments, size = rounding._Moments(), 512
+    for number in range(8):
+        moments.take(f"matrix-{number}", f"input-{number}", np.full((2, size), number, dtype=np.float32))
+    moments.add()
+    kept = Kept(tmp_path, "x", of="ab")
+    tracemalloc.start()
+    moments.save(kept, [f"matrix-{number}" for number in range(8)])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 3 * 4 * size**2  # of eight
+    again = rounding._Moments()
+    asked = [
+        TensorInfo(name=f"matrix-{number}", shape=(3, size), type="F16", offset=0, nbytes=0) for number in range(8)
+    ]
+    assert again.load(kept, asked) and set(again.sums) == set(moments.sums)
+    assert all((again.sums[of] == second).all() for of, second in moments.sums.items())

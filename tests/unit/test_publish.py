@@ -1,0 +1,26 @@
+"""Finished packages beside the recipe: linked from the store, or told why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgedistill.errors import UsageError
+from edgedistill.runner import Outcome
+from edgedistill.session import publish
+from tests.unit.made_build import make_session
+
+
+def test_a_place_that_cannot_be_written_to_is_told_and_the_package_stays(tmp_path: Path) -> None:
+    session = make_session(tmp_path, ship=["laptop-x86"])
+    dist = session.path.parent / "dist"
+    dist.write_text("in the way")
+    with pytest.raises(
+        UsageError, match=r"dist/quickstart/laptop-x86: cannot be written \(Not a directory\)"
+    ) as caught:
+        publish(session, Outcome())
+    assert f"edgedistill build {session.path}" in caught.value.hint
+    dist.unlink()
+    (folder,) = publish(session, Outcome())
+    assert folder == dist / "quickstart" / "laptop-x86" and any(folder.iterdir())
