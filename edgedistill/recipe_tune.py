@@ -39,7 +39,7 @@ class Tune(Tabled, Training):
     )
     epochs: Positive = 1.0
     batch_size: Count = 8
-    lr: Positive = Field(default=1e-3, description="of the norms, where they are tuned alone")
+    lr: Positive = Field(default=5e-4, description="of the norms, where they are tuned alone")
     code_lr: Positive = Field(
         default=1.5e-3, description="of the weights' places between the codes, in steps of the grid"
     )
