@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ from edgedistill.training.settings import (
     steps_per_epoch,
 )
 from edgedistill.training.targets import SparseTargets
+from edgedistill.training.weights import Weights
 
 if TYPE_CHECKING:
     from edgedistill.training.looks import Looks
@@ -177,9 +178,9 @@ class _Run:
         state = State(digest=self.digest)
         found = latest_checkpoint(checkpoints)
         if found is not None:
-            state = load_checkpoint(found, self.digest, self.masters, self.optimizer)
+            state = load_checkpoint(found, self.digest, self.weights.masters, self.optimizer)
         resumed_at = state.step
-        self._publish()
+        self.weights.publish()
         log = StepLog(self.out / "log.jsonl", state.step) if self.rank == 0 else None
         begun = saved = time.monotonic()
         before, tokens_here = state.seconds, 0
@@ -207,9 +208,11 @@ class _Run:
                         **({"eased": 1} if step < self.eased else {}),
                     }
                     if self.keeper is not None and self.keeper.due(step + 1):
-                        record["general"] = self.keeper.look(self.model, state, self.masters, write=log is not None)
+                        record["general"] = self.keeper.look(
+                            self.model, state, self.weights.masters, write=log is not None
+                        )
                     if self.looks is not None and self.looks.due(step + 1):
-                        record |= self.looks.look(self.model, state, self.masters, write=log is not None)
+                        record |= self.looks.look(self.model, state, self.weights.masters, write=log is not None)
                     if log is not None:
                         log.write(record)
                     check_loss(record, state, settings, eased=self.eased)
@@ -221,7 +224,7 @@ class _Run:
                     due = due or now - saved >= settings.checkpoint_seconds
                     if due and step + 1 < total and log is not None:
                         log.sync()
-                        save_checkpoint(checkpoints, state, self.masters, self.optimizer)
+                        save_checkpoint(checkpoints, state, self.weights.masters, self.optimizer)
                         saved = time.monotonic()
         finally:
             if log is not None:
@@ -229,11 +232,11 @@ class _Run:
         seconds = time.monotonic() - begun
         forgotten = None
         if self.keeper is not None and self.rank == 0:
-            self.keeper.restore(state, self.masters)
-            self._publish()
+            self.keeper.restore(state, self.weights.masters)
+            self.weights.publish()
             forgotten = self.keeper.report(self.model, state)
         if self.looks is not None:
-            self.looks.restore(state, self.masters)
+            self.looks.restore(state, self.weights.masters)
         mean = {
             key: sum(one[key] for one in tail) / len(tail) if tail else float("nan") for key in ("loss", "kd", "ce")
         }
@@ -245,7 +248,7 @@ class _Run:
             seconds=round(state.seconds, 3),
             tokens_per_s=round(tokens_here / seconds, 1),
             **mean,
-            trainable_parameters=sum(master.numel() for master in self.masters.values()),
+            trainable_parameters=sum(master.numel() for master in self.weights.masters.values()),
             peak_memory=peak,
             resumed_at=resumed_at,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -288,79 +291,20 @@ class _Run:
             self.guide.watch(self.model)
         if self.teacher is not None:
             self.teacher.to(self.device, self.dtype)
-        self.trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        self.masters: dict[str, torch.Tensor] = {}
-        self.frozen: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            exact = parameter.detach()
-            parameter.data = exact.to(self.dtype)
-            if name in self.trained and self.blocks is not None and name in self.blocks:
-                self.masters |= self.blocks.masters(name)
-            elif name in self.trained:
-                self.masters[name] = exact.float().clone()
-            elif settings.method == "full":
-                # Saved as it came: a pass through bf16 would change weights that were never trained.
-                self.frozen[name] = exact
-        self.beside = self.guide.parameters() if self.guide is not None else {}
-        for name, parameter in self.beside.items():  # matrices of the guide: trained, resumed, and not shipped
-            self.trained[name], self.masters[name] = parameter, parameter.detach().clone()
-        decay = [master for master in self.masters.values() if master.ndim > 1]
-        rest = [master for master in self.masters.values() if master.ndim <= 1]
-        groups: list[dict[str, Any]] = []
-        if decay:
-            groups.append({"params": decay, "weight_decay": settings.weight_decay})
-        if rest:
-            groups.append({"params": rest, "weight_decay": 0.0})
-        if self.blocks is not None:
-            groups = self.blocks.groups(self.masters, settings)
-        self.optimizer = make_optimizer(settings, groups)
+        self.weights = Weights(
+            self.model,
+            self.dtype,
+            full=settings.method == "full",
+            blocks=self.blocks,
+            beside=self.guide.parameters() if self.guide is not None else {},
+        )
+        self.optimizer = make_optimizer(settings, self.weights.groups(settings))
         if self.keeper is not None:
             self.keeper.begin(self.model, self.device, self.dtype)
         if self.looks is not None:
             self.looks.begin(self.model, len(self.plan))
         if settings.gradient_checkpointing:
             causal_lm(self.model).gradient_checkpointing_enable({"use_reentrant": False})
-
-    def _publish(self) -> None:
-        """Copy the masters into the model's weights."""
-        plain = dict(self.trained)
-        with torch.no_grad():
-            if self.blocks is not None:
-                for name in [name for name in plain if name in self.blocks]:
-                    plain.pop(name).copy_(self.blocks.weights(name, self.masters))
-            _copy_all((parameter, self.masters[name]) for name, parameter in plain.items())
-
-    def _collect(self) -> None:
-        """Add the model's gradients to those of the masters, in float32."""
-        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for name, parameter in self.trained.items():
-            if parameter.grad is None:
-                continue
-            found = {name: parameter.grad}
-            of_blocks = self.blocks is not None and name in self.blocks
-            if self.blocks is not None and of_blocks:
-                found = self.blocks.gradients(name, parameter.grad, self.masters)
-            for key, gradient in found.items():
-                master = self.masters[key]
-                if master.grad is None:
-                    # The buffer of the last step: fresh pages for every gradient would be zeroed and mapped again.
-                    buffer = self.gradients.get(key)
-                    if buffer is None:
-                        buffer = self.gradients[key] = torch.empty_like(master)
-                    master.grad = buffer
-                    if of_blocks:  # made here, and as large as the weights: not kept until all are there
-                        buffer.copy_(gradient)
-                    else:
-                        fresh.append((buffer, gradient))
-                else:
-                    master.grad += gradient
-            parameter.grad = None
-        _copy_all(fresh)
-
-    def _norm(self) -> torch.Tensor:
-        grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
 
     def _step(self, step: int, total: int) -> dict[str, Any]:
         """Run one optimiser step and return its line of the log (without times)."""
@@ -405,24 +349,24 @@ class _Run:
                 text = {"kd": one_kd / mass, "ce": one_ce / mass} if separate else {named[0]: (one_kd + one_ce) / mass}
                 parts = text | ({"features": guided} if settings.guided else {})
                 parts[named[0]].backward(retain_graph=True)
-                self._collect()
+                self.weights.collect()
                 pending.append(parts)
             else:
                 ((one_kd + one_ce) / mass + guided).backward()
-                self._collect()
+                self.weights.collect()
         norms = self._norms_apart(named, pending) if apart else {}
         kept: tuple[float, ...] = ()
         if self.keeper is not None:
             part = self.rank, self.world
-            kept = self.keeper.backward(self.model, step, packed=self.packed, part=part, collect=self._collect)
+            kept = self.keeper.backward(self.model, step, packed=self.packed, part=part, collect=self.weights.collect)
             tokens += sum(one.length for one in self.keeper.rows(step))
         if self.world > 1:
             kd, ce, *summed = self._sum_over_processes(kd, ce, *more.values(), *kept)
             more, kept = dict(zip(more, summed, strict=False)), tuple(summed[len(more) :])
-        total_norm = self._norm()
+        total_norm = self.weights.norm()
         norm = float(total_norm)
         if settings.clip and math.isfinite(norm):
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), settings.clip, total_norm)
+            torch.nn.utils.clip_grads_with_norm_(list(self.weights.masters.values()), settings.clip, total_norm)
         rate = learning_rate(settings, step, total)
         more = {name: value / over[name] for name, value in more.items()}
         loss = (kd + ce) / mass + sum(weight * more[name] for name, weight in settings.guided.items()) + sum(kept)
@@ -430,7 +374,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("times", 1.0)
             self.optimizer.step()
-            self._publish()
+            self.weights.publish()
         self.optimizer.zero_grad(set_to_none=True)
         return {
             "step": step + 1,
@@ -449,15 +393,15 @@ class _Run:
 
     def _norms_apart(self, names: Sequence[str], pending: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Return the norm of each term's gradient. That of the first is there already; the others' are added to it."""
-        norms = {f"gradient_{names[0]}": float(self._norm())}
+        norms = {f"gradient_{names[0]}": float(self.weights.norm())}
         for name in names[1:]:
-            before = [None if one.grad is None else one.grad.clone() for one in self.masters.values()]
+            before = [None if one.grad is None else one.grad.clone() for one in self.weights.masters.values()]
             for parts in pending:
                 if parts[name].requires_grad:  # a row that is computed alone has no relations
                     parts[name].backward(retain_graph=name != names[-1])
-                    self._collect()
+                    self.weights.collect()
             squares = 0.0
-            for master, old in zip(self.masters.values(), before, strict=True):
+            for master, old in zip(self.weights.masters.values(), before, strict=True):
                 if master.grad is not None:
                     squares += float((master.grad if old is None else master.grad - old).square().sum())
             norms[f"gradient_{name}"] = math.sqrt(squares)
@@ -518,7 +462,7 @@ class _Run:
         """Add gradients and losses of all processes: each has divided by the tokens' weights of the whole step."""
         import torch.distributed as dist
 
-        for master in self.masters.values():
+        for master in self.weights.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             dist.all_reduce(master.grad)
@@ -528,11 +472,7 @@ class _Run:
 
     def _finish(self, result: TrainResult) -> None:
         """Write the trained weights in float32 under their final name, then the result."""
-        for name, parameter in self.model.named_parameters():
-            if name in self.masters:
-                parameter.data = self.masters[name]
-            elif name in self.frozen:
-                parameter.data = self.frozen[name]
+        self.weights.hand_back()
         partial = self.out / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
         restore(self.model)
@@ -540,9 +480,11 @@ class _Run:
             causal_lm(self.model).gradient_checkpointing_disable()
         self.model.config.use_cache = True
         if self.blocks is not None:
-            self.blocks.save(self.masters, partial)
+            self.blocks.save(self.weights.masters, partial)
         elif self.settings.method == "norms":
-            save_norms({name: one for name, one in self.masters.items() if name not in self.beside}, partial)
+            save_norms(
+                {name: one for name, one in self.weights.masters.items() if name not in self.weights.beside}, partial
+            )
         else:
             with quiet():
                 self.model.save_pretrained(partial)
@@ -553,16 +495,6 @@ class _Run:
         text = json.dumps({**result.to_json(), "digest": self.digest}, indent=1)
         path.with_suffix(".partial").write_text(text)
         os.replace(path.with_suffix(".partial"), path)
-
-
-def _copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy every second tensor into the first, by one call for all: on a GPU hundreds of launches fewer a step."""
-    targets, sources = [], []
-    for target, source in pairs:
-        targets.append(target)
-        sources.append(source)
-    if targets:
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _duration(seconds: float) -> str:

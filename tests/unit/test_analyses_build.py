@@ -26,7 +26,7 @@ model = "path:model"
 [adapt]
 files      = ["gold.jsonl"]
 method     = "full"
-epochs     = 70
+epochs     = 100
 batch_size = 8
 lr         = 3e-3
 [student]

@@ -330,7 +330,7 @@ def test_rows_of_one_meaning_go_and_another_threshold_embeds_nothing_anew(folder
         ({"kind": "duplicates", "pooling": "mean"}, "of which encoder"),
         ({"kind": "pii", "pooling": "mean"}, 'pooling: this is for kind = "duplicates"'),
         ({"kind": "duplicates", "model": "path:teacher"}, "a decoder, and nothing says how"),
-        ({"kind": "duplicates", "model": "path:nowhere"}, r"filter\.0\.model: .*no config\.json"),
+        ({"kind": "duplicates", "model": "path:nowhere"}, r"filter\.0\.model: .*nowhere.*no such file or folder"),
         ({"kind": "duplicates", "model": "student"}, "unknown kind of source"),
     ],
 )

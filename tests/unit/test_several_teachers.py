@@ -163,7 +163,7 @@ def test_distributions_of_several_teachers_are_mixed(folder: Path, combine: str)
         for at in range(len(example.completion_ids)):
             low, high = targets.offsets[at], targets.offsets[at + 1]
             expected = mixed[at, targets.ids[low:high]]
-            assert np.exp(targets.logp[low:high]) == pytest.approx(expected, abs=2e-2)
+            assert np.exp(targets.logp[low:high]) == pytest.approx(expected, abs=4e-2)  # the teachers score in bf16
 
 
 def _dense(model: Path, example: Any) -> np.ndarray:

@@ -34,7 +34,7 @@ targets = ["laptop-x86"]
 
 [teacher]
 model       = "path:teacher"
-min_score   = { words = 0.2 }
+min_score   = { words = 0.0 }
 concurrency = 4
 vllm        = { context = 512 }
 
