@@ -86,6 +86,22 @@ def _no_upstream() -> str:
     return fetch()
 
 
+def unreadable(path: Path) -> Path:
+    """Make a file that this user may not read. Root may read whatever has a mode for reading; one file of the kernel's has none."""
+    if os.geteuid():
+        path.write_bytes(b"GGUF")
+        path.chmod(0)
+    else:
+        path.symlink_to("/proc/sys/vm/compact_memory")
+    return path
+
+
+def _all_readable() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = unreadable(Path(folder) / "file")
+        return "" if path.exists() and not os.access(path, os.R_OK) else "every file can be read here"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "onnx": _no_onnx,
     "reasoning": _no_reasoning,
@@ -96,6 +112,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sandbox": _no_sandbox,
     "vllm": _no_vllm,
     "upstream": _no_upstream,
+    "unreadable": _all_readable,
 }
 
 

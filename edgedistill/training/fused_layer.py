@@ -1,4 +1,4 @@
-"""A Llama-shaped decoder layer as two autograd functions, for training on a CPU in less time and memory.
+"""A Llama-shaped decoder layer as two autograd functions, for training in less time and memory, on a CPU above all.
 
 Operation by operation, a layer is many small ones, each of which autograd keeps the inputs of, in float32 inside the norms.
 Here the attention half and the MLP half are one function each, with the way back written out. Kept are the two residual

@@ -27,8 +27,8 @@ from edgedistill.training.short_attention import ShortAttention, fits
 ATTENTION = "edgedistill_packed"
 ROUND, ROUND_ROWS = 16, 8
 """Batches are filled up to a multiple of so many tokens, and the padded view of attention to one of so many columns: oneDNN
-compiles a kernel for every new shape of a product (1.6 ms each, some fifty a step, measured with bf16 on a Xeon with AMX, and
-keeps the last 1,024), so shapes that come back are worth a few tokens that nobody reads."""
+compiles a kernel for every new shape of a product (1.6 ms each, measured with bf16 on a Xeon with AMX) and keeps the last 1,024, so
+shapes that come back are worth a few tokens that nobody reads."""
 PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2", "smollm3"})
 """Model types whose attention hands keywords on and whose mask is causal, with or without a sliding window."""
 

@@ -15,6 +15,7 @@ import typer
 
 from edgedistill import __version__
 from edgedistill.cli import app
+from tests.conftest import unreadable
 
 HEAVY = ("torch", "numpy", "llama_cpp", "transformers", "peft", "pyarrow", "onnxruntime", "onnxruntime_genai", "gguf")
 HELP_SECONDS = 0.3  # what we promise on a quiet machine
@@ -207,15 +208,9 @@ def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.unreadable
 def test_a_file_that_may_not_be_read_is_no_bug(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    if os.geteuid():
-        path.write_bytes(b"GGUF")
-        path.chmod(0)
-    else:  # root may read whatever has a mode for reading; this has none
-        path.symlink_to("/proc/sys/vm/compact_memory")
-        if not os.access(path, os.F_OK) or os.access(path, os.R_OK):
-            pytest.skip("every file can be read here")
+    path = unreadable(tmp_path / "model.gguf")
     refused(edgedistill("quantize", path, "--types", "Q8_0"), f"{path}: Permission denied", f"ls -l {path}")
     path.rename(tmp_path / "config.json")
     refused(edgedistill("quantize", tmp_path, "--types", "Q8_0"), "safetensors")

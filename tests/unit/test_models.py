@@ -75,9 +75,12 @@ def with_keys(**keys: Any) -> Callable[[bytes], bytes]:
     return lambda before: json.dumps({**json.loads(before), **keys}).encode()
 
 
-NO_JSON = lambda before: b"{"  # noqa: E731
-BINARY = lambda before: b"\xff\xfe"  # noqa: E731
-LIST = lambda before: b"[]"  # noqa: E731
+def becomes(raw: bytes) -> Callable[[bytes], bytes]:
+    """Return what puts these bytes in place of a file's."""
+    return lambda before: raw
+
+
+NO_JSON, BINARY, LIST = becomes(b"{"), becomes(b"\xff\xfe"), becomes(b"[]")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ LIST = lambda before: b"[]"  # noqa: E731
     [
         ("config.json", NO_JSON, "not valid JSON"),
         ("config.json", BINARY, "not valid JSON"),
-        ("config.json", lambda before: b"", "not valid JSON"),
+        ("config.json", becomes(b""), "not valid JSON"),
         ("config.json", LIST, "a JSON object was expected"),
         ("config.json", with_keys(hidden_size="wide"), "hidden_size is 'wide'; a number was expected"),
         ("config.json", with_keys(num_attention_heads=0), "num_attention_heads is 0; a number was expected"),
