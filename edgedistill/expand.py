@@ -5,11 +5,11 @@ special cases.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from edgedistill.compare import step_of
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
@@ -341,7 +341,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             (rows[:24] for s, rows in self.inputs.suites.items() if self.recipe.suites[s].metric != "perplexity"), ()
         )
         prompts = prompts or self.inputs.prompts[:24]
-        cores = os.cpu_count() or 1
+        cores = usable_cpus()
         stage = Measure(
             model=model,
             file=file,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import rows_digest
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
@@ -66,7 +65,7 @@ class DraftSteps(TrainingSteps):
             tokens=settings.tokens,
             min_probability=settings.min_probability,
             max_new_tokens=suite.max_new_tokens,
-            threads=min(target.runtime.threads, os.cpu_count() or 1),
+            threads=min(target.runtime.threads, usable_cpus()),
             context=target.runtime.context,
             device=self.host.digest,
             build=self.llama,

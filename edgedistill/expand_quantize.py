@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgedistill.compare import step_of
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import rows_digest
 from edgedistill.devices.host import fingerprint
 from edgedistill.evals.kv_cache import rows_for
@@ -65,7 +65,7 @@ def add_kv_cache(graph: Graph, name: str, target: Target, model: Key, text: Key,
         context=context,
         types=CHOICES if kv == AUTO else (kv,),
         peak_rss=target.limits.peak_rss if kv == AUTO else None,
-        threads=min(target.runtime.threads, os.cpu_count() or 1),
+        threads=min(target.runtime.threads, usable_cpus()),
         build=f"llama-cpp-python {package_version('llama-cpp-python')}",
         isa=fingerprint().isa,
     )

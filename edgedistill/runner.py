@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import EdgeDistillError, GateMissed, StepFailed
 from edgedistill.fingerprint import Key
 from edgedistill.plan import Plan, Step
@@ -192,9 +193,7 @@ class Runner:
         self.reporter = reporter or Reporter()
         self.rows = RowStore(store.root)
         self.rates = Rates(store.root)
-        self.threads = (
-            threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self.threads = threads or usable_cpus()
         self.outcome = Outcome()
         self._left: dict[Key, float] = {}
 

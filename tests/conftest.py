@@ -16,13 +16,27 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before any library reads them. Nothing here may reach a model hub, and two threads are what every machine has: results
-# that depend on the split of a sum are then the same everywhere.
+# Before any library reads them. Nothing here may reach a model hub, and no more than two threads: results that depend on the
+# split of a sum vary little between machines.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _keep_to_own_processors() -> None:
+    """Give each of pytest-xdist's workers processors of its own: libraries that spin slow each other tenfold on shared ones."""
+    worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if not worker or not hasattr(os, "sched_setaffinity"):
+        return
+    own = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
+    if own:
+        os.sched_setaffinity(0, own)
+        os.environ["OMP_NUM_THREADS"] = str(min(2, len(own)))
+
+
+_keep_to_own_processors()
 
 # A shell's background run (`scripts/test &`) ignores Ctrl-C, and so would all that it starts; tests interrupt what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

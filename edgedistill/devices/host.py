@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.fingerprint import digest
 
 _ARCHES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -131,7 +132,7 @@ def parse_cpuinfo(text: str, arch: str) -> tuple[str, tuple[str, ...]]:
 
 def usable_cores(cpuinfo: str | None = None) -> int:
     """Count the physical cores that this process may use: no hyper-threads, nothing that a cgroup withholds."""
-    logical = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    logical = usable_cpus()
     cores = set()
     for block in (cpuinfo or "").strip().split("\n\n"):
         fields = _block(block)
@@ -140,11 +141,7 @@ def usable_cores(cpuinfo: str | None = None) -> int:
     physical = len(cores) or logical
     if sys.platform == "darwin":
         physical = int(_sysctl("hw.physicalcpu") or logical)
-    quota = logical
-    limit = (_read("/sys/fs/cgroup/cpu.max") or "max").split()
-    if len(limit) == 2 and limit[0] != "max":
-        quota = max(1, round(int(limit[0]) / int(limit[1])))
-    return max(1, min(physical, logical, quota))
+    return min(physical, logical)
 
 
 def load_average() -> float | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.sandbox import Limits, Sandbox
 
 TIMEOUT_S = 10.0
@@ -51,5 +51,5 @@ def at_once(judge: Callable[[_Case], _Found], cases: Iterable[_Case]) -> Iterato
     """Yield what is found of each case, in their order, several at a time: as many as processors, at least two."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+    with ThreadPoolExecutor(max(2, usable_cpus())) as pool:
         yield from pool.map(judge, cases)

@@ -60,7 +60,8 @@ def test_costs_are_found_beside_the_profile_and_their_figures_are_what_counts(tm
 
 
 def test_a_profile_warns_of_what_is_not_looked_at_and_of_doubtful_costs(tmp_path: Path) -> None:
-    pinned(tmp_path, noise=[])
+    host = {**fingerprint().to_json(), "cores": 2}  # as many as the profile's threads, also where the tests have one
+    pinned(tmp_path, noise=[], host=host)
     limits = "pp512 = 10.0\npeak_rss = '1 GiB'\nttft_p95_ms = 900\n"
     (told,) = refuse_auto(target(tmp_path, limits=limits, runtime=""), "this student", CONFIG)
     assert "does not look at pp512, peak_rss, ttft_p95_ms" in told and "edgedistill targets kernels" in told
@@ -68,8 +69,7 @@ def test_a_profile_warns_of_what_is_not_looked_at_and_of_doubtful_costs(tmp_path
     assert told == 'type = "auto" does not look at peak_rss, ttft_p95_ms: measuring tells whether they hold'
     assert refuse_auto(target(tmp_path, limits="tg128 = 10.0\n"), "this student", CONFIG) == []
 
-    host = {**fingerprint().to_json(), "arch": "riscv64"}
-    pinned(tmp_path, host=host, runner={"version": "llama-cpp-python 0.1"})
+    pinned(tmp_path, host={**host, "arch": "riscv64"}, runner={"version": "llama-cpp-python 0.1"})
     found = refuse_auto(target(tmp_path, limits="tg128 = 10.0\n"), "this student", CONFIG)
     assert ["measured on riscv64" in found[0], "kernels of llama-cpp-python 0.1" in found[1], "noisy" in found[2]] == [
         True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, render_chat
@@ -54,7 +54,7 @@ class GgufRunner:
         from edgedistill.formats.gguf.model_io import open_model
 
         self.path = Path(path)
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cpus()
         self.parallel = max(1, min(parallel, 200))
         self.kv = kv
         self._lib: Any = llama_cpp

@@ -7,7 +7,6 @@ left padding that other runtimes want gives wrong answers without a word (seen w
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import Message, Row
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.base import Answer, Finish, Progress, continued_by_rows
@@ -45,7 +45,7 @@ class OnnxRunner:
 
         lib: Any = onnxruntime_genai
         self.path, self.batch = Path(path), max(1, batch)
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cpus()
         try:
             self._config: dict[str, Any] = json.loads((self.path / "genai_config.json").read_text())["model"]
         except (OSError, ValueError, KeyError) as error:

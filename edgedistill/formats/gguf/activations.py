@@ -7,12 +7,12 @@ so that the text has the chat template and the length of the task's own prompts 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.read import read_info
 
@@ -122,7 +122,7 @@ def watch_inputs(
     width = max(32, min(CHUNK, _MAX_OUTPUTS // (4 * vocab)))
     longest = max(len(row) for row in rows)
     total = sum(len(row) for row in rows)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
     if not model:
         raise UsageError(f"{gguf}: llama.cpp cannot load this model: {last_log(2)}", "edgedistill doctor")

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.formats.gguf.architectures import Family, check_settings, family_of, rope_of, rope_tables, write_config
 from edgedistill.formats.gguf.checkpoint import Entry, open_checkpoint, read_config, read_entry, require_keys
@@ -304,7 +305,7 @@ def _tensors(
     plan: dict[str, tuple[Entry, str]], config: dict[str, Any], family: Family, threads: int | None
 ) -> Iterator[np.ndarray]:
     """Yield the tensors in the plan's order; no more than ``threads`` of them are under way or waiting."""
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[Future[np.ndarray]] = collections.deque()
         for target, (entry, type_name) in plan.items():

@@ -6,13 +6,13 @@ A wrong argument ends the process with an assertion inside ggml, so that everyth
 from __future__ import annotations
 
 import ctypes
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.types import GGML_TYPES, fits
 
@@ -70,7 +70,7 @@ def quantize_matrix(
         raise UsageError(f"an importance of shape {means.shape} for rows of {columns} weights")
     out = np.empty((rows, columns // kind.block * kind.bytes), dtype=np.uint8)
     lib.ggml_quantize_init(kind.number)
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     step = max(_ROWS, -(-rows // (4 * threads)))
 
     def some(first: int) -> None:

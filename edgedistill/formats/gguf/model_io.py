@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf.read import read_info
 
@@ -58,7 +59,6 @@ def open_model(
     ``all_logits`` below. Raises UsageError when the file is damaged, of a family that this llama.cpp does not know, or
     too big for the memory.
     """
-    import os
 
     info = read_info(path)
     try:
@@ -67,7 +67,7 @@ def open_model(
         raise UsageError(f"llama-cpp-python cannot be imported: {error}", "pip install llama-cpp-python") from None
 
     silence()
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     try:
         return llama_cpp.Llama(
             str(path), n_ctx=n_ctx, n_batch=min(n_batch, n_ctx) if n_ctx else n_batch, n_ubatch=min(n_batch, 512),

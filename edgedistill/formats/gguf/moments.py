@@ -19,12 +19,12 @@ well: there its error is D_v itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed, UsageError
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def collect(
             "no calibration row has an answer behind its prompt", "give at least a few dozen texts of the task"
         )
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or usable_cpus())
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().requires_grad_(False)
         names = places(checkpoint) if as_gguf else _OwnNames()

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import file_digest
 from edgedistill.formats.gguf.read import GgufInfo, read_info
@@ -323,7 +324,7 @@ def _run_worker(
         "src": str(info.path.resolve()), "out": str(out.absolute()), "ftype": file_type(type).number,
         "output_type": GGML_TYPES[output_type].number if output_type else None,
         "embedding_type": GGML_TYPES[embedding_type].number if embedding_type else None,
-        "pure": pure, "dry_run": dry, "threads": threads or os.cpu_count() or 1,
+        "pure": pure, "dry_run": dry, "threads": threads or usable_cpus(),
         "imatrix": str(Path(imatrix).resolve()) if imatrix else None,
         "types": {name: GGML_TYPES[type_name].number for name, type_name in (wanted or {}).items()},
         "store": str(store.absolute()) if store else None, "feedback": feedback, "rounded": list(rounded),

@@ -28,7 +28,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +38,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import digest
 from edgedistill.formats.gguf.activations import Progress, watch_inputs
@@ -228,7 +228,7 @@ def round_file(
                 raise StepFailed(f"the input of {tensors[0].name} is not finite: the model is broken")
         # Most of it is Python's own loop over the columns, which has one core busy; threads of the library inside each product
         # wait more than they work there (3.7 s of processors without them, 8.2 with two, for 10 matrices, to the same bytes).
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads or usable_cpus()) as pool:
             found = [
                 (tensors, pool.submit(_round_tensors, info, whole, tensors, moments.sums[of], scales))
                 for (of, _), tensors in together.items()
