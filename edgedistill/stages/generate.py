@@ -153,24 +153,35 @@ class Generate(Stage):
         return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
     def _ask_missing(self, ctx: Context, questions: Questions, ids: Sequence[str]) -> int:
-        """Put the questions that the row store has no answer to; return how many they were. ``ids`` are the rows' that they are
-        about, for messages: teachers know them by their keys.
+        """Put the questions that the row store has no answer to and no other build puts, and wait for those; return how many were
+        put. ``ids`` are the rows' that they are about, for messages: teachers know them by their keys.
         """
+        from edgedistill.teachers.claims import ask_once
+
         missing = ctx.rows.missing(questions.keys())
-        found = len(questions) - len(missing)
         if not missing:
             return 0
         here = self.server is None and not self._file(ctx).is_file()
+        put, total, rest = self._ask if here else self._ask_as_they_end, len(questions), questions.some(missing)
+
+        def ask(numbers: Sequence[int], others: int = 0) -> None:
+            own = rest if len(numbers) == len(rest) else rest.some(numbers)
+            put(ctx, own, total - len(own) - others, total)
+
+        def wait(others: int) -> None:
+            ctx.progress(total - others, total, f"answers, {others:,} asked by another build")
+
         try:
-            ask = self._ask if here else self._ask_as_they_end
-            ask(ctx, questions.some(missing), found, len(questions))
+            if self.server is not None and self.server.batch is not None:  # batches look after themselves
+                ask(range(len(rest)))
+                return len(rest)
+            return ask_once(ctx.rows.path, rest.keys(), ask, note=ctx.note, waiting=wait)
         except (UsageError, StepFailed) as error:
             kind = StepFailed if isinstance(error, StepFailed) else UsageError
             for key, row_id in zip(questions.keys(), ids, strict=True):
                 if key in error.message:
                     raise kind(error.message.replace(key, row_id), error.hint) from None
             raise
-        return len(missing)
 
     def shown(self, question: Question, answer: Answered) -> tuple[str, str]:
         """Return the text of an answer that has calls, with them as the student is to write them, and why it ended."""

@@ -1,4 +1,4 @@
-"""What batches of requests are under way, written down beside the rows before anything is sent.
+"""What is being asked of servers, batches of requests above all, written down beside the rows before anything is sent.
 
 A batch and what it may cost at most come into the file in one transaction; then its file's name at the server, then its own. So a
 build that is killed at any moment leaves a line that says how far it was, and the next one goes on from there.
@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, ClassVar
 
 from edgedistill import rows
@@ -148,7 +149,7 @@ class Book(Ledger):
                 elif one.url == url and one.batch.tag not in left:
                     self._hand(db, one.batch, self.asker)
                     found.append(one.batch)
-            held.update({name: who for name, asker, who in self._singly(db) if name in wanted and asker != self.asker})
+            held.update({name: who for name, asker, who in self._singly(db, wanted) if asker != self.asker})
         return found, held
 
     def answered(self, names: Iterable[str]) -> set[str]:
@@ -175,7 +176,7 @@ class Book(Ledger):
         budget has room for. None where it has none; one of no requests, which is not written down, where others have them all.
         """
         with self._writing() as db:
-            asked = {name for name, _, _ in self._singly(db)}
+            asked = {name for name, _, _ in self._singly(db, uses)}
             for one in self._lines(db):
                 if one.living or (one.url == url and one.batch.tag not in left):
                     asked.update(one.batch.uses)
@@ -255,6 +256,22 @@ class Book(Ledger):
                     "UPDATE spending SET requests = requests - ? WHERE account = ?", (len(batch.uses), batch.account)
                 )
 
+    def claim(self, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+        """Write down those of the names that have no answer, and that no living build asks, as ours to be put one by one, until
+        ``put``. Return them, and those that others ask, each with who it is.
+        """
+        with self._writing() as db:
+            wanted = list(names)
+            answered, held = self._answered(db, wanted), dict[str, str]()
+            rest = {name for name in wanted if name not in answered}
+            for one in self._lines(db):
+                if one.living and one.asker != self.asker:
+                    held.update(dict.fromkeys(rest & one.batch.uses.keys(), one.living))
+            held.update({name: who for name, asker, who in self._singly(db, rest) if asker != self.asker})
+            ours = [name for name in wanted if name in rest and name not in held]
+            db.executemany("INSERT OR REPLACE INTO singly VALUES (?, ?)", [(name, self.asker) for name in ours])
+        return ours, held
+
     def put(self) -> None:
         """Write down that what was put one by one is answered."""
         with self._writing() as db:
@@ -272,11 +289,16 @@ class Book(Ledger):
             found.append((token, called(holder) if holder and not is_dead(holder, beat) else "", beat))
         return found
 
-    def _singly(self, db: sqlite3.Connection) -> list[tuple[str, str, str]]:
-        """Return what living askers put one by one: the name, the asker, who that is."""
+    def _singly(self, db: sqlite3.Connection, names: Iterable[str]) -> list[tuple[str, str, str]]:
+        """Return which of the names living askers put one by one and have no answer to: the name, the asker, who that is."""
         living = {token: who for token, who, _ in self._askers(db) if who}
-        put = db.execute("SELECT name, asker FROM singly").fetchall()
-        return [(name, asker, living[asker]) for name, asker in put if asker in living]
+        found = list[tuple[str, str, str]]()
+        for part, marks in _parts(names if living else ()):
+            put = db.execute(
+                f"SELECT name, asker FROM singly WHERE name IN ({marks}) AND name NOT IN (SELECT key FROM rows)", part
+            )
+            found += [(name, asker, living[asker]) for name, asker in put if asker in living]
+        return found
 
     def _forget(self, db: sqlite3.Connection, token: str) -> None:
         """Delete what a dead asker was to put one by one, and itself where it leaves no batch."""
@@ -316,10 +338,8 @@ class Book(Ledger):
         db.execute("UPDATE batches SET asker = ? WHERE tag = ?", (asker, batch.tag))
 
     def _answered(self, db: sqlite3.Connection, names: Iterable[str]) -> set[str]:
-        wanted, found = list(names), set[str]()
-        for start in range(0, len(wanted), AT_ONCE):
-            part = wanted[start : start + AT_ONCE]
-            marks = ",".join("?" * len(part))
+        found = set[str]()
+        for part, marks in _parts(names):
             found.update(name for (name,) in db.execute(f"SELECT key FROM rows WHERE key IN ({marks})", part))
         return found
 
@@ -333,6 +353,13 @@ class Book(Ledger):
             for name in lacks():  # another build may have been faster
                 db.execute(f"ALTER TABLE batches ADD COLUMN {name} {LATER[name]}")
             db.execute("COMMIT")
+
+
+def _parts(names: Iterable[str]) -> Iterator[tuple[list[str], str]]:
+    """Yield the names, as many as a statement takes, with the marks that stand for them in it."""
+    rest = iter(names)
+    while part := list(islice(rest, AT_ONCE)):
+        yield part, ",".join("?" * len(part))
 
 
 def total(uses: Iterable[Use]) -> Use:

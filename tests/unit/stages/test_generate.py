@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from edgedistill.served import Batching, Server
 from edgedistill.spending import Budget, Use
 from edgedistill.stages.generate import Generate
 from edgedistill.step import Context
+from edgedistill.teachers import claims
 from edgedistill.teachers.batch_book import Book
 from tests.batch_server import BatchServer
 from tests.calling_server import CallingServer, call
@@ -107,6 +109,20 @@ def test_a_prompt_that_a_server_refuses_is_named_by_its_row(tmp_path: Path) -> N
         plan = dict.fromkeys(range(3), "ok") | {1: status}
         with Planned(lambda row, before, plan=plan: plan[row]) as there, pytest.raises(StepFailed, match=why):
             run(tmp_path, made(there, prompts))
+
+
+def test_two_builds_at_once_ask_what_both_want_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "OTHERS_S", 0.02)
+    prompts = rows(*(f"Question {at}" for at in range(12)))
+    with Planned(lambda row, before: "slow 0.1") as there, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run, tmp_path, made(there, prompts[:8]))
+        while not there.asked:
+            assert not first.done()
+        second = pool.submit(run, tmp_path, made(there, prompts[4:]))
+        (one, lines), (two, others) = first.result(60), second.result(60)
+        assert dict(there.asked) == dict.fromkeys(range(12), 1)
+    assert (one["asked"], two["asked"], two["from_store"]) == (8, 4, 4)
+    assert [line["text"] for line in lines[4:]] == [line["text"] for line in others[:4]]
 
 
 def test_what_a_batch_brings_beside_what_is_asked_now_is_kept(tmp_path: Path) -> None:

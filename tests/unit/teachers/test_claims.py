@@ -1,0 +1,181 @@
+"""Two builds with questions in common: each question is put by one of them, whoever gives up or is killed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgedistill.errors import StepFailed
+from edgedistill.rows import Answered, RowStore
+from edgedistill.spending import Budget, Use
+from edgedistill.teachers import claims
+from edgedistill.teachers.batch_book import Book
+from edgedistill.teachers.claims import ask_once
+
+HERE = "http://x"
+KILLED = """
+import sys, time
+from pathlib import Path
+from edgedistill.teachers.claims import ask_once
+
+def ask(numbers, others):
+    print(*numbers, flush=True)
+    time.sleep(600)
+
+ask_once(Path(sys.argv[1]), sys.argv[2:], ask, note=print)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "OTHERS_S", 0.02)
+
+
+class Build:
+    """A build: what it puts, what it is told, and what it does with a question before it stores the answer."""
+
+    def __init__(self, folder: Path, before: Callable[[str], object] = lambda key: None) -> None:
+        self.store, self.before = RowStore(folder), before
+        self.put, self.notes, self.others = list[str](), list[str](), list[int]()
+
+    def ask(self, *keys: str) -> int:
+        def ask(numbers: Sequence[int], others: int) -> None:
+            for number in numbers:
+                self.put.append(keys[number])
+                self.before(keys[number])
+                answered(self.store, keys[number])
+
+        return ask_once(self.store.path, keys, ask, note=self.notes.append, waiting=self.others.append)
+
+
+def answered(store: RowStore, *keys: str) -> None:
+    store.add_by_key("t", [Answered(key=key, text="", token_ids=(), finish="stop", logprob=0.0) for key in keys])
+
+
+def claimed(folder: Path) -> int:
+    book = Book(folder / "rows.sqlite", "", Budget())
+    with book._writing() as db:
+        return db.execute("SELECT count(*) FROM singly").fetchone()[0]
+
+
+def test_alone_it_puts_what_is_not_answered(tmp_path: Path) -> None:
+    build = Build(tmp_path)
+    answered(build.store, "b")
+    assert build.ask("a", "b", "c") == 2 and build.put == ["a", "c"]
+    assert build.ask("a", "b", "c") == 0 and build.ask() == 0
+    assert (build.notes, build.others, claimed(tmp_path)) == ([], [], 0)
+
+
+def test_what_another_puts_is_waited_for_and_not_put(tmp_path: Path) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(key: str) -> None:
+        begun.set()
+        assert go.wait(30)
+
+    first, second = Build(tmp_path, hold), Build(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first.ask, "a", "b", "c")
+        assert begun.wait(30)
+        two = pool.submit(second.ask, "b", "c", "d")
+        while not second.others:
+            assert not two.done()
+        assert second.put == ["d"], "it does not wait while it has something to put"
+        assert second.others[0] == 2
+        go.set()
+        assert (one.result(30), two.result(30)) == (3, 1)
+    assert first.put == ["a", "b", "c"] and second.put == ["d"]
+    (note,) = second.notes
+    assert note.startswith("process ") and note.endswith(" asks 2 of the questions: waiting for its answers")
+    assert claimed(tmp_path) == 0
+
+
+def test_what_one_gives_up_the_other_puts(tmp_path: Path) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def fail(key: str) -> None:
+        if key == "b":
+            begun.set()
+            assert go.wait(30)
+            raise StepFailed("teacher.budget: spent", "raise it")
+
+    first, second = Build(tmp_path, fail), Build(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first.ask, "a", "b", "c")
+        assert begun.wait(30)
+        two = pool.submit(second.ask, "a", "b", "c")
+        while not second.others:
+            assert not two.done()
+        go.set()
+        with pytest.raises(StepFailed, match="spent"):
+            one.result(30)
+        assert two.result(30) == 2 and second.put == ["b", "c"]
+    assert claimed(tmp_path) == 0
+
+
+def test_what_a_killed_build_was_at_the_one_that_waits_puts(tmp_path: Path) -> None:
+    first = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path / "rows.sqlite"), "a", "b"], stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "0 1\n"
+    second = Build(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        two = pool.submit(second.ask, "b", "c")
+        while not second.others:
+            assert not two.done()
+        assert f"process {first.pid} on " in second.notes[0]
+        first.kill()
+        first.communicate()
+        assert two.result(30) == 2 and second.put == ["c", "b"]
+    assert Build(tmp_path).ask("a", "b") == 1, "claims of the dead are nobody's"
+    assert claimed(tmp_path) == 0
+
+
+def test_a_batch_and_single_questions_wait_for_each_other(tmp_path: Path) -> None:
+    single, batches = Build(tmp_path), Book(tmp_path / "rows.sqlite", "a", Budget())
+
+    def look(key: str) -> None:
+        if key == "c":
+            other = Book(tmp_path / "rows.sqlite", "b", Budget())
+            assert list(other.look(HERE, {"b", "c", "d"})[1]) == ["c"], "b is answered by now"
+            opened = other.open(HERE, dict.fromkeys(("b", "c", "d"), Use(1, 1)))
+            assert opened is not None and list(opened.uses) == ["d"]
+
+    single.before = look
+    with batches.at_work():
+        batch = batches.open(HERE, {"a": Use(1, 1)})
+        assert batch is not None
+        with ThreadPoolExecutor(1) as pool:
+            alone = pool.submit(single.ask, "a", "b", "c")
+            while not single.others:
+                assert not alone.done()
+            assert single.put == ["b", "c"]
+            answered(single.store, "a")
+            batches.end(batch, Use(1, 1))
+            assert alone.result(30) == 2
+
+
+@settings(max_examples=15)
+@given(st.lists(st.lists(st.integers(0, 30), max_size=20, unique=True), min_size=2, max_size=4))
+def test_however_they_overlap_each_is_put_once(
+    tmp_path_factory: pytest.TempPathFactory, wanted: list[list[int]]
+) -> None:
+    folder = tmp_path_factory.mktemp("builds")
+    builds = [Build(folder) for _ in wanted]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        done = [pool.submit(build.ask, *map(str, numbers)) for build, numbers in zip(builds, wanted, strict=True)]
+        counts = [one.result(60) for one in done]
+    put = Counter(key for build in builds for key in build.put)
+    assert put == dict.fromkeys({str(number) for numbers in wanted for number in numbers}, 1)
+    assert counts == [len(build.put) for build in builds]
+    assert builds[0].store.known(put) == set(put) and claimed(folder) == 0
