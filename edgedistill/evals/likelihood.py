@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,15 +284,17 @@ def compare_distributions(
     references: Mapping[str, Path],
     rows: Sequence[Row],
     *,
+    store: Path,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Divergence]:
-    """Measure ``divergences`` from model files or folders, which are opened and closed here."""
-    from edgedistill.evals.runners import open_runner
+    """Measure ``divergences`` from GGUF files, opened and closed here; what they say is kept in the ``store``'s folder."""
+    from edgedistill.evals.runners.kept import KeptRunner
 
     with ExitStack() as opened:
         runners = {
-            name: opened.enter_context(closing(open_runner(path, threads=threads))) for name, path in references.items()
+            name: opened.enter_context(KeptRunner(path, root=store, threads=threads))
+            for name, path in references.items()
         }
         return divergences(candidate, runners, rows, progress=progress)
 

@@ -124,6 +124,7 @@ class Evaluate(Stage):
             runner,
             {name: Path(ctx.path(key, "model.gguf")) for name, key in self.references.items()},
             rows,
+            store=ctx.store,
             threads=ctx.threads,
             progress=lambda done, total, note: ctx.progress(done, total, f"KLD against {names}"),
         )

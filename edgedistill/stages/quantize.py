@@ -89,11 +89,13 @@ class Quantize(Stage):
         """
         from edgedistill.evals.likelihood import text_divergence
         from edgedistill.evals.runners.gguf import GgufRunner
+        from edgedistill.evals.runners.kept import KeptRunner
 
         assert self.sensitivity is not None and self.types is not None
         texts = json.loads(ctx.path(self.sensitivity, "text.json").read_text())
         texts = [(row, start) for row, start in texts[:: max(1, len(texts) // _TEXTS)]]
-        with GgufRunner(source, threads=ctx.threads) as whole, GgufRunner(out, threads=ctx.threads) as other:
+        reference = KeptRunner(source, root=ctx.store, threads=ctx.threads)
+        with reference as whole, GgufRunner(out, threads=ctx.threads) as other:
             kld, tokens = text_divergence(other, whole, texts, progress=ctx.progress)
         predicted = ctx.facts(self.types)["allocate"]["predicted_kld"]
         return {"kld": kld.to_json(), "tokens": tokens, "predicted": predicted}

@@ -308,9 +308,11 @@ def test_distributions_of_files(tiny_file: Path, tiny_hf: Path, rows: list[Row],
         GgufRunner(tiny_file) as full,
         TransformersRunner(tiny_hf, dtype="float32") as hf,
     ):
-        lossy = likelihood.compare_distributions(quantized, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
-        same = likelihood.compare_distributions(full, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
-        hop = likelihood.compare_distributions(hf, {"f16": tiny_file}, rows[:12], threads=1)["f16"]
+        lossy = likelihood.compare_distributions(quantized, {"f16": tiny_file}, rows[:12], store=tmp_path, threads=1)[
+            "f16"
+        ]
+        same = likelihood.compare_distributions(full, {"f16": tiny_file}, rows[:12], store=tmp_path, threads=1)["f16"]
+        hop = likelihood.compare_distributions(hf, {"f16": tiny_file}, rows[:12], store=tmp_path, threads=1)["f16"]
     assert same.kld.value == 0
     assert same.top1.value == 1
     assert hop.kld.value < 1e-4
