@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edgedistill.devices.protocol import Settings
+from edgedistill.gc import collect_garbage
 from edgedistill.recipes import copy_recipe
 from edgedistill.session import prepare
 from edgedistill.store import Store
@@ -61,6 +62,18 @@ def short_measurements() -> Iterator[None]:
 def shared_store(tmp_path_factory: pytest.TempPathFactory, seed_models: Callable[[Path], Path]) -> Store:
     """One store for the whole session: what one test built, the next finds."""
     return Store(seed_models(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(autouse=True)
+def _room_for_the_next(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Delete what a slow test has added to the shared store: all of them together would take 50 GB."""
+    if request.node.get_closest_marker("slow") is None or "shared_store" not in request.fixturenames:
+        yield
+        return
+    store: Store = request.getfixturevalue("shared_store")
+    before = set(store.all_keys())
+    yield
+    collect_garbage(store, before)
 
 
 @pytest.fixture(scope="session")
