@@ -10,16 +10,21 @@ of the task and more conversations. Compared is the KLD from the f16 file on the
 domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a bootstrap over the rows, each with all
 seeds.
 
-Not here: AutoRound's files, a model whose columns are multiples of 256.
+AutoRound's Q4_K_M and Q4_0 are an arm where AutoRound installs (``_autoround.py``; trained by its own defaults on all the text that
+ours sees); beside each stand ours of the same bytes. ``--model aligned`` takes another model: SmolLM2-135M cut to 512 hidden
+dimensions and healed on the quickstart's task, whose matrices have columns of a multiple of 256 (but those behind the attention,
+576), so that nothing of a k-quant falls back.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
+import _autoround
 import numpy as np
 from _common import cache_folder, finish, machine_line, parser, say, table
 from _kld import Reference, calibration, dither, ratio
@@ -36,6 +41,7 @@ from edgedistill.formats.gguf.imatrix import collect
 from edgedistill.formats.gguf.quantize import named_after, quantize
 from edgedistill.formats.gguf.read import read_info
 
+NAME = "quality_per_byte"
 TYPES = ("Q4_K_M", "IQ4_XS", "Q4_0")
 SETS = {"in domain": "dev", "out of domain": "dev-ood", "ordinary chat": "general"}
 GENERAL = 64  # conversations
@@ -44,6 +50,8 @@ Found = dict[tuple[str, str, str], list[np.ndarray]]  # (type, arm, set): KLD of
 
 
 DISTILLED = "rounding, distillation"
+LLAMA, AUTOROUND = "llama.cpp", "AutoRound"
+ALIGNED = {"student.hidden": 512, "student.ffn": None, "student.vocabulary": None, "teacher.min_score": {}}
 
 
 def best_arm(quick: bool) -> str:
@@ -60,13 +68,15 @@ def one_seed(
     found: Found,
     distilled: tuple[list[Row], list[Row]],
     only: bool = False,
+    autoround: int | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Quantize one model every way; add the KLD of every row to ``found``. Returns {type: (bytes of llama.cpp's, of ours)}.
+    """Quantize one model every way; add the KLD of every row to ``found``. Returns {type: (bytes of the peer's, of ours)}.
 
-    ``distilled`` are the rows of the task and others that blocks are trained on; ``only``: nothing but Q4_0's blocks.
+    ``distilled`` are the rows of the task and others that blocks are trained on; ``only``: nothing but Q4_0's blocks;
+    ``autoround``: iterations of AutoRound, None to leave it out.
     """
     sizes: dict[str, tuple[int, int]] = {}
-    with tempfile.TemporaryDirectory(dir=cache_folder("quality_per_byte")) as name:
+    with tempfile.TemporaryDirectory(dir=cache_folder(NAME)) as name:
         folder = Path(name)
         source, checkpoint, stock = folder / "f16.gguf", folder / "checkpoint", folder / "stock.gguf"
         (folder / "table").mkdir()
@@ -104,7 +114,7 @@ def one_seed(
 
         if only:
             quantize(source, folder / "stock-file.gguf", "Q4_0", imatrix=stock)
-            size = judge("Q4_0", "llama.cpp", folder / "stock-file.gguf")
+            size = judge("Q4_0", LLAMA, folder / "stock-file.gguf")
             same_blocks()
             return {"Q4_0": (size, size)}
         tokens = 1024 if quick else sensitivity.TOKENS
@@ -130,7 +140,7 @@ def one_seed(
         for type_ in TYPES[:1] if quick else TYPES:
             started = time.monotonic()
             quantize(source, folder / "stock-file.gguf", type_, imatrix=stock)
-            size = judge(type_, "llama.cpp", folder / "stock-file.gguf")
+            size = judge(type_, LLAMA, folder / "stock-file.gguf")
             sizes[type_] = size, ours(type_, "types", size)
             if not quick:
                 ours(type_, "types, rounding", size, mixed)
@@ -139,6 +149,16 @@ def one_seed(
             if type_ == "Q4_0":
                 same_blocks()
             say(f"seed {seed}: {type_} in {time.monotonic() - started:.0f} s")
+            if autoround is not None and type_ in _autoround.TYPES:
+                started, name_ = time.monotonic(), f"{type_}, {AUTOROUND}"
+                made = _autoround.quantize(
+                    checkpoint, folder / "autoround", type_, mixed, iterations=autoround, seed=seed
+                )
+                say(f"seed {seed}: {name_} in {time.monotonic() - started:.0f} s")
+                size = judge(name_, AUTOROUND, made)
+                shutil.rmtree(folder / "autoround")
+                ours(name_, "types", size)
+                sizes[name_] = size, ours(name_, "types, rounding", size, mixed)
     return sizes
 
 
@@ -150,10 +170,25 @@ def main() -> None:
     )
     options.add_argument("--only-blocks", action="store_true", help="nothing but the arms that keep to Q4_0's blocks")
     options.add_argument("--seeds", type=int, default=3, help="how many models")
+    options.add_argument("--model", choices=("smollm2", "aligned"), default="smollm2", help="what is quantized")
+    options.add_argument(
+        "--autoround", type=int, default=_autoround.ITERATIONS, help="iterations of AutoRound; -1 leaves it out"
+    )
     given = options.parse_args()
     seeds = 1 if given.quick else given.seeds
-    session = build(recipe_folder("rounding", "recipe"), ["convert/base"])
-    base, data = entry_of(session, "convert/base").path / "model.gguf", session.path.parent / "data"
+    if given.model == "aligned":
+        session, step = build(recipe_folder(NAME, "aligned"), ["convert/student"], overrides=ALIGNED), "convert/student"
+    else:
+        session, step = build(recipe_folder("rounding", "recipe"), ["convert/base"]), "convert/base"
+    base, data = entry_of(session, step).path / "model.gguf", session.path.parent / "data"
+    autoround, why = (
+        (None, "left out") if given.quick or given.only_blocks or given.autoround < 0 else (given.autoround, "")
+    )
+    if autoround is not None:
+        try:
+            _autoround.environment()
+        except OSError as error:
+            autoround, why = None, str(error)
     calibrated = load_rows(data / "train.jsonl")[: 32 if given.quick else 128]
     sets = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 48] for name, file in SETS.items()}
     with GgufRunner(base) as runner:
@@ -165,21 +200,20 @@ def main() -> None:
     found: Found = {}
     sizes: dict[str, tuple[int, int]] = {}
     for seed in range(seeds):
-        sizes = one_seed(base, seed, text, sets, given.quick, found, distilled, given.only_blocks)
+        sizes = one_seed(base, seed, text, sets, given.quick, found, distilled, given.only_blocks, autoround)
     lines, ratios = [], {}
     for (type_, arm, where), klds in found.items():
-        ours, peer = np.stack(klds), np.stack(found[type_, "llama.cpp", where])
+        other = AUTOROUND if (type_, AUTOROUND, where) in found else LLAMA
+        ours, peer = np.stack(klds), np.stack(found[type_, other, where])
         value, low, high = ratio(ours, peer)
         ratios[f"{type_}, {arm}, {where}"] = [round(one, 4) for one in (value, low, high)]
-        pairs = zip(klds, found[type_, "llama.cpp", where], strict=True)
-        each = " ".join(f"{one.mean() / other.mean():.2f}" for one, other in pairs)
-        told = "" if arm == "llama.cpp" else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-        lines.append(
-            [type_, arm, where, str(ours.shape[1]), f"{ours.mean():.5f}", told, "" if arm == "llama.cpp" else each]
-        )
-    columns = ["bytes of", "arm", "text", "rows", "KLD", "over llama.cpp's", "by seed"]
+        each = " ".join(f"{one.mean() / two.mean():.2f}" for one, two in zip(ours, peer, strict=True))
+        told = ["", ""] if arm == other else [f"{value:.2f} [{low:.2f}, {high:.2f}]", each]
+        lines.append([type_, arm, where, str(ours.shape[1]), f"{ours.mean():.5f}", *told])
+    columns = ["bytes of", "arm", "text", "rows", "KLD", "over the peer's", "by seed"]
     table("KLD from the f16 file, nats a token", columns, lines)
-    print("bytes: " + ", ".join(f"{name}: llama.cpp {peer:,}, ours {ours:,}" for name, (peer, ours) in sizes.items()))
+    print("bytes: " + ", ".join(f"{name}: the peer's {peer:,}, ours {ours:,}" for name, (peer, ours) in sizes.items()))
+    print(f"AutoRound {_autoround.VERSION}: {why or f'{autoround} iterations'}; the model: {given.model}")
     print(machine_line())
     best = best_arm(given.quick)
 
@@ -201,9 +235,9 @@ def main() -> None:
         print(f"{what}: {'holds' if holds else 'does not hold'}")
     first = ("Q4_0", DISTILLED, "in domain") if given.only_blocks else ("Q4_K_M", best, "in domain")
     finish(
-        name="quality_per_byte",
+        name=NAME,
         ours=round(float(np.concatenate(found[first]).mean()), 6),
-        peer=round(float(np.concatenate(found[first[0], "llama.cpp", "in domain"]).mean()), 6),
+        peer=round(float(np.concatenate(found[first[0], LLAMA, "in domain"]).mean()), 6),
         ratio=ratios[", ".join(first)][0],
         unit=f"KLD in domain, nats a token, bytes of {first[0]}",
         n=sum(map(len, found[first])),
@@ -211,6 +245,7 @@ def main() -> None:
         holds=all(wanted.values()),
         ratios=ratios,
         seeds=seeds,
+        model=given.model,
     )
 
 
