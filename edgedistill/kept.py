@@ -1,4 +1,4 @@
-"""Keep beside the entries what is dear to compute and belongs to one file of them: moments of a model's inputs.
+"""Keep beside the entries what is dear to compute and belongs to one file of them: moments of a model's inputs, log-probabilities.
 
     kept/<name>/index.json    what it was computed from, the sha256 of the file that it belongs to, and of each piece
     kept/<name>/<piece>       raw bytes
@@ -29,12 +29,24 @@ WRITTEN = 3600.0
 
 
 class Kept:
-    """Pieces that were computed from ``inputs`` (JSON) and belong to the file whose sha256 is ``of``. Several processes may write:
-    each piece and the index appear by a rename, and a piece that the other's index has lost is computed once more.
+    """Pieces that were computed from ``inputs`` (JSON) and belong to the file whose sha256 is ``of``; ``kind`` is a word for what
+    they are. Several processes may write: each piece and the index appear by a rename, and a piece that the other's index has lost
+    is computed once more.
     """
 
-    def __init__(self, root: Path, inputs: Any, *, of: str) -> None:
-        self.root, self.path, self.of = root, root / "kept" / digest([inputs, of]), of
+    def __init__(self, root: Path, inputs: Any, *, of: str, kind: str = "") -> None:
+        self.root, self.path, self.of, self.kind = root, root / "kept" / digest([inputs, of]), of, kind
+
+    def make_way(self, most: int) -> None:
+        """Delete the oldest of what is kept of this kind for the same file, so that there are ``most`` with what comes now."""
+        others = [
+            folder
+            for folder in _folders(self.root)
+            if folder != self.path and (told := _read(folder))["of"] == self.of and told["kind"] == self.kind
+        ]
+        others.sort(key=lambda folder: folder.stat().st_mtime)
+        for folder in others[: max(0, len(others) - most + 1)]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def has_room(self, nbytes: int) -> bool:
         """Tell whether keeping ``nbytes`` leaves the disk at least three times as much."""
@@ -62,9 +74,8 @@ class Kept:
                 temporary.replace(self.path / name)
                 digests[name] = hashlib.sha256(data).hexdigest()
             known = _read(self.path)["pieces"] | digests
-            write_atomic(
-                self.path / "index.json", json.dumps({"of": self.of, "pieces": known}, indent=1, sort_keys=True)
-            )
+            told = {"of": self.of, "pieces": known} | ({"kind": self.kind} if self.kind else {})
+            write_atomic(self.path / "index.json", json.dumps(told, indent=1, sort_keys=True))
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -112,6 +123,6 @@ def _read(folder: Path) -> dict[str, Any]:
     """Return the index of a folder: one without pieces, belonging to nothing, where it cannot be read."""
     try:
         found = json.loads((folder / "index.json").read_text())
-        return {"of": str(found["of"]), "pieces": dict(found["pieces"])}
+        return {"of": str(found["of"]), "pieces": dict(found["pieces"]), "kind": str(found.get("kind", ""))}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"of": "", "pieces": {}}
+        return {"of": "", "pieces": {}, "kind": ""}

@@ -3,7 +3,9 @@
 One SQLite file (write-ahead log, so that a killed build loses at most the batch in flight and two builds may write at
 once). A row is keyed by *what was asked of whom*: the teacher's content digest, the messages, the sampling settings,
 the seed and the number of the sample. ``asks`` records every question before it is put, so that a test, or a bill,
-can tell what was asked more than once."""
+can tell what was asked more than once.
+``singly`` holds what builds are about to put one by one (``teachers/batch_book.py``), until the answer is stored.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,10 @@ CREATE TABLE IF NOT EXISTS rows (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS asks (key TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS asks_key ON asks (key);
+CREATE TABLE IF NOT EXISTS singly (
+    name  TEXT PRIMARY KEY,
+    asker TEXT NOT NULL
+) WITHOUT ROWID;
 """
 
 KEY = 32  # bytes of a row's key
@@ -203,11 +209,10 @@ class RowStore:
 
     def _add(self, answers: Iterable[tuple[str, str, str, Answered]]) -> None:
         now = time.time()
+        lines = [(key, teacher, asked, _body(answer), now) for key, teacher, asked, answer in answers]
         with self._open() as db:
-            db.executemany(
-                "INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)",
-                [(key, teacher, asked, _body(answer), now) for key, teacher, asked, answer in answers],
-            )
+            db.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?, ?, ?)", lines)
+            db.executemany("DELETE FROM singly WHERE name = ?", [line[:1] for line in lines])
 
     def counts(self) -> dict[str, int]:
         """Return how many rows are stored, and how many questions were ever put."""

@@ -317,7 +317,7 @@ class Runner:
             seconds=seconds,
             versions=versions(),
         )
-        if not facts.get("reused"):  # else it did a part of the work
+        if not facts.get("reused") and not facts.get("waited"):  # else it did a part of the work
             self.rates.learn(step.work, seconds)
         self.reporter.finish(step, seconds)
 

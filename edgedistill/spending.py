@@ -170,20 +170,36 @@ class Ledger:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        try:
-            if self._db is None:
-                self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")  # as the row store
-                self._db.executescript(self.schema)
-                self._widen(self._db)
-            self._db.execute("BEGIN IMMEDIATE")
+        """Look and write in one transaction, which no other writer comes between."""
+        with self._errors():
+            db = self._connected()
+            db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
+                yield db
             except BaseException:
-                self._db.execute("ROLLBACK")
+                db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
+            db.execute("COMMIT")
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """Look, and keep no writer waiting."""
+        with self._errors():
+            yield self._connected()
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._db is None:
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")  # as the row store
+            self._db.executescript(self.schema)
+            self._widen(self._db)
+        return self._db
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except sqlite3.Error as error:
             raise UsageError(
                 f"{self.path}: {error}", "free some disk space, or look at the file: stored rows are kept"

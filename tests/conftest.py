@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Before any library reads them. Nothing here may reach a model hub, and no more than two threads: results that depend on the
-# split of a sum vary little between machines.
+# Before any library reads them. Nothing here may reach a model hub, and torch has no more than two threads: results that depend on
+# the split of a sum vary little between machines.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -57,20 +57,22 @@ class Augment(Generate):
         rows, kind = rows_given(ctx, self.prompts, self.rows), self.settings["kind"]
         pool = Pool(kind, rows, self.suites)
         asking = KINDS[kind](self.settings, parents(self.settings, rows, self.rows), self.seed, pool)
-        counts = Counter(asked=0, from_store=0, tokens=0)
+        counts, waited = Counter(asked=0, from_store=0, tokens=0), 0.0
         asks = next(asking, None)
         while asks is not None:
             questions = self._questions(ctx, [((("user", ask.text),), ask.sample) for ask in asks])
             put = self._ask_missing(ctx, questions, [ask.parent.id for ask in asks])
+            waited += put.waited
             stored = ctx.rows.get(question.key for question in questions)
             answers = [stored[question.key] for question in questions]
-            counts.update(asked=put, from_store=len(questions) - put, tokens=sum(one.count for one in answers))
+            tokens = sum(one.count for one in answers)
+            counts.update(asked=put.count, from_store=len(questions) - put.count, tokens=tokens)
             said = [Said(text=split(one.text).answer.strip(), ended=one.finish == "stop") for one in answers]
             try:
                 asks = asking.send(said)
             except StopIteration:
                 asks = None
-        return {**written(ctx, pool), **counts}
+        return {**written(ctx, pool), **counts, **({"waited": round(waited, 1)} if waited else {})}
 
 
 def parents(settings: Mapping[str, Any], rows: tuple[Row, ...], own: tuple[Row, ...]) -> list[Row]:

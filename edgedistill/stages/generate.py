@@ -28,6 +28,7 @@ from edgedistill.served import Server
 from edgedistill.step import Context, Stage, later, rows_given, unkeyed
 
 if TYPE_CHECKING:
+    from edgedistill.teachers.claims import Put
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
@@ -100,7 +101,7 @@ class Generate(Stage):
             return self._put(rows[number], sample), sample
 
         questions = self._questions(ctx, Made(every, put))
-        missing = self._ask_missing(ctx, questions, Made(every, lambda at: rows[at // self.samples].id))
+        found = self._ask_missing(ctx, questions, Made(every, lambda at: rows[at // self.samples].id))
         tokens, stored = 0, dict[str, Answered]()
         with (ctx.out / "rows.jsonl").open("w", encoding="utf-8") as file, ctx.rows.held():
             for index, key in enumerate(questions.keys()):
@@ -119,7 +120,8 @@ class Generate(Stage):
                     "logprob": round(answer.logprob, 4),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return {"rows": len(questions), "asked": missing, "from_store": len(questions) - missing, "tokens": tokens}
+        asked, waited = found.count, {"waited": round(found.waited, 1)} if found.waited else {}
+        return {"rows": len(questions), "asked": asked, "from_store": len(questions) - asked, "tokens": tokens} | waited
 
     def _questions(self, ctx: Context, asks: Sequence[tuple[tuple[tuple[Any, ...], ...], int]]) -> Questions:
         """Return what is asked, (messages, number of the sample), as the row store keys it."""
@@ -152,15 +154,15 @@ class Generate(Stage):
         ask, _ = ways[sample % len(ways)]
         return asked(replace(row, messages=tuple(appended(row.messages, ask))) if ask else row)
 
-    def _ask_missing(self, ctx: Context, questions: Questions, ids: Sequence[str]) -> int:
-        """Put the questions that the row store has no answer to and no other build puts, and wait for those; return how many were
-        put. ``ids`` are the rows' that they are about, for messages: teachers know them by their keys.
+    def _ask_missing(self, ctx: Context, questions: Questions, ids: Sequence[str]) -> Put:
+        """Put the questions that the row store has no answer to and no other build puts, and wait for those. ``ids`` are the rows'
+        that they are about, for messages: teachers know them by their keys.
         """
-        from edgedistill.teachers.claims import ask_once
+        from edgedistill.teachers.claims import Put, ask_once
 
         missing = ctx.rows.missing(questions.keys())
         if not missing:
-            return 0
+            return Put()
         here = self.server is None and not self._file(ctx).is_file()
         put, total, rest = self._ask if here else self._ask_as_they_end, len(questions), questions.some(missing)
 
@@ -174,7 +176,7 @@ class Generate(Stage):
         try:
             if self.server is not None and self.server.batch is not None:  # batches look after themselves
                 ask(range(len(rest)))
-                return len(rest)
+                return Put(count=len(rest))
             return ask_once(ctx.rows.path, rest.keys(), ask, note=ctx.note, waiting=wait)
         except (UsageError, StepFailed) as error:
             kind = StepFailed if isinstance(error, StepFailed) else UsageError
@@ -213,7 +215,8 @@ class Generate(Stage):
         told = f"pilot: {kept} of {few} prompts have an answer that passes; of all {prompts} about {round(kept * prompts / few):,}"
         told += f", {round(tokens):,} tokens of answers"
         if facts["asked"]:  # of what the row store had, no time is known
-            told += f", about {ctx.entries[answers].seconds / facts['asked'] * prompts * self.samples / 60:.1f} min"
+            seconds = ctx.entries[answers].seconds - facts.get("waited", 0.0)
+            told += f", about {seconds / facts['asked'] * prompts * self.samples / 60:.1f} min"
         price = self.server.batch_budget.output if self.server else 0.0
         ctx.note(told + (f", {tokens * price / 1e6:.3g} money for them at the price" if price else ""))
 

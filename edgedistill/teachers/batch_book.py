@@ -45,10 +45,6 @@ CREATE TABLE IF NOT EXISTS askers (
     holder TEXT NOT NULL,
     beat   REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS singly (
-    name  TEXT PRIMARY KEY,
-    asker TEXT NOT NULL
-) WITHOUT ROWID;
 """
 LATER = {"asker": "TEXT NOT NULL DEFAULT ''", "input": "REAL", "output": "REAL"}
 """Columns of batches that a book of before has not."""
@@ -149,7 +145,7 @@ class Book(Ledger):
                 elif one.url == url and one.batch.tag not in left:
                     self._hand(db, one.batch, self.asker)
                     found.append(one.batch)
-            held.update({name: who for name, asker, who in self._singly(db, wanted) if asker != self.asker})
+            held.update({name: who for name, asker, who in self._singly(db) if name in wanted and asker != self.asker})
         return found, held
 
     def answered(self, names: Iterable[str]) -> set[str]:
@@ -176,7 +172,7 @@ class Book(Ledger):
         budget has room for. None where it has none; one of no requests, which is not written down, where others have them all.
         """
         with self._writing() as db:
-            asked = {name for name, _, _ in self._singly(db, uses)}
+            asked = {name for name, _, _ in self._singly(db)}
             for one in self._lines(db):
                 if one.living or (one.url == url and one.batch.tag not in left):
                     asked.update(one.batch.uses)
@@ -256,21 +252,47 @@ class Book(Ledger):
                     "UPDATE spending SET requests = requests - ? WHERE account = ?", (len(batch.uses), batch.account)
                 )
 
-    def claim(self, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-        """Write down those of the names that have no answer, and that no living build asks, as ours to be put one by one, until
-        ``put``. Return them, and those that others ask, each with who it is.
+    def claim(self, names: Collection[str]) -> tuple[list[str], dict[str, str]]:
+        """Write down those of the names (some hundred) that have no answer, and that no living build asks, as ours to be put one by
+        one, until they are answered or ``put``. Return them, and those that others ask, each with the asker's token.
         """
         with self._writing() as db:
-            wanted = list(names)
-            answered, held = self._answered(db, wanted), dict[str, str]()
-            rest = {name for name in wanted if name not in answered}
+            answered, held = self._answered(db, names), dict[str, str]()
+            rest = {name for name in names if name not in answered}
             for one in self._lines(db):
                 if one.living and one.asker != self.asker:
-                    held.update(dict.fromkeys(rest & one.batch.uses.keys(), one.living))
-            held.update({name: who for name, asker, who in self._singly(db, rest) if asker != self.asker})
-            ours = [name for name in wanted if name in rest and name not in held]
+                    held.update(dict.fromkeys(rest & one.batch.uses.keys(), one.asker))
+            living = {token for token, who, _ in self._askers(db) if who} - {self.asker}
+            for part, marks in _parts(rest if living else ()):
+                put = db.execute(f"SELECT name, asker FROM singly WHERE name IN ({marks})", part)
+                held.update({name: asker for name, asker in put if asker in living})
+            ours = [name for name in names if name in rest and name not in held]
             db.executemany("INSERT OR REPLACE INTO singly VALUES (?, ?)", [(name, self.asker) for name in ours])
         return ours, held
+
+    def at_it(self, tokens: Collection[str]) -> dict[str, tuple[str, int | None]]:
+        """Return those of the askers that live and have something under way: who it is, and how much it has still to put one by
+        one, None for one with batches. It is only read, so nobody who stores answers waits for it.
+        """
+        found = dict[str, tuple[str, int | None]]()
+        with self._reading() as db:
+            for token, who, _ in self._askers(db):
+                if not who or token not in tokens:
+                    continue
+                (left,) = db.execute("SELECT count(*) FROM singly WHERE asker = ?", (token,)).fetchone()
+                batches = "SELECT EXISTS(SELECT 1 FROM batches WHERE asker = ? AND ended IS NULL)"
+                if db.execute(batches, (token,)).fetchone()[0]:
+                    found[token] = who, None
+                elif left:
+                    found[token] = who, left
+        return found
+
+    def stopped(self, names: Iterable[str]) -> dict[str, int]:
+        """Return the batches that are at a server and that nobody is at, each with how many of the names it has."""
+        with self._writing() as db:
+            lines = [one.batch for one in self._lines(db) if one.batch.id and not one.living]
+        wanted = set(names) if lines else set[str]()
+        return {one.id: count for one in lines if (count := len(wanted & one.uses.keys()))}
 
     def put(self) -> None:
         """Write down that what was put one by one is answered."""
@@ -289,16 +311,11 @@ class Book(Ledger):
             found.append((token, called(holder) if holder and not is_dead(holder, beat) else "", beat))
         return found
 
-    def _singly(self, db: sqlite3.Connection, names: Iterable[str]) -> list[tuple[str, str, str]]:
-        """Return which of the names living askers put one by one and have no answer to: the name, the asker, who that is."""
+    def _singly(self, db: sqlite3.Connection) -> list[tuple[str, str, str]]:
+        """Return what living askers put one by one: the name, the asker, who that is."""
         living = {token: who for token, who, _ in self._askers(db) if who}
-        found = list[tuple[str, str, str]]()
-        for part, marks in _parts(names if living else ()):
-            put = db.execute(
-                f"SELECT name, asker FROM singly WHERE name IN ({marks}) AND name NOT IN (SELECT key FROM rows)", part
-            )
-            found += [(name, asker, living[asker]) for name, asker in put if asker in living]
-        return found
+        put = db.execute("SELECT name, asker FROM singly").fetchall()
+        return [(name, asker, living[asker]) for name, asker in put if asker in living]
 
     def _forget(self, db: sqlite3.Connection, token: str) -> None:
         """Delete what a dead asker was to put one by one, and itself where it leaves no batch."""
@@ -357,7 +374,7 @@ class Book(Ledger):
 
 def _parts(names: Iterable[str]) -> Iterator[tuple[list[str], str]]:
     """Yield the names, as many as a statement takes, with the marks that stand for them in it."""
-    rest = iter(names)
+    rest = iter(sorted(names))  # neighbours in the file are read at once
     while part := list(islice(rest, AT_ONCE)):
         yield part, ",".join("?" * len(part))
 

@@ -17,7 +17,9 @@ VERSION = "0.16.1"
 NEEDS = (f"auto-round=={VERSION}", "py-cpuinfo==9.0.0", "sentencepiece")  # the rest is ours: torch, transformers, gguf
 TYPES = ("Q4_K_M", "Q4_0")  # of ours; it makes no IQ4_XS
 LENGTH = 128
-"""Tokens of each of its rows: they have one length, so that what we read as rows it reads one behind the other."""
+"""Tokens of each of its rows: they have one length (2,048 by default, more than all this text has), so that what we read as rows it
+reads one behind the other.
+"""
 ITERATIONS = 200
 """Its own default; 0 is its way without training."""
 
@@ -43,7 +45,10 @@ def environment() -> Path:
     python = folder / "bin" / "python"
     if (folder / "done").exists():
         return python
-    venv.create(folder, with_pip=True, clear=True)
+    try:
+        venv.create(folder, with_pip=True, clear=True)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"no environment for AutoRound: {error}") from error
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
     (own / "edgedistill.pth").write_text(sysconfig.get_path("purelib") + "\n")
     said = subprocess.run(

@@ -10,10 +10,10 @@ of the task and more conversations. Compared is the KLD from the f16 file on the
 domain, out of it, and ordinary chat. Rows are the sample: the interval of the ratio is a bootstrap over the rows, each with all
 seeds.
 
-AutoRound's Q4_K_M and Q4_0 are an arm where AutoRound installs (``_autoround.py``; trained by its own defaults on all the text that
-ours sees); beside each stand ours of the same bytes. ``--model aligned`` takes another model: SmolLM2-135M cut to 512 hidden
-dimensions and healed on the quickstart's task, whose matrices have columns of a multiple of 256 (but those behind the attention,
-576), so that nothing of a k-quant falls back.
+AutoRound's Q4_K_M and Q4_0 are an arm where AutoRound installs (``_autoround.py``: its default of 200 iterations, on all the text
+that ours sees, in windows of 128 tokens); beside each stand ours of the same bytes. ``--model aligned`` takes another model:
+SmolLM2-135M cut to 512 hidden dimensions and healed on the quickstart's task, whose matrices have columns of a multiple of 256 (but
+those behind the attention, 576), so that little of a k-quant falls back.
 """
 
 from __future__ import annotations
@@ -151,9 +151,13 @@ def one_seed(
             say(f"seed {seed}: {type_} in {time.monotonic() - started:.0f} s")
             if autoround is not None and type_ in _autoround.TYPES:
                 started, name_ = time.monotonic(), f"{type_}, {AUTOROUND}"
-                made = _autoround.quantize(
-                    checkpoint, folder / "autoround", type_, mixed, iterations=autoround, seed=seed
-                )
+                try:
+                    made = _autoround.quantize(
+                        checkpoint, folder / "autoround", type_, mixed, iterations=autoround, seed=seed
+                    )
+                except OSError as error:
+                    say(f"seed {seed}: no {name_}: {error}")
+                    continue
                 say(f"seed {seed}: {name_} in {time.monotonic() - started:.0f} s")
                 size = judge(name_, AUTOROUND, made)
                 shutil.rmtree(folder / "autoround")
@@ -203,6 +207,9 @@ def main() -> None:
         sizes = one_seed(base, seed, text, sets, given.quick, found, distilled, given.only_blocks, autoround)
     lines, ratios = [], {}
     for (type_, arm, where), klds in found.items():
+        if len(klds) < seeds:
+            print(f"{type_}, {arm}, {where}: made for {len(klds)} of {seeds} models, and left out")
+            continue
         other = AUTOROUND if (type_, AUTOROUND, where) in found else LLAMA
         ours, peer = np.stack(klds), np.stack(found[type_, other, where])
         value, low, high = ratio(ours, peer)

@@ -16,6 +16,8 @@ _VERSION = 1
 """Raised when the same rows are to give other log-probabilities."""
 MOST_BYTES = 1 << 29
 """What is larger is not kept: 2,700 tokens of a vocabulary of 49,152."""
+TEXTS = 4
+"""Of a file, what it says of so many texts is kept: a recipe has two, one that types are chosen by and one of its suites."""
 
 
 class KeptRunner(GgufRunner):
@@ -38,6 +40,7 @@ class KeptRunner(GgufRunner):
             self.root,
             ["logprobs", _VERSION, asked, library_build()["library_sha256"]],
             of=file_digest(self.path),
+            kind="log-probabilities",
         )
         width, done = self.vocabulary, 0
         for done, at in enumerate(positions):
@@ -57,6 +60,8 @@ class KeptRunner(GgufRunner):
         """Compute all rows; keep each as it comes, where all are not too much."""
         size = 4 * self.vocabulary * sum(map(len, positions))
         keep = size <= MOST_BYTES and kept.has_room(size)
+        if keep:
+            kept.make_way(TEXTS)
         for number, found in enumerate(super().logprobs(token_rows, positions)):
             if keep:
                 kept.put([(str(number), found.tobytes())])

@@ -59,7 +59,6 @@ def open_model(
     ``all_logits`` below. Raises UsageError when the file is damaged, of a family that this llama.cpp does not know, or
     too big for the memory.
     """
-
     info = read_info(path)
     try:
         import llama_cpp

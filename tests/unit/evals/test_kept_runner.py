@@ -12,9 +12,9 @@ import pytest
 
 from edgedistill import kept
 from edgedistill.evals.runners.gguf import GgufRunner
-from edgedistill.evals.runners.kept import KeptRunner
+from edgedistill.evals.runners.kept import TEXTS, KeptRunner
 from edgedistill.fingerprint import file_digest
-from edgedistill.kept import collect_kept, verify_kept
+from edgedistill.kept import Kept, collect_kept, verify_kept
 
 Rows = tuple[list[list[int]], list[range]]
 
@@ -82,6 +82,19 @@ def test_it_belongs_to_the_files_bytes(tmp_path: Path, tiny_file: Path, computed
     assert computed == [5]
     assert collect_kept(tmp_path, {file_digest(tiny_file)}) == 0
     assert collect_kept(tmp_path, {"another"}) > 0 and not list(tmp_path.glob("kept/*"))
+
+
+def test_what_a_file_says_of_a_few_texts_is_kept(tmp_path: Path, tiny_file: Path, computed: list[int]) -> None:
+    Kept(tmp_path, "moments", of=file_digest(tiny_file)).put([("a", b"a")])
+    Kept(tmp_path, "another's", of="another", kind="log-probabilities").put([("a", b"a")])
+    with KeptRunner(tiny_file, root=tmp_path, threads=1) as runner:
+        for at in range(TEXTS + 2):
+            list(runner.logprobs([[1, 2, at]], [range(2)]))
+        assert len(list(tmp_path.glob("kept/*"))) == TEXTS + 2
+        list(runner.logprobs([[1, 2, TEXTS + 1]], [range(2)]))
+        assert len(computed) == TEXTS + 2
+        list(runner.logprobs([[1, 2, 0]], [range(2)]))
+    assert len(computed) == TEXTS + 3
 
 
 @pytest.mark.parametrize("full", [True, False])

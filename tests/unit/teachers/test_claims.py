@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,9 @@ class Build:
                 self.before(keys[number])
                 answered(self.store, keys[number])
 
-        return ask_once(self.store.path, keys, ask, note=self.notes.append, waiting=self.others.append)
+        put = ask_once(self.store.path, keys, ask, note=self.notes.append, waiting=self.others.append)
+        assert put.waited > 0 or not self.others
+        return put.count
 
 
 def answered(store: RowStore, *keys: str) -> None:
@@ -150,6 +154,7 @@ def test_a_batch_and_single_questions_wait_for_each_other(tmp_path: Path) -> Non
             assert list(other.look(HERE, {"b", "c", "d"})[1]) == ["c"], "b is answered by now"
             opened = other.open(HERE, dict.fromkeys(("b", "c", "d"), Use(1, 1)))
             assert opened is not None and list(opened.uses) == ["d"]
+            assert other.stopped(["d"]) == {}, "the server has no such batch"
 
     single.before = look
     with batches.at_work():
@@ -163,6 +168,58 @@ def test_a_batch_and_single_questions_wait_for_each_other(tmp_path: Path) -> Non
             answered(single.store, "a")
             batches.end(batch, Use(1, 1))
             assert alone.result(30) == 2
+
+
+def test_of_a_stopped_batch_it_is_said_that_it_is_paid_twice(tmp_path: Path) -> None:
+    batches, single = Book(tmp_path / "rows.sqlite", "a", Budget()), Build(tmp_path)
+    with batches.at_work():
+        opened = batches.open(HERE, dict.fromkeys(("a", "b"), Use(1, 1)))
+        assert opened is not None
+        batches.name(opened, file="f", id="batch_7")
+    assert single.ask("b", "c") == 2
+    assert single.notes == [
+        "batch_7 has 1 of the questions and runs on at its server: without teacher.batch they are paid twice"
+    ]
+    assert Build(tmp_path).ask("x") == 1
+
+
+def test_a_builds_batches_are_looked_at_again_while_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BATCHES_S", 0.05)
+    batches, single = Book(tmp_path / "rows.sqlite", "a", Budget()), Build(tmp_path)
+    with batches.at_work(), ThreadPoolExecutor(1) as pool:
+        both = [batches.open(HERE, {name: Use(1, 1)}) for name in ("a", "b")]
+        waiting = pool.submit(single.ask, "a")
+        while not single.others:
+            assert not waiting.done()
+        assert both[0] is not None
+        answered(single.store, "a")
+        batches.end(both[0], Use(1, 1))
+        assert waiting.result(30) == 0, "the other batch has nothing that it waits for"
+
+
+def test_who_waits_does_not_write(tmp_path: Path) -> None:
+    """So whoever stores answers never waits for it, however many questions there are."""
+    begun, go = threading.Event(), threading.Event()
+
+    def hold(key: str) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    first, second = Build(tmp_path, hold), Build(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(first.ask, "a", "b")
+        assert begun.wait(30)
+        two = pool.submit(second.ask, "a", "b")
+        while not second.others:
+            assert not two.done()
+        with closing(sqlite3.connect(tmp_path / "rows.sqlite", isolation_level=None)) as db:
+            db.execute("BEGIN IMMEDIATE")
+            looks = len(second.others)
+            while len(second.others) < looks + 5:
+                assert not two.done()
+            db.execute("COMMIT")
+        go.set()
+        assert (one.result(60), two.result(60)) == (2, 0)
 
 
 @settings(max_examples=15)
