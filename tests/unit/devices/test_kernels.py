@@ -138,7 +138,8 @@ def test_this_machine_is_measured() -> None:
     )
     assert found.types() == ["Q4_0", "IQ3_XXS", "Q8_0"]
     assert len(seen) == seen[-1][1] == 2 * 5
+    # Codebook look-ups against repacked blocks. For prompts they may cost less than the blocks do: 0.8 of it on one Xeon.
+    assert found.costs["tg"].weight["IQ3_XXS"] > 1.5 * found.costs["tg"].weight["Q4_0"]
     for costs in found.costs.values():
-        assert costs.weight["IQ3_XXS"] > 1.5 * costs.weight["Q4_0"] > 0  # codebook look-ups against repacked blocks
         assert all(1e-13 < value < 1e-8 for value in costs.weight.values())
     assert found.host == fingerprint() and found.threads == 1 and "ggml" in found.runner["commit"]
