@@ -48,6 +48,8 @@ CREATE TABLE IF NOT EXISTS askers (
 """
 LATER = {"asker": "TEXT NOT NULL DEFAULT ''", "input": "REAL", "output": "REAL"}
 """Columns of batches that a book of before has not."""
+OTHERS_S = 1.0
+"""Seconds between two looks at what other builds ask."""
 AT_ONCE = 500
 """Names in one question to the file."""
 

@@ -22,7 +22,7 @@ from typing import Any
 from edgedistill.errors import StepFailed
 from edgedistill.served import Server, error_in
 from edgedistill.spending import Use, most, used
-from edgedistill.teachers.batch_book import Batch, Book, total
+from edgedistill.teachers.batch_book import OTHERS_S, Batch, Book, total
 from edgedistill.teachers.batch_calls import Calls, NoBatches, Refused
 from edgedistill.teachers.requests import Ask
 
@@ -36,8 +36,6 @@ UNTRIED = ("batch_expired", "batch_cancelled")
 FULL = "token_limit_exceeded"
 """Why OpenAI fails a batch where too many tokens are queued already: it may be sent again when another has ended."""
 STORED_AT_ONCE = 500
-OTHERS_S = 1.0
-"""Seconds between two looks at what other builds ask."""
 CREATING_S = 10.0
 """Seconds that the creation of a batch may take to come into the server's list after whoever asked for it is gone."""
 RECENT_S = 300.0

@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgedistill.spending import Budget
-from edgedistill.teachers.batch_book import AT_ONCE, Book
+from edgedistill.teachers.batch_book import AT_ONCE, OTHERS_S, Book
 
-OTHERS_S = 1.0
-"""How often it is looked whether other builds are done."""
 GAP_S = 0.005
 """Between two parts of what is claimed: who stores answers meanwhile gets a turn."""
 BATCHES_S = 60.0
