@@ -153,14 +153,14 @@ def one_seed(
                 started, name_ = time.monotonic(), f"{type_}, {AUTOROUND}"
                 try:
                     made = _autoround.quantize(
-                        checkpoint, folder / "autoround", type_, mixed, iterations=autoround, seed=seed
+                        checkpoint, folder / f"autoround-{type_}", type_, mixed, iterations=autoround, seed=seed
                     )
                 except OSError as error:
                     say(f"seed {seed}: no {name_}: {error}")
                     continue
                 say(f"seed {seed}: {name_} in {time.monotonic() - started:.0f} s")
                 size = judge(name_, AUTOROUND, made)
-                shutil.rmtree(folder / "autoround")
+                shutil.rmtree(folder / f"autoround-{type_}")
                 ours(name_, "types", size)
                 sizes[name_] = size, ours(name_, "types, rounding", size, mixed)
     return sizes
@@ -185,9 +185,8 @@ def main() -> None:
     else:
         session, step = build(recipe_folder("rounding", "recipe"), ["convert/base"]), "convert/base"
     base, data = entry_of(session, step).path / "model.gguf", session.path.parent / "data"
-    autoround, why = (
-        (None, "left out") if given.quick or given.only_blocks or given.autoround < 0 else (given.autoround, "")
-    )
+    left_out = given.quick or given.only_blocks or given.autoround < 0
+    autoround, why = (None if left_out else given.autoround), "left out"
     if autoround is not None:
         try:
             _autoround.environment()
@@ -220,7 +219,9 @@ def main() -> None:
     columns = ["bytes of", "arm", "text", "rows", "KLD", "over the peer's", "by seed"]
     table("KLD from the f16 file, nats a token", columns, lines)
     print("bytes: " + ", ".join(f"{name}: the peer's {peer:,}, ours {ours:,}" for name, (peer, ours) in sizes.items()))
-    print(f"AutoRound {_autoround.VERSION}: {why or f'{autoround} iterations'}; the model: {given.model}")
+    print(
+        f"AutoRound {_autoround.VERSION}: {why if autoround is None else f'{autoround} iterations'}; the model: {given.model}"
+    )
     print(machine_line())
     best = best_arm(given.quick)
 
