@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _keep_to_own_processors() -> None:
-    """Give each of pytest-xdist's workers processors of its own: libraries that spin slow each other tenfold on shared ones."""
+    """Give each of pytest-xdist's workers processors of its own: libraries that spin slow each other five times and more."""
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if not worker or not hasattr(os, "sched_setaffinity"):
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ def test_what_is_damaged_or_broken_off_is_computed_again(
     with KeptRunner(tiny_file, root=tmp_path, threads=1) as runner:
         broken_off = runner.logprobs(*asked)
         first = [next(iter(broken_off)) for _ in range(2)]
-        broken_off.close()  # type: ignore[attr-defined]
+        assert isinstance(broken_off, Generator)
+        broken_off.close()
         wanted = list(runner.logprobs(*asked))
         assert all(np.array_equal(one, other) for one, other in zip(first, wanted, strict=False))
         assert computed == [5, 5]

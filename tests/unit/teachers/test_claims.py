@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -61,6 +61,23 @@ class Build:
         return put.count
 
 
+class Gate:
+    """Hold a build before it stores an answer, until ``go``."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, key: str) -> None:
+        self.begun.set()
+        assert self.go.wait(60)
+
+
+def waits(build: Build, asking: Future[int]) -> None:
+    """Return when a build waits for others."""
+    while not build.others:
+        assert not asking.done()
+
+
 def answered(store: RowStore, *keys: str) -> None:
     store.add_by_key("t", [Answered(key=key, text="", token_ids=(), finish="stop", logprob=0.0) for key in keys])
 
@@ -80,22 +97,16 @@ def test_alone_it_puts_what_is_not_answered(tmp_path: Path) -> None:
 
 
 def test_what_another_puts_is_waited_for_and_not_put(tmp_path: Path) -> None:
-    begun, go = threading.Event(), threading.Event()
-
-    def hold(key: str) -> None:
-        begun.set()
-        assert go.wait(30)
-
-    first, second = Build(tmp_path, hold), Build(tmp_path)
+    gate = Gate()
+    first, second = Build(tmp_path, gate), Build(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first.ask, "a", "b", "c")
-        assert begun.wait(30)
+        assert gate.begun.wait(30)
         two = pool.submit(second.ask, "b", "c", "d")
-        while not second.others:
-            assert not two.done()
+        waits(second, two)
         assert second.put == ["d"], "it does not wait while it has something to put"
         assert second.others[0] == 2
-        go.set()
+        gate.go.set()
         assert (one.result(30), two.result(30)) == (3, 1)
     assert first.put == ["a", "b", "c"] and second.put == ["d"]
     (note,) = second.notes
@@ -104,22 +115,20 @@ def test_what_another_puts_is_waited_for_and_not_put(tmp_path: Path) -> None:
 
 
 def test_what_one_gives_up_the_other_puts(tmp_path: Path) -> None:
-    begun, go = threading.Event(), threading.Event()
+    gate = Gate()
 
     def fail(key: str) -> None:
         if key == "b":
-            begun.set()
-            assert go.wait(30)
+            gate(key)
             raise StepFailed("teacher.budget: spent", "raise it")
 
     first, second = Build(tmp_path, fail), Build(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first.ask, "a", "b", "c")
-        assert begun.wait(30)
+        assert gate.begun.wait(30)
         two = pool.submit(second.ask, "a", "b", "c")
-        while not second.others:
-            assert not two.done()
-        go.set()
+        waits(second, two)
+        gate.go.set()
         with pytest.raises(StepFailed, match="spent"):
             one.result(30)
         assert two.result(30) == 2 and second.put == ["b", "c"]
@@ -135,8 +144,7 @@ def test_what_a_killed_build_was_at_the_one_that_waits_puts(tmp_path: Path) -> N
     second = Build(tmp_path)
     with ThreadPoolExecutor(1) as pool:
         two = pool.submit(second.ask, "b", "c")
-        while not second.others:
-            assert not two.done()
+        waits(second, two)
         assert f"process {first.pid} on " in second.notes[0]
         first.kill()
         first.communicate()
@@ -162,8 +170,7 @@ def test_a_batch_and_single_questions_wait_for_each_other(tmp_path: Path) -> Non
         assert batch is not None
         with ThreadPoolExecutor(1) as pool:
             alone = pool.submit(single.ask, "a", "b", "c")
-            while not single.others:
-                assert not alone.done()
+            waits(single, alone)
             assert single.put == ["b", "c"]
             answered(single.store, "a")
             batches.end(batch, Use(1, 1))
@@ -189,8 +196,7 @@ def test_a_builds_batches_are_looked_at_again_while_it_lives(tmp_path: Path, mon
     with batches.at_work(), ThreadPoolExecutor(1) as pool:
         both = [batches.open(HERE, {name: Use(1, 1)}) for name in ("a", "b")]
         waiting = pool.submit(single.ask, "a")
-        while not single.others:
-            assert not waiting.done()
+        waits(single, waiting)
         assert both[0] is not None
         answered(single.store, "a")
         batches.end(both[0], Use(1, 1))
@@ -199,26 +205,20 @@ def test_a_builds_batches_are_looked_at_again_while_it_lives(tmp_path: Path, mon
 
 def test_who_waits_does_not_write(tmp_path: Path) -> None:
     """So whoever stores answers never waits for it, however many questions there are."""
-    begun, go = threading.Event(), threading.Event()
-
-    def hold(key: str) -> None:
-        begun.set()
-        assert go.wait(60)
-
-    first, second = Build(tmp_path, hold), Build(tmp_path)
+    gate = Gate()
+    first, second = Build(tmp_path, gate), Build(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         one = pool.submit(first.ask, "a", "b")
-        assert begun.wait(30)
+        assert gate.begun.wait(30)
         two = pool.submit(second.ask, "a", "b")
-        while not second.others:
-            assert not two.done()
+        waits(second, two)
         with closing(sqlite3.connect(tmp_path / "rows.sqlite", isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
             looks = len(second.others)
             while len(second.others) < looks + 5:
                 assert not two.done()
             db.execute("COMMIT")
-        go.set()
+        gate.go.set()
         assert (one.result(60), two.result(60)) == (2, 0)
 
 
