@@ -172,10 +172,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             for t, key, file in quantized
         ]
         if baselines.few_shot:
-            base_gguf = base
-            if not self.in_gguf:
-                base_gguf = self._convert("convert/base", base, self.inputs.teacher, self.t_params)
-            self._evaluate("evaluate/base-few-shot", base_gguf, "model.gguf", self.t_params, shots=baselines.few_shot)
+            # As the teacher itself is evaluated, whom it is compared with.
+            file, kind = ("model.gguf", "") if self.in_gguf else ("model", "decode")
+            self._evaluate("evaluate/base-few-shot", base, file, self.t_params, kind=kind, shots=baselines.few_shot)
         if baselines.gold_sft:
             gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)
             gold_gguf = self._convert("convert/gold-sft", gold, self.inputs.student, self.s_params)

@@ -123,7 +123,7 @@ def _models(reader: Reader) -> list[Model]:
         if session.inputs.server
         else ("teacher", f"teacher {of_teacher.replace('F16', 'f16')}", "teacher", of_teacher, "convert/teacher"),
         ("base", "base, untaught", "baseline", "", ""),
-        ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/base"),
+        ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/teacher"),  # the same shape
         (
             "quantized-teacher",
             f"teacher {base.quantized_teacher}",

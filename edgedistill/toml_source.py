@@ -6,6 +6,7 @@ runs only on text that tomllib has accepted, and may therefore be lax about ever
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -97,7 +98,7 @@ def apply_overrides(data: dict[str, Any], overrides: dict[str, Any]) -> None:
             else:
                 raise UsageError(f"--set {dotted}: {show_key(parts[:depth])} is {_found(here)}, it has no keys")
             if last:
-                here[part] = value
+                here[part] = copy.deepcopy(value)  # a later key may set something inside, and the caller's stays
             else:
                 here = here[part]
 

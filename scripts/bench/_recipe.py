@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from _common import cache_folder, say
 
+from edgedistill.formats.gguf.convert import convert
 from edgedistill.recipes import copy_recipe
 from edgedistill.runner import Runner
 from edgedistill.session import Session, prepare
@@ -48,6 +49,14 @@ def build(
     for error in outcome.failed.values():
         raise error
     return session
+
+
+def base_gguf(name: str) -> tuple[Path, Path]:
+    """Convert the quickstart's teacher as its package ships it; return the f16 file and the folder of the recipe's rows."""
+    session = build(recipe_folder(name, "recipe"), ["base/teacher"])
+    file = cache_folder(name) / "base.gguf"
+    convert(entry_of(session, "base/teacher").path / "model", file)
+    return file, session.path.parent / "data"
 
 
 def entry_of(session: Session, step: str) -> Entry:

@@ -23,8 +23,7 @@ from pathlib import Path
 import numpy as np
 from _common import cache_folder, finish, machine_line, parser, say, table
 from _kld import Reference, calibration, dither, ratio
-from _recipe import build as bring
-from _recipe import entry_of, recipe_folder
+from _recipe import base_gguf
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.devices.engine_onnx import OnnxEngine
@@ -112,8 +111,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=3, help="how many models")
     given = options.parse_args()
     seeds, tokens = (1, 1024) if given.quick else (given.seeds, TOKENS)
-    session = bring(recipe_folder("rounding", "recipe"), ["convert/base"])
-    base, data = entry_of(session, "convert/base").path / "model.gguf", session.path.parent / "data"
+    base, data = base_gguf("rounding")
     calibrated = load_rows(data / "train.jsonl")[: 32 if given.quick else 128]
     sets: dict[str, list[Row]] = {
         name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 48] for name, file in SETS.items()

@@ -29,7 +29,7 @@ import numpy as np
 from _common import cache_folder, finish, machine_line, parser, say, table
 from _kld import Reference, calibration, dither, ratio
 from _qad import distil, own_chat
-from _recipe import build, entry_of, recipe_folder
+from _recipe import base_gguf, build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.evals.own_text import own_conversations
@@ -181,10 +181,10 @@ def main() -> None:
     given = options.parse_args()
     seeds = 1 if given.quick else given.seeds
     if given.model == "aligned":
-        session, step = build(recipe_folder(NAME, "aligned"), ["convert/student"], overrides=ALIGNED), "convert/student"
+        session = build(recipe_folder(NAME, "aligned"), ["convert/student"], overrides=ALIGNED)
+        base, data = entry_of(session, "convert/student").path / "model.gguf", session.path.parent / "data"
     else:
-        session, step = build(recipe_folder("rounding", "recipe"), ["convert/base"]), "convert/base"
-    base, data = entry_of(session, step).path / "model.gguf", session.path.parent / "data"
+        base, data = base_gguf("rounding")
     left_out = given.quick or given.only_blocks or given.autoround < 0
     autoround, why = (None if left_out else given.autoround), "left out"
     if autoround is not None:

@@ -14,31 +14,30 @@ from pathlib import Path
 
 from _common import finish, machine_line, parser, say, table
 from _kld import calibration, divergences, ratio
-from _recipe import build, entry_of, recipe_folder
+from _recipe import base_gguf, build, entry_of, recipe_folder
 
 from edgedistill.data.prompts import load_rows
 from edgedistill.evals.runners.gguf import GgufRunner
 from edgedistill.formats.gguf.imatrix import collect
 from edgedistill.formats.gguf.quantize import quantize
-from edgedistill.session import Session
 
 TYPES = ("IQ4_NL", "Q4_0", "Q5_0")
 SETS = {"in domain": "dev", "out of domain": "dev-ood", "ordinary chat": "general"}
 
 
-def bring(quick: bool) -> tuple[Session, Path]:
-    """Bring the quickstart up to its student's f16 file, or to the base model's; return the session and the file."""
-    step = "convert/base" if quick else "convert/student"
-    session = build(recipe_folder("rounding", "recipe"), [step])
-    return session, entry_of(session, step).path / "model.gguf"
+def bring(quick: bool) -> tuple[Path, Path]:
+    """Return the f16 file of the quickstart's student, built, or of its base model, and the folder of the recipe's rows."""
+    if quick:
+        return base_gguf("rounding")
+    session = build(recipe_folder("rounding", "recipe"), ["convert/student"])
+    return entry_of(session, "convert/student").path / "model.gguf", session.path.parent / "data"
 
 
 def main() -> None:
     """Quantize both ways, compare, print."""
     options = parser(__doc__ or "", quick="the base model, IQ4_NL, 16 rows to calibrate, 8 of each set to compare")
     given = options.parse_args()
-    session, source = bring(given.quick)
-    data = session.path.parent / "data"
+    source, data = bring(given.quick)
     calibrated = load_rows(data / "train.jsonl")[: 16 if given.quick else 128]
     rows = {name: load_rows(data / f"{file}.jsonl")[: 8 if given.quick else 96] for name, file in SETS.items()}
     found: dict[str, dict[str, tuple[float, float, float]]] = {}

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from _common import cache_folder, could_not_measure, finish, machine_line, parser, say, table
 from _kld import Reference, calibration, dither, ratio
-from _recipe import build, entry_of, recipe_folder
+from _recipe import base_gguf
 
 from edgedistill.data.prompts import load_rows
 from edgedistill.devices.host import usable_cores
@@ -50,8 +50,7 @@ def main() -> None:
         "--slack", type=float, default=0.0, help="share of Q4_K_M's speeds that the limits stay below them"
     )
     given = options.parse_args()
-    session = build(recipe_folder("rounding", "recipe"), ["convert/base"])
-    base, data = entry_of(session, "convert/base").path / "model.gguf", session.path.parent / "data"
+    base, data = base_gguf("rounding")
     calibrated = load_rows(data / "train.jsonl")[: 32 if given.quick else 128]
     sets = {name: load_rows(data / f"{name}.jsonl")[: 8 if given.quick else 48] for name in ("dev", "dev-ood")}
     with GgufRunner(base) as runner:

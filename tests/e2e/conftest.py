@@ -15,6 +15,7 @@ from edgedistill.gc import collect_garbage
 from edgedistill.recipes import copy_recipe
 from edgedistill.session import prepare
 from edgedistill.store import Store
+from tests.tuned import TUNE
 
 SIZES = {"drills": 16, "train": 48, "lists": 12, "holdout": 8, "ood": 6, "general": 3}
 PROMPTS = 24  # what the teacher is asked
@@ -26,8 +27,7 @@ REDUCED = {
     "heal.epochs": 1.0,
     "distill.epochs": 1.0,
     "calibrate.rows": 8,
-    "tune.skip": 0,
-    "tune.rows": 12,
+    "tune": {**TUNE, "skip": 0, "rows": 12},
     "prompts.rows": [16, PROMPTS - 16],
     "generate.batch_size": 8,
     "generate.max_new_tokens": 40,

@@ -130,7 +130,7 @@ def test_the_phones_file_is_rounded_and_tuned_and_is_llama_cpps(built: Any) -> N
     rounded, tuned = (built.store.load(built.plan.match(f"{step}/{TARGET}")[0].key) for step in ("quantize", "tune"))
     plain = built.store.root / "plain.gguf"
     source, imatrix = entry["convert/student"].path / "model.gguf", entry["calibrate"].path / "imatrix.gguf"
-    quantize(source, plain, "IQ4_NL", imatrix=imatrix, embedding_type="IQ4_NL")
+    quantize(source, plain, "IQ4_NL", imatrix=imatrix)
     infos = [read_info(path) for path in (plain, rounded.path / "model.gguf", tuned.path / "model.gguf")]
     assert infos[0].tensors == infos[1].tensors == infos[2].tensors
     said = rounded.facts["quantize"]["rounding"]

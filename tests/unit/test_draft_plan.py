@@ -16,6 +16,7 @@ from edgedistill.stages.distill import DistillDraft
 from edgedistill.stages.package import DraftedPackage
 from edgedistill.stages.speculate import Speculate
 from edgedistill.stages.write import Write
+from tests.tuned import TUNE
 from tests.unit.test_plan import changed, make, make_inputs
 
 PHONE = {"targets": ["phone-midrange"]}
@@ -44,7 +45,7 @@ def test_a_draft_adds_its_steps_and_changes_no_other_than_the_package(folder: Pa
 
 
 def test_the_shipped_file_writes_what_its_draft_learns_and_is_what_the_draft_is_measured_beside(folder: Path) -> None:
-    plan = make(folder, draft=PHONE)
+    plan = make(folder, draft=PHONE, tune=TUNE)
     tuned, student = plan.match("tune/phone-midrange")[0].key, plan.match("merge")[0].key
     write, trained, spoken, package = (
         plan.match(name)[0].stage for name in ("write/*", "distill/draft-*", "speculate/*", "package/phone-midrange")
@@ -89,9 +90,9 @@ def plan_order(plan: Any) -> list[str]:
 
 def test_the_draft_is_cut_out_of_the_student_and_has_its_tokens(folder: Path) -> None:
     facts = student_facts(draft_inputs(make_inputs(folder, draft={**PHONE, "ffn": 256})))
-    assert (facts.layers, facts.ffn, facts.vocab) == (2, 256, 12288)
+    assert (facts.layers, facts.ffn, facts.vocab) == (2, 256, 12800)
     facts = student_facts(draft_inputs(make_inputs(folder, draft=PHONE)))
-    assert (facts.layers, facts.ffn) == (2, 1184)
+    assert (facts.layers, facts.ffn) == (2, 1024)
 
 
 def test_settings_at_their_defaults_are_no_part_of_the_key(folder: Path) -> None:
@@ -109,7 +110,7 @@ def test_settings_at_their_defaults_are_no_part_of_the_key(folder: Path) -> None
         ({"vocabulary": 4096}, "draft.vocabulary", "writes the tokens of the model that checks it"),
         ({"layers": "all"}, "draft", "as slow as the model itself"),
         ({"layers": 31}, "draft.layers", "the student has 30 layers"),
-        ({"ffn": 1216}, "draft.ffn", "the FFN of the student has 1184 neurons"),
+        ({"ffn": 1216}, "draft.ffn", "the FFN of the student has 1024 neurons"),
         ({"type": "Q4"}, "draft.type", "unknown GGUF type 'Q4'"),
         ({"rows": 8}, "draft", "rows and skip count rows of draft.files"),
         ({"files": ["data/train.jsonl"], "rows": [8, 9]}, "", "draft.rows has 2 counts for 1 files"),

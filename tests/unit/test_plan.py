@@ -22,6 +22,7 @@ from edgedistill.recipes import copy_recipe
 from edgedistill.refusals import refuse
 from edgedistill.stages.adapt import Adapt
 from edgedistill.target import find_target
+from tests.tuned import TUNE
 
 FACTS = {
     "architecture": "llama", "layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "vocab": 49152,
@@ -30,7 +31,7 @@ FACTS = {
 }  # fmt: skip
 
 ULD: dict[str, Any] = {"score__kind": "dense", "distill__loss__divergence": "uld"}
-BLOCKS: dict[str, Any] = {"tune__parts": "weights", "tune__general": {"files": ["chat.jsonl"]}}
+BLOCKS: dict[str, Any] = {"tune": TUNE, "tune__parts": "weights", "tune__general": {"files": ["chat.jsonl"]}}
 
 
 @pytest.fixture
@@ -392,13 +393,13 @@ def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path)
 
 def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) -> None:
     write_chat(folder)
-    norms, plan = make(folder), make(folder, **BLOCKS)
+    norms, plan = make(folder, tune=TUNE), make(folder, **BLOCKS)
     assert changed(norms, plan) == {f"{step}/phone-midrange" for step in ("tune", "evaluate", "measure", "package")}
     (before,), (after,) = (one.match("tune/phone-midrange") for one in (norms, plan))
     assert after.memory > before.memory and after.work.amount > before.work.amount
     fewer = {**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 15}}
     assert changed(plan, make(folder, **fewer)) == changed(norms, plan)
-    assert changed(norms, make(folder, tune__parts="norms", tune__code_lr=1.5e-3)) == set()
+    assert changed(norms, make(folder, tune=TUNE, tune__parts="norms", tune__code_lr=1.5e-3)) == set()
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) 
 def test_blocks_that_cannot_be_tuned_are_refused(folder: Path, overrides: dict[str, Any], message: str) -> None:
     write_chat(folder)
     with pytest.raises(RecipeError, match=message) as caught:
-        make(folder, **overrides)
+        make(folder, **{"tune": TUNE, **overrides})
     assert "tune" in str(caught.value) or "suites" in str(caught.value)
 
 
@@ -437,9 +438,8 @@ def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
         **{
             "quantize__laptop-x86__type": "IQ4_NL",
             "quantize__laptop-x86__imatrix": True,
-            "quantize__laptop-x86__embedding_type": "IQ4_NL",
             "quantize__laptop-x86__rounding": "gptq",
-            "tune__targets": ["laptop-x86", "phone-midrange"],
+            "tune": {**TUNE, "targets": ["laptop-x86", "phone-midrange"]},
         },
     )
     shared = plan.match("quantize/laptop-x86")[0]
@@ -454,7 +454,7 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 def test_the_shape_of_the_student(folder: Path) -> None:
     facts = student_facts(make_inputs(folder))
-    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1184, 12288)
+    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1024, 12800)
     facts = student_facts(make_inputs(folder, student__layers=[0, 1, 29], student__ffn=704))
     assert (facts.layers, facts.ffn) == (3, 704)
     facts = student_facts(make_inputs(folder, student__hidden=512))
@@ -481,9 +481,9 @@ def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(fol
 
 def test_a_smaller_hidden_size_is_a_smaller_student_and_changes_no_key_until_it_is_used(folder: Path) -> None:
     whole, narrow = make_inputs(folder), make_inputs(folder, student__hidden=512)
-    block = 2 * 64 * (9 + 3) + 3 * 1184 + 2  # parameters a layer for each dimension
+    block = 2 * 64 * (9 + 3) + 3 * 1024 + 2  # parameters a layer for each dimension
     cut = student_facts(whole).params() - student_facts(narrow).params()
-    assert cut == 64 * (30 * block + 12288 + 1)
+    assert cut == 64 * (30 * block + 12800 + 1)
     alone = make_inputs(folder, student__hidden=512, student__ffn=None, student__vocabulary=None)
     assert cut_rows(alone) == cut_rows(whole)
     plain, plan = make(folder), make(folder, student__hidden=512)
@@ -507,9 +507,9 @@ def test_columns_that_k_quants_cannot_pack_are_told(folder: Path) -> None:
         return [one for one in plan.warnings if "laptop-x86:" in one and "no multiple of 256" in one]
 
     (much,) = told()
-    assert "576, 1184 columns" in much and "so much of Q4_K_M" in much
+    assert "576 columns" in much and "so much of Q4_K_M" in much
     (odd,) = told(student__hidden=480)
-    assert "480, 576, 1184 columns" in odd and "; hidden = 256 would not" in odd
+    assert "480, 576 columns" in odd and "; hidden = 256 would not" in odd
     (part,) = told(student__hidden=512, student__ffn=1280)
     assert "576 columns are no multiple of 256, so a part of Q4_K_M" in part  # the attention's output
     assert told(student={"head_dim": 128, "heads": 4, "kv_heads": 2}, student__hidden=512, student__ffn=1280) == []
@@ -517,8 +517,8 @@ def test_columns_that_k_quants_cannot_pack_are_told(folder: Path) -> None:
 
 def test_a_trimmed_vocabulary_is_a_smaller_student_chosen_by_all_that_is_taught(folder: Path) -> None:
     whole, small = make_inputs(folder, student__vocabulary=None), make_inputs(folder)
-    assert student_facts(small).vocab == 12288
-    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 12288) * 576
+    assert student_facts(small).vocab == 12800
+    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 12800) * 576
     assert taught_rows(whole) == ()
     rows = taught_rows(small)
     assert len({row.id for row in rows}) == len(rows)
@@ -565,11 +565,11 @@ def make_inputs(folder: Path, **overrides: Any) -> Any:
         ({"distill__loss__divergence": "reverse-kl"}, {}, "cannot be estimated from draws"),
         ({"distill__loss__divergence": "jsd", "distill__loss__temperature": 1.3}, {}, "at temperature 1.3"),
         ({"distill__loss__share": 0.2}, {}, "no mixture"),
-        ({"tune__targets": ["laptop-x86-onnx"]}, {}, "is an ONNX target"),
-        ({"tune__targets": ["nowhere"]}, {}, "names the target 'nowhere'"),
-        ({"tune__skip": [1200]}, {}, "has 1 counts for 2 files"),
-        ({"tune__skip": 99999}, {}, "leaves out 99999 rows"),
-        ({}, {"architecture": "qwen2"}, "the llama family"),
+        ({"tune": {**TUNE, "targets": ["laptop-x86-onnx"]}}, {}, "is an ONNX target"),
+        ({"tune": {**TUNE, "targets": ["nowhere"]}}, {}, "names the target 'nowhere'"),
+        ({"tune": {**TUNE, "skip": [1200]}}, {}, "has 1 counts for 2 files"),
+        ({"tune": {**TUNE, "skip": 99999}}, {}, "leaves out 99999 rows"),
+        ({"tune": TUNE}, {"architecture": "qwen2"}, "the llama family"),
         ({"student__vocabulary": 50000}, {}, "has 49152 tokens"),
         (
             {"student__vocabulary": 255},

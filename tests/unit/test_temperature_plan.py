@@ -11,6 +11,7 @@ from edgedistill.errors import EdgeDistillError
 from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect, write_html
 from edgedistill.report_sheets import temper_sheet
+from tests.tuned import TUNE
 from tests.unit.made_build import make_session
 from tests.unit.test_plan import changed, make
 
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_all_that_is_made_of_the_student_is_made_of_the_tempered_one(folder: Path) -> None:
-    plain, plan = make(folder), make(folder, temperature=FILES)
+    plain, plan = make(folder, tune=TUNE), make(folder, tune=TUNE, temperature=FILES)
     temper, merge = (next(step for step in plan.steps if name in step.ids) for name in ("temper", "merge"))
     assert temper.stage.inputs() == (merge.key,)
     for name in ("convert/student", "quantize/laptop-x86-onnx", "tune/phone-midrange"):

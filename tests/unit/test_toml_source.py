@@ -271,6 +271,13 @@ def test_overrides_reach_lists_and_make_tables() -> None:
         apply_overrides({"seed": 3}, {"seed.x": 1})
 
 
+def test_a_table_that_is_laid_over_a_recipe_stays_as_the_caller_made_it() -> None:
+    table = {"rank": 4}
+    data: dict[str, Any] = {}
+    apply_overrides(data, {"lora": table, "lora.rank": 8})
+    assert data == {"lora": {"rank": 8}} and table == {"rank": 4}
+
+
 def test_wrong_override_names_the_flag_not_a_line() -> None:
     assert refused('name = "a"\n', **{"distill.lr": "fast"}).startswith(
         '--set distill.lr: distill.lr: expected a number; found "fast" (a string)'
