@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import filecmp
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +24,14 @@ if TYPE_CHECKING:
 
 
 def recipe_folder(name: str, part: str, *, recipe: str = "quickstart") -> Path:
-    """Return a copy of a packaged recipe of the bench's own; made on the first call."""
+    """Return a copy of a packaged recipe of the bench's own, made anew where the packaged one has changed."""
     folder = cache_folder(name) / part
-    if not (folder / "recipe.toml").is_file():
-        copy_recipe(recipe, folder)
+    with tempfile.TemporaryDirectory(dir=cache_folder(name)) as scratch:
+        fresh = copy_recipe(recipe, Path(scratch) / part)
+        files = [str(path.relative_to(fresh)) for path in fresh.rglob("*") if path.is_file()]
+        if filecmp.cmpfiles(fresh, folder, files, shallow=False)[0] != files:
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
     return folder
 
 
