@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,10 @@ def commands(manifest: Manifest) -> list[str]:
     if manifest.format == "gguf":
         cache = arguments(manifest.kv)
         grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
+        program = (
+            f'from llama_cpp import Llama; print(Llama("model.gguf"{_options(manifest.kv)}).create_chat_completion('
+            f"messages={json.dumps(manifest.example, ensure_ascii=False)}, temperature=0))"
+        )
         drafted = []
         if manifest.draft and not manifest.draft["refused"]:
             drafted = [
@@ -159,11 +164,11 @@ def commands(manifest: Manifest) -> list[str]:
             ]
         return [
             *drafted,
-            f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar}{cache} -p {user!r}",
+            f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar}{cache} "
+            f"-p {shlex.quote(user)}",
             f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}{cache}",
             *_ollama(manifest.kv),
-            f"python -c \"from llama_cpp import Llama; print(Llama('model.gguf'{_options(manifest.kv)}).create_chat_completion("
-            f'messages={json.dumps(manifest.example, ensure_ascii=False)!s}, temperature=0))"',
+            f"python -c {shlex.quote(program)}",
         ]
     return [
         "pip install onnxruntime-genai",

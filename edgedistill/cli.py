@@ -215,6 +215,7 @@ def sweep(
 ) -> None:
     """Build a recipe with several values of some keys, and say which are worth it."""
     from edgedistill.recipe import load_recipe
+    from edgedistill.runner import worst
     from edgedistill.session import check_disk, recipe_path, rows_of
     from edgedistill.sweep import build as build_points
     from edgedistill.sweep import parse_all_over, plan_points, read, sheet
@@ -238,7 +239,7 @@ def sweep(
         print_table(sheet(lines))
         if (teachers := teachers_sheet(lines)) is not None:
             print_table(teachers)
-    raise typer.Exit(max(outcome.exit_code for outcome in outcomes))
+    raise typer.Exit(worst(outcome.exit_code for outcome in outcomes))
 
 
 @app.command()

@@ -52,9 +52,14 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, or the code of the worst failure: a bug before a failed step before a missed gate."""
-        codes = {error.exit_code for error in self.failed.values()}
-        return next((code for code in (1, 3, 2, 4) if code in codes), 0)
+        """0, or the code of the worst failure."""
+        return worst(error.exit_code for error in self.failed.values())
+
+
+def worst(codes: Iterable[int]) -> int:
+    """Return the worst of some exit codes: a bug before a failed step, a mistake of the user's and a missed gate."""
+    found = set(codes)
+    return next((code for code in (1, 3, 2, 4) if code in found), 0)
 
 
 class Reporter:
@@ -239,7 +244,8 @@ class Runner:
         self._check_inputs(step)
         waiting = f"{step.id}: another build is on it"
         with self.store.lease(step.key, waiting=lambda who: self.reporter.note(f"{waiting} ({who}); waiting")) as mine:
-            if not mine and self._valid(step) is not None:
+            # Another build may have made it while the inputs were read, before there was a lease to wait for.
+            if (not forced or not mine) and self._valid(step) is not None:
                 return False
             self._run(step)
         return True
@@ -317,7 +323,8 @@ class Runner:
             seconds=seconds,
             versions=versions(),
         )
-        if not facts.get("reused") and not facts.get("waited"):  # else it did a part of the work
+        part = facts.get("reused") or facts.get("waited") or facts.get("from_store")
+        if not part and not (facts.get("train") or {}).get("resumed_at"):  # else it did a part of the work
             self.rates.learn(step.work, seconds)
         self.reporter.finish(step, seconds)
 

@@ -262,7 +262,7 @@ def publish(session: Session, outcome: Outcome) -> list[Path]:
     published = []
     for target, key in session.plan.packages.items():
         entry = session.store.load(key) if key not in {session.plan.match(n)[0].key for n in outcome.failed} else None
-        if entry is None:
+        if entry is None or session.store.inputs_match(entry):  # of an earlier build, whose inputs have changed since
             continue
         folder = session.path.parent / "dist" / session.recipe.name / target
         try:

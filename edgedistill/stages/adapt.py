@@ -47,11 +47,14 @@ class Adapt(Stage):
         result = train(
             model, examples, None, settings=settings, out=ctx.work, vocab_size=vocab_size, progress=ctx.progress
         )
-        take_results(result, ctx.work, ctx.out, source=source)
+        del model  # the merge loads the base anew
         if settings.method == "full":
+            take_results(result, ctx.work, ctx.out, source=source)
             return {"train": result.to_json()}
         ctx.progress(1, 1, "merging")
         checks = [[*e.prompt_ids, *e.completion_ids] for e in examples[:4]]
-        report = merge(source, ctx.out / "adapter", ctx.out / "model", rows=checks)
+        # From where the training left it: whatever stops the merge costs no step of the training.
+        report = merge(source, result.path, ctx.out / "model", rows=checks)
         copy_tokenizer(source, ctx.out / "model")
+        take_results(result, ctx.work, ctx.out, source=source)
         return {"train": result.to_json(), "merge": report.to_json()}

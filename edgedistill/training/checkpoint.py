@@ -96,8 +96,10 @@ def load_checkpoint(
     for name, master in masters.items():
         master.data.copy_(weights[name])
         if name in moments:
+            # A fused optimizer's kernel reads the step where the weights are, any other on the host.
+            here = () if optimizer.defaults.get("fused") else ("step",)
             optimizer.state[master] = {
-                key: tensor if key == "step" else tensor.to(master.device) for key, tensor in moments[name].items()
+                key: tensor if key in here else tensor.to(master.device) for key, tensor in moments[name].items()
             }
     return state
 

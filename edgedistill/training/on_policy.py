@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from edgedistill.training.data import Example, counter_rng
+from edgedistill.training.packing import packed_mode
 
 
 class Written(Protocol):
@@ -52,7 +53,8 @@ class OnPolicy:
         training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            # A teacher beside it that reads padded batches has left the packed mode off.
+            with torch.no_grad(), packed_mode(model):
                 written = self.decode(
                     model,
                     [one.prompt_ids for one in examples],

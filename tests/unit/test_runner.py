@@ -13,9 +13,9 @@ import pytest
 
 from edgedistill.errors import StepFailed
 from edgedistill.fingerprint import Key
-from edgedistill.plan import Graph, Plan
+from edgedistill.plan import Graph, Plan, Step
 from edgedistill.rates import Rates, Work
-from edgedistill.runner import Reporter, Runner, assess
+from edgedistill.runner import Reporter, Runner, assess, worst
 from edgedistill.step import Context, Stage, unkeyed
 from edgedistill.store import Store
 
@@ -226,3 +226,43 @@ def test_rates_are_learnt(tmp_path: Path) -> None:
     assert Rates(tmp_path).seconds(Work(kind="decode", amount=500)) == pytest.approx(1.0)
     rates.learn(Work(kind="decode", amount=1e9), 0.01)  # too short to say anything
     assert Rates(tmp_path).seconds(Work(kind="decode", amount=500)) == pytest.approx(1.0)
+
+
+def test_a_step_that_another_build_made_while_the_inputs_were_read_is_not_run_again(store: Store) -> None:
+    class Slow(Runner):
+        raced = False
+
+        def _check_inputs(self, step: Step) -> None:
+            super()._check_inputs(step)
+            if step.id == "double" and not self.raced:
+                self.raced = True
+                Runner(make(), Store(store.root)).build()
+
+    outcome = Slow(make(), Store(store.root)).build()
+    assert RUNS.count("double") == 2  # double and other, once each
+    assert outcome.ran == ["source"] and outcome.cached == ["double", "other"]
+
+
+@pytest.mark.parametrize("facts", [{"from_store": 99}, {"train": {"resumed_at": 7}}, {"reused": True}])
+def test_a_step_that_found_a_part_of_its_work_done_teaches_no_rate(
+    store: Store, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Part(Source):
+        def run(self, ctx: Context) -> Mapping[str, Any]:
+            return {**super().run(ctx), **facts}
+
+    learnt: list[Work] = []
+    monkeypatch.setattr(Rates, "learn", lambda self, work, seconds: learnt.append(work))
+    graph = Graph()
+    graph.add("part", Part(text="a"), WORK)
+    build(Plan(identity="part", steps=graph.steps()), store)
+    assert learnt == []
+    graph = Graph()
+    graph.add("whole", Source(text="b"), WORK)
+    build(Plan(identity="whole", steps=graph.steps()), store)
+    assert learnt == [WORK]
+
+
+def test_the_worst_of_several_exit_codes_is_no_maximum() -> None:
+    assert [worst(codes) for codes in ([], [0, 4], [4, 2], [2, 3], [3, 1, 0])] == [0, 4, 2, 3, 1]
