@@ -74,6 +74,22 @@ def test_the_first_step_judges_what_the_student_wrote(tmp_path: Path) -> None:
     assert line["ce"] == 0.0
 
 
+def test_a_student_writes_the_same_beside_a_teacher_that_reads_padded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher of another architecture leaves the packed mode off for both; the student's rows must not see each other then."""
+    from edgedistill.training import packing
+
+    one = replace(SETTINGS, steps=1)
+    (flat,) = run(tmp_path / "flat", one)
+    known, student = packing.packable, make_llama()
+    monkeypatch.setattr(packing, "packable", lambda model: model is student and known(model))
+    train(student, make_examples(), None, settings=one, out=tmp_path / "padded", teacher=teacher(), writer=WRITER)
+    (padded,) = (json.loads(line) for line in (tmp_path / "padded" / "log.jsonl").read_text().splitlines())
+    assert padded["completion_tokens"] == flat["completion_tokens"]
+    assert padded["kd"] == pytest.approx(flat["kd"], rel=1e-3)
+
+
 def test_draws_depend_on_seed_step_and_row_alone() -> None:
     model, examples = make_llama(), make_examples(6)
     with packed_mode(model):
