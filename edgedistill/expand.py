@@ -172,9 +172,9 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             for t, key, file in quantized
         ]
         if baselines.few_shot:
-            # As the teacher itself is evaluated, whom it is compared with.
-            file, kind = ("model.gguf", "") if self.in_gguf else ("model", "decode")
-            self._evaluate("evaluate/base-few-shot", base, file, self.t_params, kind=kind, shots=baselines.few_shot)
+            # As the teacher is, with whom it is compared. Examples are of [adapt], so its weights are here.
+            name, shots = "evaluate/base-few-shot", baselines.few_shot
+            self._evaluate(name, base, "model", self.t_params, kind="decode", shots=shots)
         if baselines.gold_sft:
             gold = self._distill("distill/gold-sft", "merge/gold-sft", healed, kept, None, gold=True)
             gold_gguf = self._convert("convert/gold-sft", gold, self.inputs.student, self.s_params)

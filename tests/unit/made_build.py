@@ -240,7 +240,7 @@ def make_session(
     ship: Iterable[str] = (),
     **overrides: Any,
 ) -> Session:
-    """Make a session of the packaged quickstart whose store has an entry for each step that ``keep`` wants."""
+    """Make a session of the packaged quickstart, its phone tuned, whose store has an entry for each step that ``keep`` wants."""
     path = copy_recipe("quickstart", folder / "quickstart") / "recipe.toml"
     facts = ModelFacts(
         architecture="llama",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from edgedistill.errors import UsageError
+from edgedistill.fingerprint import Key
 from edgedistill.runner import Outcome
 from edgedistill.session import publish
 from tests.unit.made_build import make_session
@@ -24,3 +25,11 @@ def test_a_place_that_cannot_be_written_to_is_told_and_the_package_stays(tmp_pat
     dist.unlink()
     (folder,) = publish(session, Outcome())
     assert folder == dist / "quickstart" / "laptop-x86" and any(folder.iterdir())
+
+
+def test_a_package_whose_inputs_have_changed_since_is_not_handed_out(tmp_path: Path) -> None:
+    session = make_session(tmp_path, ship=["laptop-x86"])
+    package = session.store.load(session.plan.packages["laptop-x86"])
+    assert package is not None and len(publish(session, Outcome())) == 1
+    session.store.discard(Key(next(iter(package.inputs))))
+    assert publish(session, Outcome(skipped=["package/laptop-x86"])) == []
