@@ -12,14 +12,13 @@ import pytest
 
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
-from edgedistill.inputs import cut_rows, read_inputs, student_facts, taught_rows
+from edgedistill.inputs import read_inputs
 from edgedistill.model_facts import ModelFacts
 from edgedistill.models import Resolved
 from edgedistill.pairing import tokens_differ
 from edgedistill.plan import Plan, check_machine
 from edgedistill.recipe import load_recipe
 from edgedistill.recipes import copy_recipe
-from edgedistill.refusals import refuse
 from edgedistill.stages.adapt import Adapt
 from edgedistill.target import find_target
 from tests.tuned import TUNE
@@ -31,7 +30,6 @@ FACTS = {
 }  # fmt: skip
 
 ULD: dict[str, Any] = {"score__kind": "dense", "distill__loss__divergence": "uld"}
-BLOCKS: dict[str, Any] = {"tune": TUNE, "tune__parts": "weights", "tune__general": {"files": ["chat.jsonl"]}}
 
 
 @pytest.fixture
@@ -391,47 +389,6 @@ def test_a_targets_type_reruns_its_own_four_steps_and_nothing_else(folder: Path)
     }  # fmt: skip
 
 
-def test_tuned_blocks_change_the_step_that_tunes_and_what_follows(folder: Path) -> None:
-    write_chat(folder)
-    norms, plan = make(folder, tune=TUNE), make(folder, **BLOCKS)
-    assert changed(norms, plan) == {f"{step}/phone-midrange" for step in ("tune", "evaluate", "measure", "package")}
-    (before,), (after,) = (one.match("tune/phone-midrange") for one in (norms, plan))
-    assert after.memory > before.memory and after.work.amount > before.work.amount
-    fewer = {**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 15}}
-    assert changed(plan, make(folder, **fewer)) == changed(norms, plan)
-    assert changed(norms, make(folder, tune=TUNE, tune__parts="norms", tune__code_lr=1.5e-3)) == set()
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ({"tune__parts": "weights"}, "name rows of other text"),
-        ({"tune__code_lr": 1e-2}, "code_lr is of tuned blocks"),
-        ({"tune__general": {"files": ["chat.jsonl"]}}, "general is of tuned blocks"),
-        ({**BLOCKS, "tune__weight_decay": 0.1}, "leave weight_decay out"),
-        ({**BLOCKS, "tune__lr": 1e-2}, "set code_lr, scale_lr or norm_lr"),
-        ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": 9}}, "9 general rows are too few"),
-        ({**BLOCKS, "tune__rows": 4}, "8 rows are too few to tune weights on"),
-        ({"tune__rows": 4}, "8 rows are too few to tune norms on"),
-        (
-            {**BLOCKS, "tune__general": {"files": ["data/general.jsonl"]}},
-            "stands in the training rows and in the suite",
-        ),
-        ({**BLOCKS, "tune__general": {"files": ["chat.jsonl"], "rows": [5, 5]}}, "has 2 counts for 1 files"),
-        ({**BLOCKS, "tune__targets": ["laptop-x86-onnx"]}, "weights are tuned in GGUF files"),
-        (
-            {**BLOCKS, "tune__targets": ["laptop-x86"], "quantize__laptop-x86__type": "F16"},
-            "no matrix of laptop-x86 in F16 has blocks",
-        ),
-    ],
-)
-def test_blocks_that_cannot_be_tuned_are_refused(folder: Path, overrides: dict[str, Any], message: str) -> None:
-    write_chat(folder)
-    with pytest.raises(RecipeError, match=message) as caught:
-        make(folder, **{"tune": TUNE, **overrides})
-    assert "tune" in str(caught.value) or "suites" in str(caught.value)
-
-
 def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
     plan = make(
         folder,
@@ -450,83 +407,6 @@ def test_two_targets_that_want_one_file_share_it(folder: Path) -> None:
 
 def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
     assert any("Q4_1" in warning for warning in make(folder).warnings)
-
-
-def test_the_shape_of_the_student(folder: Path) -> None:
-    facts = student_facts(make_inputs(folder))
-    assert (facts.layers, facts.ffn, facts.vocab) == (30, 1024, 12800)
-    facts = student_facts(make_inputs(folder, student__layers=[0, 1, 29], student__ffn=704))
-    assert (facts.layers, facts.ffn) == (3, 704)
-    facts = student_facts(make_inputs(folder, student__hidden=512))
-    assert (facts.hidden, facts.heads, facts.head) == (512, 9, 64)
-    assert facts.config()["head_dim"] == 64
-
-
-def test_a_narrower_ffn_is_a_smaller_student_chosen_by_the_rows_that_heal_it(folder: Path) -> None:
-    whole = make_inputs(folder, student__ffn=None)
-    narrow = make_inputs(folder, student__ffn=704, student__ffn_rows=60)
-    assert (student_facts(narrow).layers, student_facts(narrow).ffn) == (30, 704)
-    cut = student_facts(whole).params() - student_facts(narrow).params()
-    assert cut == 30 * 3 * 576 * (1536 - 704)
-    rows = cut_rows(narrow)
-    assert len(rows) == 60
-    assert rows[0] == narrow.healing[0]
-    assert len({row.id.split("-")[0] for row in rows}) == 3  # of all three files
-    assert cut_rows(whole) == ()
-    plans = [make(folder, student__ffn=704, student__ffn_rows=count) for count in (60, 61)]
-    names = changed(*plans)
-    assert {"shape", "heal", "distill/1"} <= names
-    assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
-
-
-def test_a_smaller_hidden_size_is_a_smaller_student_and_changes_no_key_until_it_is_used(folder: Path) -> None:
-    whole, narrow = make_inputs(folder), make_inputs(folder, student__hidden=512)
-    block = 2 * 64 * (9 + 3) + 3 * 1024 + 2  # parameters a layer for each dimension
-    cut = student_facts(whole).params() - student_facts(narrow).params()
-    assert cut == 64 * (30 * block + 12800 + 1)
-    alone = make_inputs(folder, student__hidden=512, student__ffn=None, student__vocabulary=None)
-    assert cut_rows(alone) == cut_rows(whole)
-    plain, plan = make(folder), make(folder, student__hidden=512)
-    names = changed(plain, plan)
-    assert {"shape", "heal", "distill/1"} <= names
-    assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
-    (shape,) = plain.match("shape")
-    assert "hidden" not in shape.stage.fields() and plan.match("shape")[0].memory > shape.memory
-    chained = make(folder, chain=[{"hidden": 544}, {"layers": 20}], student__hidden=512)
-    stages = {name: step.stage for step in chained.steps for name in step.ids}
-    widths = [stages[name].hidden for name in ("shape/1", "shape/2", "shape")]  # pyright: ignore[reportAttributeAccessIssue]
-    assert widths == [544, None, 512]
-    with pytest.raises(RecipeError, match="the hidden size of teacher is 512") as error:
-        make(folder, chain=[{"hidden": 512}, {"hidden": 544}])
-    assert error.value.key == "chain.1.hidden"
-
-
-def test_columns_that_k_quants_cannot_pack_are_told(folder: Path) -> None:
-    def told(**changes: Any) -> list[str]:
-        plan = make(folder, **{"quantize__laptop-x86__type": "Q4_K_M"}, **changes)
-        return [one for one in plan.warnings if "laptop-x86:" in one and "no multiple of 256" in one]
-
-    (much,) = told()
-    assert "576 columns" in much and "so much of Q4_K_M" in much
-    (odd,) = told(student__hidden=480)
-    assert "480, 576 columns" in odd and "; hidden = 256 would not" in odd
-    (part,) = told(student__hidden=512, student__ffn=1280)
-    assert "576 columns are no multiple of 256, so a part of Q4_K_M" in part  # the attention's output
-    assert told(student={"head_dim": 128, "heads": 4, "kv_heads": 2}, student__hidden=512, student__ffn=1280) == []
-
-
-def test_a_trimmed_vocabulary_is_a_smaller_student_chosen_by_all_that_is_taught(folder: Path) -> None:
-    whole, small = make_inputs(folder, student__vocabulary=None), make_inputs(folder)
-    assert student_facts(small).vocab == 12800
-    assert student_facts(whole).params() - student_facts(small).params() == (49152 - 12800) * 576
-    assert taught_rows(whole) == ()
-    rows = taught_rows(small)
-    assert len({row.id for row in rows}) == len(rows)
-    assert {row.id for row in (*small.gold, *small.healing, *small.prompts)} == {row.id for row in rows}
-    plans = [make(folder, student__vocabulary=size) for size in (16384, 20480)]
-    names = changed(*plans)
-    assert {"shape", "heal", "distill/1"} <= names
-    assert names.isdisjoint({"adapt", "generate", "filter", "score", "evaluate/teacher"})
 
 
 def make_inputs(folder: Path, **overrides: Any) -> Any:
@@ -600,64 +480,6 @@ def test_what_cannot_work_is_refused_with_the_file_and_the_key(
         make(folder, student=student, **overrides)
     assert "recipe.toml" in str(caught.value)
     assert caught.value.hint
-
-
-def test_features_keep_the_teacher_beside_the_student_and_plan_says_what_that_takes(folder: Path) -> None:
-    plain, plan = make(folder), make(folder, distill__features__weight=2.0)
-    (adapt,), (distill,), (before,) = (
-        one.match(name) for one, name in ((plan, "adapt"), (plan, "distill/1"), (plain, "distill/1"))
-    )
-    assert adapt.key in distill.stage.inputs() and adapt.key not in before.stage.inputs()
-    assert plan.match("score")[0].key in distill.stage.inputs()  # the distributions are still the stored draws
-    assert distill.memory > before.memory and distill.work.amount > before.work.amount
-    assert any("distill.features keeps the teacher beside the student: about 256.6 MiB" in one for one in plan.warnings)
-    names = changed(plain, plan)
-    assert "distill/1" in names and "distill/gold-sft" not in names
-    assert stages(names).isdisjoint({"base", "adapt", "generate", "filter", "score", "shape", "heal"})
-    assert changed(plan, make(folder, distill__features__weight=2.0, distill__features__distance="cosine")) >= {
-        "distill/1"
-    }
-    off = make(folder, distill__features={"weight": 0.0, "pairs": [[99, 99]]})
-    assert changed(plain, off) == set() and not any("features" in one for one in off.warnings)
-    related = make(folder, distill__features={"weight": 0.0, "relations": {"distances": 25.0, "angles": 50.0}})
-    assert adapt.key in related.match("distill/1")[0].stage.inputs()
-
-
-def test_stored_states_are_a_step_of_their_own_and_the_teacher_is_not_beside(folder: Path) -> None:
-    live, plan = make(folder, distill__features={"weight": 2.0}), make(folder, distill__features={"cached": True})
-    (states,), (distill,), (adapt,) = (plan.match(name) for name in ("states", "distill/1", "adapt"))
-    assert states.key in distill.stage.inputs() and adapt.key not in distill.stage.inputs()
-    assert adapt.key in states.stage.inputs() and states.disk > 0
-    assert distill.memory < live.match("distill/1")[0].memory
-    assert not any("keeps the teacher beside the student" in one for one in plan.warnings)
-    again = make(folder, distill__features={"cached": True, "distance": "cosine"}, distill__seed=7)
-    assert again.match("states")[0].key == states.key and again.match("distill/1")[0].key != distill.key
-    few = make(folder, distill__features={"cached": True, "pairs": [[19, 9], [29, 14]]})
-    assert few.match("states")[0].stage.fields()["layers"] == (19, 29)
-    with pytest.raises(RecipeError, match="keeps the teacher beside the student") as error:
-        make(folder, distill__features={"cached": True}, score__kind="dense")
-    assert error.value.key == "distill.features.cached"
-
-
-def test_features_are_matched_in_every_link_of_a_chain(folder: Path) -> None:
-    chain: dict[str, Any] = {"chain": [{"layers": 20}], "student__layers": 10}
-    plan = make(folder, **chain, distill__features__pairs=[[19, 9]])
-    (one,), (two,) = plan.match("distill/1"), plan.match("distill/2")
-    assert plan.match("adapt")[0].key in one.stage.inputs() and plan.match("merge/1")[0].key in two.stage.inputs()
-    with pytest.raises(
-        RecipeError, match=r"\[20, 9\] is no pair of layers: the teacher's are 0 to 19, the student's 0 to 9"
-    ):
-        make(folder, **chain, distill__features__pairs=[[20, 9]])
-
-
-def test_a_teacher_whose_layers_nobody_knows_has_no_features(folder: Path) -> None:
-    """A server tells no layers, nor does a config.json in other words."""
-    given = make_inputs(folder, distill__features={})
-    facts = dataclasses.replace(given.teacher.facts, layers=0)
-    teacher = dataclasses.replace(given.teacher, facts=facts)
-    with pytest.raises(RecipeError, match=r"are not known, and distill\.features compares") as error:
-        refuse(dataclasses.replace(given, teacher=teacher))
-    assert error.value.key == "distill.features"
 
 
 def test_other_tokens_are_compared_by_rank_and_the_remedy_says_so(folder: Path) -> None:
