@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from edgedistill.compare import step_of
-from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.errors import RecipeError
@@ -340,7 +339,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             (rows[:24] for s, rows in self.inputs.suites.items() if self.recipe.suites[s].metric != "perplexity"), ()
         )
         prompts = prompts or self.inputs.prompts[:24]
-        cores = usable_cpus()
+        cores = self.host.cores  # two threads of one core slow each other: such speeds are noisy
         stage = Measure(
             model=model,
             file=file,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from edgedistill.cpus import usable_cpus
 from edgedistill.data.prompts import rows_digest
 from edgedistill.expand_training import TrainingSteps
 from edgedistill.fingerprint import Key
@@ -65,7 +64,7 @@ class DraftSteps(TrainingSteps):
             tokens=settings.tokens,
             min_probability=settings.min_probability,
             max_new_tokens=suite.max_new_tokens,
-            threads=min(target.runtime.threads, usable_cpus()),
+            threads=min(target.runtime.threads, self.host.cores),
             context=target.runtime.context,
             device=self.host.digest,
             build=self.llama,

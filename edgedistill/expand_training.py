@@ -182,7 +182,7 @@ class TrainingSteps:
 
     def _score(self, name: str, teacher: Key, kept: Key) -> Key | None:
         score = self.recipe.score
-        if score.kind in ("none", "dense"):
+        if not self.recipe.stores_targets:
             return None
         stage = Score(
             teacher=teacher,

@@ -49,12 +49,12 @@ def verify_store(store: Store) -> list[str]:
 def collect_garbage(
     store: Store, keep: Iterable[Key], *, rows: bool = False, dry_run: bool = False
 ) -> tuple[int, int, int]:
-    """Delete entries that are not in ``keep``, partial work that nobody holds a lease on, and what is kept beside entries of files
-    that no entry left has.
+    """Delete entries that are neither in ``keep`` nor needed by a build under way, partial work that nobody holds a lease on, and
+    what is kept beside entries of files that no entry left has.
 
     Returns (entries, bytes, answers). The teacher's answers are deleted only with ``rows``.
     """
-    kept, held = set(keep), store.lease_holders()
+    kept, held = {*keep, *store.used()}, store.lease_holders()
     count = freed = 0
     files: set[str] = set()  # of the entries that stay
     for key in list(store.all_keys()):

@@ -27,7 +27,7 @@ from edgedistill.recipe_teacher import Another, Judge, Teacher, refuse_accounts,
 from edgedistill.recipe_tune import Tune
 from edgedistill.target import Size
 from edgedistill.toml_source import key_error, load_toml
-from edgedistill.training.objectives import WHOLE, problem
+from edgedistill.training.objectives import DRAWN, REACH, WHOLE, problem
 
 THINKING = " or ".join(f'"{style}"' for style in BLOCKS)
 ANALYSED = tuple(style for style in BLOCKS if style != "rationale")
@@ -461,9 +461,22 @@ class Recipe(Section):
         loss = self.distill.loss
         if loss.kd > 0 and (found := problem(loss.divergence, loss.share, self.score.kind, loss.temperature)):
             raise ValueError(f"distill.loss.divergence: {found[0]}: {found[1]}")
+        drawn_at = self.score.temperature or loss.temperature
+        if loss.kd > 0 and self.score.kind in DRAWN and abs(drawn_at - loss.temperature) > REACH + 1e-9:
+            raise key_error(
+                "score.temperature",
+                f"draws at temperature {drawn_at:g} cannot be re-weighted to distill.loss.temperature = {loss.temperature:g}: "
+                f"{REACH:g} apart at most; leave it out, and they are drawn at the loss's",
+            )
         if self.baselines.few_shot and not self.adapt:
             raise ValueError("baselines.few_shot takes its examples from adapt.files: add [adapt], or leave it out")
         return self
+
+    @property
+    def stores_targets(self) -> bool:
+        """Tell whether the teacher's distributions are stored: where the loss, or the order of the rows, asks for them."""
+        wanted = self.distill.loss.kd > 0 or self.distill.curriculum == "confidence"
+        return wanted and self.score.kind not in ("none", "dense")
 
 
 def load_recipe(path: Path, overrides: dict[str, Any] | None = None) -> Recipe:

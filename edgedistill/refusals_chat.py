@@ -56,9 +56,8 @@ def _refuse_other_prompts(inputs: Inputs) -> None:
     """Refuse stored distributions of a teacher that is shown other prompts than its student: they stand in no row of it."""
     recipe, teacher, student = inputs.recipe, inputs.teacher, inputs.student
     both = all(one.template is not None or one.facts.template for one in (teacher, student))
-    stored = recipe.score.kind not in ("none", "dense") and recipe.distill.loss.kd > 0
     if (
-        not (both and stored)
+        not (both and recipe.stores_targets)
         or (recipe.teacher.backend, inputs.server) != ("transformers", None)
         or (teacher.digest, teacher.template) == (student.digest, student.template)
         or tokens_differ(teacher, student, inputs.prompts)

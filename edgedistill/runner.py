@@ -15,7 +15,8 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,18 +114,24 @@ def assess(plan: Plan, store: Store, *, force: Iterable[str] = ()) -> dict[Key, 
         elif entry:
             verdicts[step.key] = Verdict(status="run", reason=stale)
         else:
-            verdicts[step.key] = Verdict(status="run", reason=_why_new(plan, step, history, store))
+            inputs = None if changing else _digests(store, step)
+            verdicts[step.key] = Verdict(status="run", reason=_why_new(plan, step, history, store, inputs))
     return verdicts
 
 
-def _why_new(plan: Plan, step: Step, history: dict[str, Any], store: Store) -> str:
-    """Compare the key's fields with those of the last build of this recipe."""
+def _digests(store: Store, step: Step) -> dict[Key, str]:
+    """Return the digest of every input that there is."""
+    found = {key: store.load(key) for key in step.stage.inputs()}
+    return {key: entry.digest for key, entry in found.items() if entry is not None}
+
+
+def _why_new(plan: Plan, step: Step, history: dict[str, Any], store: Store, inputs: dict[Key, str] | None) -> str:
+    """Compare the key's fields with those of the last build of this recipe. ``inputs``: their digests, None while they change."""
+    if store.interrupted(step.key, inputs):
+        return "interrupted: goes on where it stopped"
     old = next((history[name] for name in step.ids if name in history), None)
     if old is None:
-        resumed = (store.root / "partial" / step.key / "work").is_dir() and any(
-            (store.root / "partial" / step.key / "work").iterdir()
-        )
-        return "interrupted: goes on where it stopped" if resumed else "never built"
+        return "never built"
     if old["version"] != step.stage.version:
         return f"stage {step.stage.name} changed: version {old['version']} -> {step.stage.version}"
     before, after = _flatten(old["fields"]), _flatten(json.loads(json.dumps(_jsonable(step.stage.fields()))))
@@ -204,9 +211,12 @@ class Runner:
 
     def build(self, *, force: Iterable[str] = ()) -> Outcome:
         """Bring every step of the plan up to date. Errors of steps are collected in the outcome, not raised."""
+        with self.store.using(step.key for step in self.plan.steps):
+            return self._build(set(force))
+
+    def _build(self, forced: set[str]) -> Outcome:
         started = time.monotonic()
         _quiet()
-        forced = set(force)
         verdicts = assess(self.plan, self.store, force=forced)
         to_run = [step for step in self.plan.steps if verdicts[step.key].status != "cached"]
         estimates = {step.key: self.rates.seconds(step.work) for step in to_run}
@@ -283,8 +293,11 @@ class Runner:
                 "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk; "
                 "finished steps are kept",
             )
-        out, work = self.store.partial(step.key)
         entries = {key: self._loaded(key) for key in step.stage.inputs()}
+        inputs = {key: entry.digest for key, entry in entries.items()}
+        resumed = self.store.interrupted(step.key, inputs)
+        with self._told(step):
+            out, work = self.store.partial(step.key, inputs)
         estimate = self._left.get(step.key)
         left = sum(self._left.values()) if self._left else None
         self.reporter.start(step, estimate, left)
@@ -298,8 +311,28 @@ class Runner:
             progress=lambda done, total, note: self.reporter.progress(step, done, total, note),
             note=lambda text: self.reporter.note(f"{step.id}: {text}"),
         )
-        try:
+        with self._told(step):
             facts = step.stage.run(ctx)
+            seconds = time.monotonic() - started
+            self.store.commit(
+                step.key,
+                stage=step.stage.name,
+                inputs=inputs,
+                fields=_jsonable(step.stage.fields()),
+                facts=facts,
+                seconds=seconds,
+                versions=versions(),
+            )
+        part = resumed or facts.get("reused") or facts.get("waited") or facts.get("from_store")
+        if not part:  # else this says nothing of how fast the whole is done
+            self.rates.learn(step.work, seconds)
+        self.reporter.finish(step, seconds)
+
+    @contextmanager
+    def _told(self, step: Step) -> Iterator[None]:
+        """Make a message with a remedy of whatever goes wrong."""
+        try:
+            yield
         except EdgeDistillError:
             raise
         except OSError as error:
@@ -313,20 +346,6 @@ class Runner:
             raise StepFailed(f"{step.id}: out of memory", "lower its batch_size; finished steps are kept") from error
         except Exception as error:
             raise self._bug(step, error) from error
-        seconds = time.monotonic() - started
-        self.store.commit(
-            step.key,
-            stage=step.stage.name,
-            inputs={key: entry.digest for key, entry in entries.items()},
-            fields=_jsonable(step.stage.fields()),
-            facts=facts,
-            seconds=seconds,
-            versions=versions(),
-        )
-        part = facts.get("reused") or facts.get("waited") or facts.get("from_store")
-        if not part and not (facts.get("train") or {}).get("resumed_at"):  # else it did a part of the work
-            self.rates.learn(step.work, seconds)
-        self.reporter.finish(step, seconds)
 
     def _loaded(self, key: Key) -> Entry:
         entry = self.store.load(key)

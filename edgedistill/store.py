@@ -2,8 +2,10 @@
 
     entries/ab/abcd…/entry.json   written last: without it the entry does not exist
     entries/ab/abcd…/…            the files of the entry; what lies under log/ is kept but not part of its digest
-    partial/abcd…/out, work       a step under way: ``out`` becomes the entry, ``work`` is what it resumes from
+    partial/abcd…/out, work       a step under way: ``out`` becomes the entry, ``work`` is what it resumes from,
+    partial/abcd…/inputs.json     if its inputs still have these digests
     leases/abcd….json             who is working on it (host, pid, boot id); its mtime is the heartbeat
+    builds/….json                 a build under way, so too, and the keys that it needs
     kept/                         what belongs to files of entries and is dear to compute (edgedistill/kept.py)
     models/                       downloaded model files (edgedistill/models.py)
     rows.sqlite                   the teacher's answers (edgedistill/rows.py)
@@ -21,7 +23,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,13 +168,28 @@ class Store:
             path.rename(trash)
             shutil.rmtree(trash, ignore_errors=True)
 
-    def partial(self, key: Key) -> tuple[Path, Path]:
-        """Return (out, work) for a step about to run: ``out`` empty, ``work`` as the last attempt left it."""
+    def interrupted(self, key: Key, inputs: Mapping[Key, str] | None) -> bool:
+        """Tell whether a step has work to go on from; with ``inputs`` (digests by key), whether that was done on these bytes."""
+        base = self.root / "partial" / key
+        try:
+            if not any((base / "work").iterdir()):
+                return False
+            return inputs is None or json.loads((base / "inputs.json").read_text()) == dict(inputs)
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def partial(self, key: Key, inputs: Mapping[Key, str]) -> tuple[Path, Path]:
+        """Return (out, work) for a step about to run: ``out`` empty, ``work`` as the last attempt left it, if that read the same
+        bytes: digests of ``inputs`` by key. A checkpoint of another teacher's student must not go on as this one's.
+        """
         base = self.root / "partial" / key
         out, work = base / "out", base / "work"
+        if not self.interrupted(key, inputs):
+            shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         work.mkdir(exist_ok=True)
+        write_atomic(base / "inputs.json", json.dumps(dict(inputs)))
         return out, work
 
     def commit(
@@ -246,23 +263,38 @@ class Store:
                 waiting(called(holder))
                 told = True
             time.sleep(0.2)
-        stop = threading.Event()
+        with _beating(path):
+            try:
+                yield not (waited and (self.entry_path(key) / "entry.json").exists())
+            finally:
+                _remove_if(path, me)
 
-        def beat() -> None:
-            while not stop.wait(HEARTBEAT_S):
-                try:
-                    os.utime(path)
-                except OSError:
-                    return
+    @contextmanager
+    def using(self, keys: Iterable[Key]) -> Iterator[None]:
+        """Say while the block runs that a build needs the entries of these keys, so that nobody deletes them."""
+        folder, me = self.root / "builds", new_holder()
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{me['token']}.json"
+        write_atomic(path, json.dumps({"holder": me, "keys": sorted(set(keys))}))
+        with _beating(path):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield not (waited and (self.entry_path(key) / "entry.json").exists())
-        finally:
-            stop.set()
-            thread.join(timeout=1)
-            _remove_if(path, me)
+    def used(self) -> set[str]:
+        """Return the keys that builds under way need."""
+        found: set[str] = set()
+        for path in (self.root / "builds").glob("*.json"):
+            try:
+                told = json.loads(path.read_text())
+            except (FileNotFoundError, ValueError):
+                continue
+            if is_dead(told["holder"], _heard(path)):
+                path.unlink(missing_ok=True)
+            else:
+                found |= set(told["keys"])
+        return found
 
     def lease_holders(self) -> set[str]:
         """Return the keys that a live build is working on."""
@@ -342,6 +374,27 @@ def _heard(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+@contextmanager
+def _beating(path: Path) -> Iterator[None]:
+    """Touch a file every few seconds while the block runs: its mtime tells that the holder lives."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(HEARTBEAT_S):
+            try:
+                os.utime(path)
+            except OSError:
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=1)
 
 
 def _take(path: Path, me: dict[str, Any]) -> bool:

@@ -154,6 +154,15 @@ def plan_points(
     return points
 
 
+def sessions_of(recipe: Path, *, store: Store) -> list[Session]:
+    """Plan a recipe, and every combination of its [sweep]."""
+    from edgedistill.session import prepare
+
+    session = prepare(recipe, store=store)
+    points = plan_points(recipe, session.recipe.sweep, store=store) if session.recipe.sweep else []
+    return [session, *(point.session for point in points)]
+
+
 def build(
     points: Sequence[Point], *, reporter: Callable[[], Reporter], say: Callable[[str], None], threads: int = 0
 ) -> list[Outcome]:
@@ -163,16 +172,18 @@ def build(
     from edgedistill.runner import Runner
 
     outcomes = []
-    for number, point in enumerate(points, 1):
-        say(f"{number} of {len(points)}: {point.label}")
-        plan = point.session.plan
-        names = [
-            name
-            for target in point.session.inputs.targets
-            for name in (f"evaluate/{target.name}", f"measure/{target.name}")
-        ]
-        wanted = [step for name in ("evaluate/teacher", *names) for step in plan.match(name)]
-        outcomes.append(Runner(plan.only(wanted), point.session.store, reporter(), threads=threads).build())
+    every = {step.key for point in points for step in point.session.plan.steps}
+    with points[0].session.store.using(every):
+        for number, point in enumerate(points, 1):
+            say(f"{number} of {len(points)}: {point.label}")
+            plan = point.session.plan
+            names = [
+                name
+                for target in point.session.inputs.targets
+                for name in (f"evaluate/{target.name}", f"measure/{target.name}")
+            ]
+            wanted = [step for name in ("evaluate/teacher", *names) for step in plan.match(name)]
+            outcomes.append(Runner(plan.only(wanted), point.session.store, reporter(), threads=threads).build())
     return outcomes
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def fingerprint() -> HostFingerprint:
         arch=arch,
         cpu=cpu,
         features=features,
-        cores=usable_cores(cpuinfo),
+        cores=usable_cores(),
         memory_bytes=_memory(),
         system=platform.system(),
     )
@@ -130,18 +131,23 @@ def parse_cpuinfo(text: str, arch: str) -> tuple[str, tuple[str, ...]]:
     return (f"{board} ({cpu})" if board else cpu), features
 
 
-def usable_cores(cpuinfo: str | None = None) -> int:
-    """Count the physical cores that this process may use: no hyper-threads, nothing that a cgroup withholds."""
+def usable_cores() -> int:
+    """Count the physical cores that this process may use: no hyper-threads, nothing that a cgroup or an affinity withholds."""
     logical = usable_cpus()
-    cores = set()
-    for block in (cpuinfo or "").strip().split("\n\n"):
-        fields = _block(block)
-        if "core id" in fields:
-            cores.add((fields.get("physical id"), fields["core id"]))
-    physical = len(cores) or logical
     if sys.platform == "darwin":
-        physical = int(_sysctl("hw.physicalcpu") or logical)
-    return min(physical, logical)
+        return min(int(_sysctl("hw.physicalcpu") or logical), logical)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return min(physical_cores(_read("/proc/cpuinfo") or "", allowed) or logical, logical)
+
+
+def physical_cores(cpuinfo: str, allowed: Collection[int] | None = None) -> int:
+    """Count the cores of a Linux /proc/cpuinfo that have a processor among ``allowed`` (None: any); 0 where it does not tell."""
+    cores = set()
+    for block in cpuinfo.strip().split("\n\n"):
+        fields = _block(block)
+        if "core id" in fields and (allowed is None or int(fields["processor"]) in allowed):
+            cores.add((fields.get("physical id"), fields["core id"]))
+    return len(cores)
 
 
 def load_average() -> float | None:

@@ -8,7 +8,7 @@ sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,28 +180,42 @@ def divergence(
 
 
 def divergences(
-    candidate: Runner, references: Mapping[str, Runner], rows: Sequence[Row], *, progress: Progress | None = None
+    candidate: Runner,
+    references: Mapping[str, Runner],
+    rows: Sequence[Row],
+    *,
+    unlike: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> dict[str, Divergence]:
     """Measure KL(reference || candidate) and top-1 agreement at the answer positions of ``rows``, for each reference.
 
     All models read the same tokens; the candidate reads them once for all references. A candidate with a part of the
     reference's vocabulary (a trimmed one) is compared on the rows that both cut alike and over the tokens that both have,
     the reference's probabilities normalised over them; a first choice that the candidate lacks is no agreement. A
-    reference that cuts every row otherwise is left out of the answer; all of them, and that is refused. Raises
-    UsageError where the tokenizers cut a row otherwise and neither holds the other (then no token's distributions
-    compare), StepFailed where a distribution is not finite.
+    reference that cuts every row otherwise is left out of the answer; all of them, and that is refused. ``unlike`` names
+    the references that may have another tokenizer altogether: they are left out where they do, be it all of them.
+    Raises UsageError where another reference cuts a row otherwise and does not hold the candidate's tokens (then no
+    token's distributions compare), StepFailed where a distribution is not finite.
     """
     own = token_rows(candidate, rows)
     if not own:
         raise UsageError("divergence: no rows", "Name a file with rows that have references.")
     others = {name: token_rows(reference, rows) for name, reference in references.items()}
-    columns = {name: shared_columns(candidate, own, references[name], other) for name, other in others.items()}
+    columns: dict[str, np.ndarray | None] = {}
+    for name, other in others.items():
+        try:
+            columns[name] = shared_columns(candidate, own, references[name], other)
+        except UsageError:
+            if name not in unlike:
+                raise
     shared = {
-        name: {at for at in range(len(own)) if cut_alike(own[at], other[at], columns[name])}
-        for name, other in others.items()
+        name: {at for at in range(len(own)) if cut_alike(own[at], others[name][at], of)} for name, of in columns.items()
     }
-    references = {name: reference for name, reference in references.items() if shared[name]}
-    alike = sorted(set.intersection(*(shared[name] for name in references))) if references else []
+    kept = [name for name in columns if shared[name]]
+    if not kept and all(name in unlike for name in references):
+        return {}
+    references = {name: references[name] for name in kept}
+    alike = sorted(set.intersection(*(shared[name] for name in kept))) if kept else []
     if not alike:
         raise UsageError(
             "divergence: the two models cut every row into different tokens",
@@ -285,6 +299,7 @@ def compare_distributions(
     rows: Sequence[Row],
     *,
     store: Path,
+    unlike: Collection[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Divergence]:
@@ -296,7 +311,7 @@ def compare_distributions(
             name: opened.enter_context(KeptRunner(path, root=store, threads=threads))
             for name, path in references.items()
         }
-        return divergences(candidate, runners, rows, progress=progress)
+        return divergences(candidate, runners, rows, unlike=unlike, progress=progress)
 
 
 def kl_divergence(p: np.ndarray, q: np.ndarray, *, columns: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

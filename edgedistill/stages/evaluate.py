@@ -125,9 +125,12 @@ class Evaluate(Stage):
             {name: Path(ctx.path(key, "model.gguf")) for name, key in self.references.items()},
             rows,
             store=ctx.store,
+            unlike=("teacher",),  # it may teach text, or aligned logits
             threads=ctx.threads,
             progress=lambda done, total, note: ctx.progress(done, total, f"KLD against {names}"),
         )
+        for name in self.references.keys() - found.keys():
+            ctx.note(f"no KLD against the {name}: it cuts text into other tokens")
         return {name: report.to_json() for name, report in found.items()}
 
 

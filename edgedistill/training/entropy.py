@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgedistill.training.targets import REACH, SparseTargets, reweight
+from edgedistill.training.objectives import REACH
+from edgedistill.training.targets import SparseTargets, reweight
 
 
 def entropies(targets: SparseTargets, vocab_size: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -18,6 +18,8 @@ WHOLE = ("uld", "gold")
 """Those that need both distributions whole: they compare by rank, and so teacher and student may have different tokens."""
 DRAWN = ("sampled", "top-sampled")
 """Kinds of targets whose tail is known by draws alone."""
+REACH = 0.5
+"""How far in temperature a sampled target can be re-weighted (measured; beyond it the variance grows several times)."""
 TEMPERATURES = (0.5, 2 / 3, 4 / 3, 2.0, 4.0)
 """Whose normalisers are stored with every position, beside that of 1. Powers of sqrt(p): one square root each instead of a
 power over the whole vocabulary."""

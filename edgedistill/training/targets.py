@@ -24,10 +24,9 @@ import numpy as np
 
 from edgedistill.errors import UsageError
 from edgedistill.training.data import Example
+from edgedistill.training.objectives import REACH
 
 FORMAT = 1
-REACH = 0.5
-"""How far in temperature a sampled target can be re-weighted (measured; beyond it the variance grows several times)."""
 
 Kind = Literal["sampled", "top-k", "top-sampled"]
 

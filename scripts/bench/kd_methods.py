@@ -64,7 +64,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "12 draws, hidden states": {"score.kind": "sampled", "score.n": 12, "distill.features.weight": 1.0},
 }
 REASONS = "rationale"
-READ_TWICE: dict[str, Any] = {"generate.style": "answer", "heal.epochs": 2.0, "distill.epochs": 2.0}
+WITH, ALONE = "with reasons", "answers alone"
+REASONS_ARMS: dict[str, dict[str, Any]] = {
+    WITH: {},
+    ALONE: {"generate.style": "answer", "heal.epochs": 2.0, "distill.epochs": 2.0},
+}
 
 
 def base_overrides(folder: Path, quick: bool) -> dict[str, Any]:
@@ -142,30 +146,35 @@ def judge(session: Session, rows: int) -> dict[str, Any]:
     return found
 
 
-def with_and_without_reasons(seeds: int) -> dict[str, Any]:
-    """Return the exact matches of students that learn reasons too and of those that read the answers alone twice, the tokens
-    that each was distilled on, and the paired difference of the two, averaged over seeds row by row.
+def measure_reasons(arm: str, seed: int) -> dict[str, Any]:
+    """Return which answers are right of a student that learns reasons, too, or reads the answers alone twice, and the tokens that
+    it was distilled on.
     """
     folder = recipe_folder(NAME, REASONS, recipe=REASONS)
-    found: dict[str, Any] = {}
-    right: dict[str, list[dict[str, float]]] = {"with": [], "alone": []}
-    for arm, overrides in (("with", {}), ("alone", READ_TWICE)):
-        for seed in range(seeds):
-            say(f"{REASONS}, {arm}, seed {seed}")
-            common = {"gates": {}, "baselines": {}, "compare": {}, "distill.seed": seed}
-            step = "evaluate/student"
-            session = build(folder, [step], targets=[TARGET], overrides={**common, **overrides})
-            answers = entry_of(session, step).path / "answers"
-            right[arm].append(
-                {f"{suite} {one.id}": one.score for suite in SUITES for one in load_answers(answers / f"{suite}.jsonl")}
-            )
-            found[f"{arm}_tokens"] = entry_of(session, "distill/1").facts["train"]["tokens"]
-    names = sorted(right["with"][0])
-    means = {arm: [mean(one[name] for one in some) for name in names] for arm, some in right.items()}
+    common = {"gates": {}, "baselines": {}, "compare": {}, "distill.seed": seed}
+    step = "merge" if on_gpu() else "evaluate/student"
+    session = build(folder, [step], targets=[TARGET], overrides={**common, **REASONS_ARMS[arm]})
+    if on_gpu():
+        with closing(runner_of(entry_of(session, step))) as student:
+            right = right_answers(session, student)
+    else:
+        answers = entry_of(session, step).path / "answers"
+        right = {f"{suite} {one.id}": one.score for suite in SUITES for one in load_answers(answers / f"{suite}.jsonl")}
     return {
-        **found,
+        "right": right,
+        "tokens": entry_of(session, "distill/1").facts["train"]["tokens"],
+        "machine": machine_line(**({"GPU": gpu_name()} if on_gpu() else {})),
+    }
+
+
+def compare_reasons(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the exact matches of both students, averaged over seeds row by row, their paired difference, and their tokens."""
+    names = sorted(found[WITH][0]["right"])
+    means = {arm: [mean(one["right"][name] for one in some) for name in names] for arm, some in found.items()}
+    return {
+        **{f"{arm}_tokens": some[0]["tokens"] for arm, some in found.items()},
         **{arm: mean(values) for arm, values in means.items()},
-        "difference": paired_difference(means["with"], means["alone"]),
+        "difference": paired_difference(means[WITH], means[ALONE]),
     }
 
 
@@ -252,9 +261,12 @@ def build_arms(given: argparse.Namespace, arms: list[str]) -> dict[str, list[dic
     work = [(seed, arm) for seed in range(given.seeds) for arm in arms]
     for seed, arm in work if given.share is None else work[given.share[0] - 1 :: given.share[1]]:
         say(f"seed {seed}, {arm}")
-        overrides = {**common, **ARMS[arm], "distill.seed": seed}
-        session = build(folder, GPU_STEPS if on_gpu() else STEPS, targets=[TARGET], overrides=overrides)
-        found[arm].append(measure(session, 12 if given.quick else 160))
+        if arm in REASONS_ARMS:
+            found[arm].append(measure_reasons(arm, seed))
+        else:
+            overrides = {**common, **ARMS[arm], "distill.seed": seed}
+            session = build(folder, GPU_STEPS if on_gpu() else STEPS, targets=[TARGET], overrides=overrides)
+            found[arm].append(measure(session, 12 if given.quick else 160))
         write_atomic(kept_file(kept, seed, arm), json.dumps(found[arm][-1]))
     return found
 
@@ -285,18 +297,21 @@ def main() -> None:
     given = options.parse_args()
     if given.quick:
         given.seeds, given.arms = 1, [DENSE, DRAWS, SFT]  # and no reasons: their teacher is one more
-    arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}]
+    arms = [arm for arm in ARMS if arm in {DENSE, DRAWS, *given.arms}] + [
+        *(REASONS_ARMS if REASONS in given.arms else [])
+    ]
     if given.measured is not None:
-        found, reasons = read_measured(given.measured, arms, given.seeds), None
+        found = read_measured(given.measured, arms, given.seeds)
     else:
         try:
             found = build_arms(given, arms)
             if given.share is not None:
                 say(f"share {given.share[0]} of {given.share[1]} is built; without --share the table is printed")
                 return
-            reasons = with_and_without_reasons(given.seeds) if REASONS in given.arms else None
         except EdgeDistillError as error:
             could_not_measure(NAME, str(error))
+    of_reasons = {arm: found.pop(arm) for arm in REASONS_ARMS if arm in found}
+    reasons = compare_reasons(of_reasons) if len(of_reasons) == len(REASONS_ARMS) else None
     every = {arm: average(some) for arm, some in found.items()}
     differences = {arm: against(one, every[DENSE]) for arm, one in every.items()}
     n, n_kl = len(every[DENSE]["right"]), len(every[DENSE]["kl"])
@@ -321,12 +336,12 @@ def main() -> None:
             f"recipe {REASONS}, {given.seeds} seeds; exact match over n = {reasons['difference'].n} answers",
             ["arm", "exact", "difference", "student tokens"],
             [
-                ["answers alone, read twice", f"{reasons['alone']:.4f}", "", str(reasons["alone_tokens"])],
+                ["answers alone, read twice", f"{reasons[ALONE]:.4f}", "", str(reasons[f"{ALONE}_tokens"])],
                 [
                     "answers, and reasons when asked",
-                    f"{reasons['with']:.4f}",
+                    f"{reasons[WITH]:.4f}",
                     interval(reasons["difference"], 4),
-                    str(reasons["with_tokens"]),
+                    str(reasons[f"{WITH}_tokens"]),
                 ],
             ],
         )

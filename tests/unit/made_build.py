@@ -279,7 +279,7 @@ def fill_store(
             continue
         if step.stage.name == "package" and not set(step.ids) & {f"package/{name}" for name in ship}:
             continue
-        out, _ = session.store.partial(step.key)
+        out, _ = session.store.partial(step.key, {})
         made = fill(session, out, step.ids, scale)
         entry = session.store.commit(
             step.key,

@@ -62,7 +62,7 @@ def fill(session: Session) -> None:
     for step in session.plan.only([wanted]).steps:
         if step.key == wanted.key:
             continue
-        out, _ = session.store.partial(step.key)
+        out, _ = session.store.partial(step.key, {})
         (out / "made").write_text(step.id)
         if step.stage.name == "generate":
             lines = [

@@ -47,7 +47,7 @@ def built(folder: Path, model: Path, **overrides: Any) -> Session:
     session = make_session(folder, keep=lambda name: False, **{**RECIPE, **overrides})
     stage: Any = session.plan.match("distill/1")[0].stage
     for key in (stage.student, stage.kept):
-        out, _ = session.store.partial(key)
+        out, _ = session.store.partial(key, {})
         if key == stage.kept:
             (out / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         else:
@@ -260,7 +260,7 @@ def test_a_recipes_adapter_becomes_a_file_beside_its_own_base(tiny_folder: Path,
         of_recipe(session, "path:elsewhere")
     stage: Any = session.plan.match("merge")[0].stage
     retensor(adapter, lambda saved: {key: value + 0.05 * ("lora_B" in key) for key, value in saved.items()})
-    out, _ = session.store.partial(stage.adapter)
+    out, _ = session.store.partial(stage.adapter, {})
     shutil.copytree(adapter, out / "adapter")
     session.store.commit(stage.adapter, stage="made", inputs={}, fields={}, facts={}, seconds=1.0, versions={})
     model, trained = of_recipe(session, None)

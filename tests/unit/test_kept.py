@@ -18,7 +18,7 @@ from edgedistill.store import Entry, Store
 def put(store: Store, name: str) -> Entry:
     """Add an entry with a file of its own."""
     key = Key(digest(name))
-    out, _ = store.partial(key)
+    out, _ = store.partial(key, {})
     (out / "model.gguf").write_text(name)
     return store.commit(key, stage="convert", inputs={}, fields={}, facts={}, seconds=0.1, versions={})
 

@@ -220,7 +220,7 @@ def test_an_adapter_does_not_hold_a_temperature(helped: bool | None, tmp_path: P
     session = make_session(tmp_path, keep=lambda name: False, temperature=FITTED)
 
     def put(key: Key, folder: str, facts: dict[str, Any]) -> None:
-        out, _ = session.store.partial(key)
+        out, _ = session.store.partial(key, {})
         (out / folder).mkdir()
         session.store.commit(key, stage="made", inputs={}, fields={}, facts=facts, seconds=1.0, versions={})
 

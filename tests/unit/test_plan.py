@@ -323,6 +323,26 @@ def test_the_temperature_of_the_loss_reruns_score_at_most(folder: Path) -> None:
     assert "score" not in fixed and "distill/1" in fixed
 
 
+def test_nothing_is_scored_for_a_loss_that_asks_for_no_distributions(folder: Path) -> None:
+    text: dict[str, Any] = {"distill__loss__kd": 0.0, "distill__loss__ce": 1.0}
+    plan = make(folder, **text)
+    assert not any(step.stage.name == "score" for step in plan.steps)
+    assert changed(plan, make(folder, **text, score__kind="none")) == set()
+    ordered = make(folder, **text, distill__curriculum="confidence")  # by how sure the teacher is
+    assert any(step.stage.name == "score" for step in ordered.steps)
+    assert make(folder, student={"tokenizer": "other"}, **text, heal__hidden=0.0)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("sampled", 2.0), ("sampled", 0.4), ("top-sampled", 1.6)])
+def test_draws_that_the_loss_cannot_use_are_refused(folder: Path, kind: str, temperature: float) -> None:
+    draws = {"score__kind": kind, "score__temperature": temperature}
+    with pytest.raises(RecipeError, match=f"at temperature {temperature:g} cannot be re-weighted to .* = 1"):
+        make(folder, **draws)
+    near = max(0.5, min(temperature, 1.5))
+    for use in ({"score__temperature": near}, {"score__kind": "top-k"}, {"distill__loss__temperature": temperature}):
+        assert make(folder, **{**draws, **use})
+
+
 def test_a_dense_teacher_runs_beside_the_student_and_nothing_is_scored(folder: Path) -> None:
     plan = make(folder, score__kind="dense", distill__loss__divergence="reverse-kl")
     assert "score" not in {name for step in plan.steps for name in step.ids}

@@ -17,7 +17,7 @@ from edgedistill.plan import Graph, Plan, Step
 from edgedistill.rates import Rates, Work
 from edgedistill.runner import Reporter, Runner, assess, worst
 from edgedistill.step import Context, Stage, unkeyed
-from edgedistill.store import Store
+from edgedistill.store import Entry, Store, write_atomic
 
 RUNS: list[str] = []
 WORK = Work(kind="bytes", amount=1)
@@ -82,10 +82,14 @@ def build(plan: Plan, store: Store, reporter: Reporter | None = None, **options:
     return Runner(plan, Store(store.root), reporter).build(**options)
 
 
-def text_of(plan: Plan, store: Store, step: str) -> str:
-    entry = Store(store.root).load(plan.match(step)[0].key)
+def loaded(store: Store, key: Key) -> Entry:
+    entry = Store(store.root).load(key)
     assert entry is not None
-    return (entry.path / "text").read_text()
+    return entry
+
+
+def text_of(plan: Plan, store: Store, step: str) -> str:
+    return (loaded(store, plan.match(step)[0].key).path / "text").read_text()
 
 
 def test_a_second_build_runs_nothing(store: Store) -> None:
@@ -123,7 +127,7 @@ def test_an_input_with_other_bytes_rebuilds_them(store: Store) -> None:
     entry = store.load(make().match("source")[0].key)
     assert entry is not None
     store.discard(entry.key)
-    out, _ = store.partial(entry.key)
+    out, _ = store.partial(entry.key, {})
     (out / "text").write_text("zz")
     store.commit(entry.key, stage="source", inputs={}, fields={}, facts={}, seconds=0, versions={})
     assert build(make(), store).ran == ["double", "other"]
@@ -180,13 +184,31 @@ def test_steps_after_a_failure_are_skipped(store: Store) -> None:
 
 def test_work_of_an_interrupted_step_is_still_there(store: Store) -> None:
     plan = make()
-    key = plan.match("double")[0].key
-    _, work = store.partial(key)
+    build(plan, store)
+    step = plan.match("double")[0]
+    key, inputs = step.key, {one: loaded(store, one).digest for one in step.stage.inputs()}
+    store.discard(key)
+    assert "gone" in assess(plan, store)[key].reason
+    _, work = store.partial(key, inputs)
     (work / "checkpoint").write_text("half")
     assert "goes on" in assess(plan, store)[key].reason
-    out, again = store.partial(key)
+    out, again = store.partial(key, inputs)
     assert (again / "checkpoint").read_text() == "half"
     assert not any(out.iterdir())
+
+
+def test_work_on_other_bytes_is_begun_anew(store: Store) -> None:
+    """A teacher trained again is another one: what was half done with the first must not go on with the second."""
+    plan = make()
+    build(plan, store)
+    step = plan.match("double")[0]
+    inputs = {one: loaded(store, one).digest for one in step.stage.inputs()}
+    store.discard(step.key)
+    _, work = store.partial(step.key, dict.fromkeys(inputs, "of before"))
+    (work / "checkpoint").write_text("half")
+    assert "goes on" not in assess(plan, store)[step.key].reason
+    _, again = store.partial(step.key, inputs)
+    assert not any(again.iterdir())
 
 
 def test_a_step_that_needs_more_disk_than_there_is_says_so(store: Store) -> None:
@@ -243,7 +265,21 @@ def test_a_step_that_another_build_made_while_the_inputs_were_read_is_not_run_ag
     assert outcome.ran == ["source"] and outcome.cached == ["double", "other"]
 
 
-@pytest.mark.parametrize("facts", [{"from_store": 99}, {"train": {"resumed_at": 7}}, {"reused": True}])
+def test_a_disk_that_fills_up_while_an_entry_is_written_is_told_of(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        if path.name == "entry.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomic(path, text)
+
+    monkeypatch.setattr("edgedistill.store.write_atomic", full)
+    outcome = build(make(), store)
+    with pytest.raises(StepFailed, match="is full"):
+        raise outcome.failed["source"]
+
+
+@pytest.mark.parametrize("facts", [{"from_store": 99}, {"waited": 7.5}, {"reused": True}, {}])
 def test_a_step_that_found_a_part_of_its_work_done_teaches_no_rate(
     store: Store, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
 ) -> None:
@@ -256,6 +292,9 @@ def test_a_step_that_found_a_part_of_its_work_done_teaches_no_rate(
     monkeypatch.setattr(Rates, "learn", lambda self, work, seconds: learnt.append(work))
     graph = Graph()
     graph.add("part", Part(text="a"), WORK)
+    if not facts:  # then a part lies in its work
+        _, work = store.partial(graph.steps()[0].key, {})
+        (work / "shard").write_text("half")
     build(Plan(identity="part", steps=graph.steps()), store)
     assert learnt == []
     graph = Graph()

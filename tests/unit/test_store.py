@@ -20,7 +20,7 @@ from edgedistill.store import Damaged, Entry, Store, write_atomic
 
 def put(store: Store, name: str, text: str = "hello", inputs: dict[Key, str] | None = None) -> Entry:
     key = Key(digest(name))
-    out, _ = store.partial(key)
+    out, _ = store.partial(key, {})
     (out / "file.txt").write_text(text)
     (out / "log").mkdir()
     (out / "log" / "time.txt").write_text(str(time.time_ns()))
@@ -152,6 +152,22 @@ def test_gc_keeps_what_is_needed_and_never_the_rows_unless_asked(store: Store) -
     assert rows.counts()["rows"] == 1
     assert collect_garbage(store, [a.key], rows=True)[2] == 1
     assert rows.counts()["rows"] == 0
+
+
+def test_gc_leaves_what_a_build_under_way_needs(store: Store) -> None:
+    a, b = put(store, "a"), put(store, "b")
+    with store.using([a.key]):
+        assert collect_garbage(Store(store.root), [])[0] == 1
+    assert store.used() == set()
+    assert [line["key"] for line in list_store(store)] == [a.key] != [b.key]
+    code = (
+        "import os; from pathlib import Path; from edgedistill.store import Store\n"
+        f"held = Store(Path({str(store.root)!r})).using([{a.key!r}]); held.__enter__(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list((store.root / "builds").iterdir())) == 1
+    assert collect_garbage(store, [])[0] == 1  # a killed build needs nothing any more
+    assert not list((store.root / "builds").iterdir())
 
 
 def test_write_atomic_replaces(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from edgedistill.recipes import copy_recipe
 from edgedistill.report import collect
 from edgedistill.session import prepare
 from edgedistill.store import Store
-from edgedistill.sweep import Line, Point, plan_points, read, scores, sheet
+from edgedistill.sweep import Line, Point, plan_points, read, scores, sessions_of, sheet
 from edgedistill.sweep_teachers import KEY, teachers_sheet
 from tests.unit.made_build import FIGURES, FILES, ROWS, fill_store, make_session
 from tests.unit.test_plan import FACTS
@@ -164,6 +164,14 @@ def test_a_candidate_with_another_tokenizer_is_refused_by_name_before_anything_r
     )
     base = [point.session.plan.match("base/student")[0].key for point in points]
     assert base[0] == base[1] and points[0].session.plan.match("generate") != points[1].session.plan.match("generate")
+
+
+def test_a_kept_recipe_keeps_what_its_sweep_needs(recipe: Path) -> None:
+    """`store gc --keep` must not delete the trained students of the points."""
+    store = Store(recipe.parent / "s")
+    recipe.write_text(recipe.read_text() + '\n[sweep]\n"distill.lr" = [1e-4, 3e-4]\n')
+    sessions = sessions_of(recipe, store=store)
+    assert len({one.plan.match("distill/1")[0].key for one in sessions}) == 3
 
 
 def test_an_arm_with_another_teacher_shows_its_teacher_too(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_the_file_has_the_checkpoints_own_weights(type_name: str, dtype: torch.d
     assert entry is not None and session.plan.by_key[merged].id == "merge"
     session.store.discard(merged)
     model = make_model(tmp_path / "tiny")
-    out, _ = session.store.partial(merged)
+    out, _ = session.store.partial(merged, {})
     shutil.copytree(model, out / "model")
     inputs = {Key(key): digest for key, digest in entry.inputs.items()}
     session.store.commit(merged, stage="merge", inputs=inputs, fields={}, facts={}, seconds=1.0, versions={})

@@ -15,6 +15,7 @@ from edgedistill.devices.host import (
     fingerprint,
     load_average,
     parse_cpuinfo,
+    physical_cores,
     usable_cores,
 )
 
@@ -69,8 +70,14 @@ def test_unknown_architecture_has_no_features() -> None:
 
 
 def test_hyper_threads_are_not_cores() -> None:
-    assert usable_cores(ZEN4) == 1
-    assert 1 <= usable_cores(None) <= (os.cpu_count() or 1)
+    assert physical_cores(ZEN4) == 1
+    assert physical_cores(PHONE) == 0  # it does not tell
+    second = ZEN4.replace("processor\t: 1", "processor\t: 3").replace("processor\t: 0", "processor\t: 2")
+    four = ZEN4 + "\n" + second.replace("core id\t\t: 0", "core id\t\t: 1")
+    assert physical_cores(four) == 2
+    assert physical_cores(four, {2, 3}) == 1  # both threads of one core
+    assert physical_cores(four, {1, 2}) == 2
+    assert usable_cores() == fingerprint().cores <= (os.cpu_count() or 1)
 
 
 def test_digest_is_stable_and_ignores_what_kernels_keep_back() -> None:

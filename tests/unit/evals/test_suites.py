@@ -235,6 +235,17 @@ def test_several_references_are_compared_in_one_reading() -> None:
         likelihood.divergences(Table(), {"student": Table(), "teacher": Table(shift=1)}, DIGITS)
 
 
+def test_a_teacher_with_another_tokenizer_is_left_out_where_that_may_be() -> None:
+    other = Table(shift=1)
+    both = {"student": Table(), "teacher": other}
+    assert list(likelihood.divergences(Table(), both, DIGITS, unlike=["teacher"])) == ["student"]
+    assert likelihood.divergences(Table(), {"teacher": other}, DIGITS, unlike=["teacher"]) == {}
+    with pytest.raises(
+        UsageError, match="different tokens"
+    ):  # an artifact that reads otherwise than its student is broken
+        likelihood.divergences(Table(), {"student": other, "teacher": Table()}, DIGITS, unlike=["teacher"])
+
+
 def test_a_padded_vocabulary_is_cut() -> None:
     p = np.log(np.array([[0.5, 0.25, 0.25]], dtype=np.float32))
     q = np.log(np.array([[0.25, 0.125, 0.125, 0.5]], dtype=np.float32))
