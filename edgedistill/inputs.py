@@ -63,6 +63,8 @@ class Inputs:
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
+    fetched: Mapping[str, Path] = field(default_factory=dict)
+    """Where files of rows of the hub's lie, by what the recipe calls them."""
 
     @property
     def server(self) -> Server | None:
@@ -231,6 +233,7 @@ def read_inputs(
         ship_anyway=ship_anyway,
         graders=graders or {},
         judge=judge,
+        fetched=fetched or {},
     )
 
 
@@ -344,6 +347,25 @@ def files_of_rows(inputs: Inputs) -> dict[str, tuple[Row, ...]]:
         **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
     }
     return {f"{name}.files": rows for name, rows in sections.items()}
+
+
+def placed(inputs: Inputs, key: str, row: Row) -> str:
+    """Return a row's name with the place that it was read from, for errors: ``data/ood.jsonl:7: row 'o-7'``. ``key`` is one of
+    ``files_of_rows``. The files are read once more: rows do not carry their places along for a plan that goes well.
+    """
+    section: Any = inputs.recipe
+    table = key.removesuffix(".files")
+    for name in table.split(".", 1) if table.startswith("suites.") else table.split("."):
+        section = section[name] if isinstance(section, Mapping) else getattr(section, name)
+    # One turn of a trace, and one of two tasks that a row became, stand where that row stands.
+    names = (row.id, row.trace, row.id.removesuffix("+why"))
+    traces = inputs.recipe.generate.style == TRACES and table not in ("distill.keep", "tune.general")
+    for file in section.files:
+        path = inputs.fetched.get(str(file)) or inputs.path.parent / file
+        _, spots = _placed(path, traces, section.columns.made())
+        if spot := next((spots[name] for name in names if name in spots), ""):
+            return f"{path}:{spot}: row {row.id!r}"
+    return f"row {row.id!r}"
 
 
 def all_targets(inputs: Inputs) -> tuple[Target, ...]:

@@ -21,6 +21,7 @@ from edgedistill.inputs import (
     along_chain,
     draft_inputs,
     files_of_rows,
+    placed,
     read_reviews,
     student_facts,
 )
@@ -31,6 +32,7 @@ from edgedistill.refusals_auto import refuse_auto, refuse_onnx
 from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics, warn_of_labels
 from edgedistill.refusals_kv import refuse_kv
+from edgedistill.refusals_length import refuse_long
 from edgedistill.refusals_prompts import refuse_prompts
 from edgedistill.refusals_teachers import refuse_backend, refuse_others
 from edgedistill.refusals_tune import refuse_tuning
@@ -128,7 +130,7 @@ def refuse(inputs: Inputs) -> list[str]:
             key="suites",
             file=inputs.path,
         )
-    warnings += _refuse_tools(inputs) + refuse_prompts(inputs)
+    warnings += _refuse_tools(inputs) + refuse_prompts(inputs) + refuse_long(inputs)
     _refuse_problems(inputs)
     _refuse_execution(inputs)
     refuse_metrics(inputs)
