@@ -178,17 +178,24 @@ def _refuse_problems(inputs: Inputs) -> None:
     """Refuse the metric "reasoning-gym" without the library, and rows that its verifiers cannot judge."""
     recipe = inputs.recipe
     judged = {
-        f"suites.{name}.metric": inputs.suites[name] for name, suite in recipe.suites.items() if suite.metric == GYM
+        f"suites.{name}.metric": (f"suites.{name}.files", inputs.suites[name])
+        for name, suite in recipe.suites.items()
+        if suite.metric == GYM
     }
-    judged |= {f"filter.{at}.metric": inputs.prompts for at, one in enumerate(recipe.filter) if one.metric == GYM}
-    for key, rows in judged.items():
+    judged |= {
+        f"filter.{at}.metric": ("prompts.files", inputs.prompts)
+        for at, one in enumerate(recipe.filter)
+        if one.metric == GYM
+    }
+    for key, (files, rows) in judged.items():
         if not reasoning.installed():
             raise RecipeError("reasoning-gym is not installed", reasoning.INSTALL, key=key, file=inputs.path)
         for row in rows:
             try:
                 reasoning.check_entry(row.reasoning_gym)
             except UsageError as error:
-                raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
+                where = placed(inputs, files, row)
+                raise RecipeError(f"{where}: {error.message}", error.hint, key=key, file=inputs.path) from None
 
 
 def _refuse_execution(inputs: Inputs) -> None:

@@ -7,34 +7,46 @@ from collections.abc import Iterator
 from edgedistill.data.labels import read_label
 from edgedistill.data.language import LANGUAGES
 from edgedistill.data.prompts import Row
-from edgedistill.data.thinking import split
+from edgedistill.data.thinking import BLOCKS, split
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import mathematics
 from edgedistill.evals.metrics import LABEL, METRICS
-from edgedistill.inputs import Inputs, keyed_metric
+from edgedistill.inputs import Inputs, keyed_metric, placed
 from edgedistill.model_facts import labels_of
 from edgedistill.pooling import pooling_of
 
+READ = {name for name, one in METRICS.items() if one.function and one.reads_reference and not one.needs_problem} - {
+    LABEL,
+    "math-verify",
+}
+"""Metrics that may refuse a reference, and whose reading costs next to nothing."""
+
 
 def refuse_metrics(inputs: Inputs) -> None:
-    """Refuse math-verify without the library, functions of the user's that are not there, and references that cannot be read."""
-    for key, metric, rows in _metrics(inputs):
+    """Refuse math-verify without the library, functions of the user's that are not there, and references that cannot be read. Those
+    of math-verify are read by the step: importing what parses them takes longer than a plan.
+    """
+    thinks = inputs.recipe.generate.style in BLOCKS
+    for key, metric, files, rows in _metrics(inputs):
         keyed_metric(inputs, metric, key)
         if metric == "math-verify" and not mathematics.installed():
             raise RecipeError("math-verify is not installed", mathematics.INSTALL, key=key, file=inputs.path)
         for row in rows if metric == LABEL else ():
             if inputs.recipe.labels is None or read_label(row.reference or "", inputs.recipe.labels.names) is None:
                 raise RecipeError(
-                    f"row {row.id!r}: the reference {row.reference!r} is none of labels.names",
+                    f"{placed(inputs, files, row)}: the reference {row.reference!r} is none of labels.names",
                     "add it there, or correct the row",
                     key=key,
                     file=inputs.path,
                 )
-        for row in rows if metric == "numeric" else ():
+        for row in rows if metric in READ else ():
+            if row.reference is None:  # the filter says what becomes of such a row
+                continue
             try:
-                METRICS[metric]("", split(row.reference or "").answer)
+                METRICS[metric]("", split(row.reference).answer if thinks else row.reference)
             except UsageError as error:
-                raise RecipeError(f"row {row.id!r}: {error.message}", error.hint, key=key, file=inputs.path) from None
+                where = placed(inputs, files, row)
+                raise RecipeError(f"{where}: {error.message}", error.hint, key=key, file=inputs.path) from None
 
 
 def warn_of_labels(inputs: Inputs) -> list[str]:
@@ -92,10 +104,10 @@ def refuse_graders(inputs: Inputs) -> None:
         raise RecipeError(f"{model.path} is no GGUF file", "leave backend out", key="judge.backend", file=inputs.path)
 
 
-def _metrics(inputs: Inputs) -> Iterator[tuple[str, str, tuple[Row, ...]]]:
-    """Yield each metric that is used, with its key and the rows whose references it reads."""
+def _metrics(inputs: Inputs) -> Iterator[tuple[str, str, str, tuple[Row, ...]]]:
+    """Yield each metric that is used, with its key, and the rows whose references it reads, after the key of their files."""
     for name, suite in inputs.recipe.suites.items():
-        yield f"suites.{name}.metric", suite.metric, inputs.suites[name]
+        yield f"suites.{name}.metric", suite.metric, f"suites.{name}.files", inputs.suites[name]
     for at, one in enumerate(inputs.recipe.filter):
         if one.kind in ("reference", "agreement"):
-            yield f"filter.{at}.metric", one.metric, inputs.prompts if one.kind == "reference" else ()
+            yield f"filter.{at}.metric", one.metric, "prompts.files", inputs.prompts if one.kind == "reference" else ()

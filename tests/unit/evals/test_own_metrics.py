@@ -84,14 +84,48 @@ def test_numeric_compares_what_they_come_to(answer: str, reference: str, right: 
     assert find_metric("think:numeric")(join("think", "Is it 7?", answer), reference).value == float(right)
 
 
-def test_a_reference_without_a_number_is_told_before_the_teacher_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no number"):
-        find_metric("numeric")("1", "one")
+@pytest.mark.parametrize(
+    ("metric", "reference", "why"),
+    [
+        ("numeric", "two", "numeric: the reference has no number"),
+        ("json-exact", "{two}", "json-exact: the reference is not JSON"),
+        ("tool-calls", "<tool_call>{two}</tool_call>", "tool-calls: a call of the reference cannot be read"),
+        ("stance", "?!", "stance: the reference has no word"),
+    ],
+)
+def test_a_reference_that_its_metric_cannot_read_is_told_before_the_teacher_is_asked(
+    tmp_path: Path, metric: str, reference: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        find_metric(metric)("1", reference)
     folder = copy_recipe("quickstart", tmp_path / "quickstart")
-    (folder / "words.jsonl").write_text(json.dumps({"id": "w", "prompt": "one plus one?", "reference": "two"}) + "\n")
-    suites = {"sums": {"files": ["words.jsonl"], "metric": "numeric"}}
-    with pytest.raises(RecipeError, match=r"suites\.sums\.metric: row 'w': numeric: the reference has no number"):
+    row = {"id": "w", "prompt": "one plus one?", "reference": reference}
+    (folder / "words.jsonl").write_text("\n" + json.dumps(row) + "\n")
+    suites = {"sums": {"files": ["words.jsonl"], "metric": metric}}
+    with pytest.raises(RecipeError, match=rf"suites\.sums\.metric: .*words\.jsonl:2: row 'w': {why}"):
         make(folder, suites=suites, gates={}, teacher__min_score={})
+    kept = {
+        "filter": [{"kind": "reference", "metric": metric}],
+        "prompts__files": ["words.jsonl"],
+        "prompts__rows": None,
+    }
+    with pytest.raises(RecipeError, match=rf"filter\.0\.metric: .*words\.jsonl:2: row 'w': {why}"):
+        make(folder, **kept)
+
+
+def test_a_reference_is_read_after_its_block_and_a_row_without_one_is_the_filters(tmp_path: Path) -> None:
+    folder = copy_recipe("quickstart", tmp_path / "quickstart")
+    rows = [
+        {"id": "t", "prompt": "one plus one?", "rationale": "one and one", "reference": '{"sum": 2}'},
+        {"id": "none", "prompt": "two plus two?"},
+    ]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes: dict[str, Any] = {"prompts__files": ["sums.jsonl"], "prompts__rows": None, "baselines__gold_sft": False}
+    changes |= {
+        "generate__style": "think",
+        "filter": [{"kind": "reference", "metric": "json-exact", "missing": "pass"}],
+    }
+    assert make(folder, **changes)
 
 
 @pytest.mark.reasoning
