@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.plan import Plan, Step
-from edgedistill.toml_source import key_lines, read_text
+from edgedistill.toml_lines import key_lines
+from edgedistill.toml_source import read_text
 
 if TYPE_CHECKING:
     from edgedistill.session import Session
@@ -61,7 +62,7 @@ def with_arms(session: Session, overrides: Mapping[str, Any], note: Callable[[st
             )
             arms[name] = _checked(session, arm)
         except UsageError as error:
-            text = error.message.removeprefix(f"{session.path}:1: ").removeprefix(f"{session.path}: ")
+            text = f"{error.key}: {error.said}" if isinstance(error, RecipeError) and error.key else error.message
             raise RecipeError(
                 text.removeprefix("--set "),
                 error.hint,

@@ -33,14 +33,17 @@ class UsageError(EdgeDistillError):
 
 
 class RecipeError(UsageError):
-    """A recipe or target file is wrong. Shown as ``file:line: key: message``."""
+    """A recipe or target file is wrong. Shown as ``file:line: key: message``; ``said`` is the message alone. Of a key that the
+    command line gave, ``file`` is ``--set KEY``.
+    """
 
     def __init__(
         self, message: str, hint: str = "", *, file: Path | str | None = None, line: int | None = None, key: str = ""
     ) -> None:
         where = f"{file}:{line}" if file and line else str(file or "")
-        super().__init__(": ".join(part for part in (where, key, message) if part), hint)
-        self.file, self.line, self.key = file, line, key
+        named = "" if where == f"--set {key}" else key
+        super().__init__(": ".join(part for part in (where, named, message) if part), hint)
+        self.file, self.line, self.key, self.said = file, line, key, message
 
 
 class StepFailed(EdgeDistillError):

@@ -27,6 +27,7 @@ from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
 from edgedistill.store import Entry, Store
 from edgedistill.target import Target, find_target, format_size
+from edgedistill.toml_source import with_line
 
 if TYPE_CHECKING:
     from edgedistill.runner import Outcome
@@ -62,8 +63,21 @@ def prepare(
 ) -> Session:
     """Read a recipe and make its plan. Brings the models here on the first call and pins them in ``NAME.lock``."""
     path = recipe_path(given)
+    try:
+        return _prepared(path, targets, overrides or {}, store or Store(), ship_anyway, note)
+    except RecipeError as error:
+        raise with_line(error, path, overrides or {}) from error.__cause__
+
+
+def _prepared(
+    path: Path,
+    targets: Sequence[str],
+    overrides: dict[str, Any],
+    store: Store,
+    ship_anyway: bool,
+    note: Callable[[str], None],
+) -> Session:
     recipe = load_recipe(path, overrides)
-    store = store or Store()
     every = dict.fromkeys((*recipe.targets, *(name for link in recipe.chain for name in link.targets)))
     unknown = [name for name in targets if name not in every]
     if unknown:
@@ -93,7 +107,7 @@ def prepare(
         return session
     from edgedistill.compare import with_arms
 
-    return with_arms(session, overrides or {}, note)
+    return with_arms(session, overrides, note)
 
 
 def _target(recipe: Recipe, name: str, path: Path, key: str) -> Target:

@@ -1,8 +1,4 @@
-"""TOML in, pydantic model out; every mistake becomes one message with file, line, key and what to write instead.
-
-tomllib forgets where a key stood, so a small scanner walks the same text once more and notes the line of every key. It
-runs only on text that tomllib has accepted, and may therefore be lax about everything but positions.
-"""
+"""TOML in, pydantic model out; every mistake becomes one message with file, line, key and what to write instead."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.toml_lines import Key, key_lines, line_of
 
-Key = tuple[str | int, ...]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -123,6 +119,42 @@ def key_error(dotted: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("edgedistill_key", "{text}", {"text": message, "key": dotted})
 
 
+def with_line(error: RecipeError, recipe: Path, overrides: Mapping[str, Any]) -> RecipeError:
+    """Return an error that names a key of a file with the line that the key stands on, or its table where it is left at its
+    default; one of a key of ``recipe`` that ``overrides`` gave as theirs.
+    """
+    if error.line is not None or not error.key or error.file is None:
+        return error
+    path = Path(error.file)
+    try:
+        lines = key_lines(read_text(path))
+    except UsageError:  # errors of --set are of no file
+        return error
+    own = overrides if path == recipe else {}
+    return _told(path, split_dotted(error.key), error.said, error.hint, lines, own, shown=error.key)
+
+
+def _told(
+    path: Path,
+    key: Key,
+    message: str,
+    hint: str,
+    lines: Mapping[Key, int],
+    overrides: Iterable[str],
+    *,
+    shown: str = "",
+    missing: int | None = None,
+) -> RecipeError:
+    """Make the error of a key, which names its line, or the option that gave the key or a table that it stands in. ``shown`` is the
+    key as it is written, ``missing`` the line of what is nowhere.
+    """
+    shown = shown or show_key(key)
+    for dotted in overrides:
+        if key[: len(over := split_dotted(dotted))] == over:
+            return RecipeError(message, hint, file=f"--set {dotted}", key=dotted if key == over else shown)
+    return RecipeError(message, hint, file=path, line=line_of(key, lines) or missing, key=shown)
+
+
 def show_key(key: Key) -> str:
     """Write ``("filter", 0, "kind")`` as ``filter[0].kind``."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")
@@ -133,133 +165,6 @@ def did_you_mean(name: object, among: typing.Iterable[str]) -> str:
     folded = {other.casefold(): other for other in among}
     near = difflib.get_close_matches(str(name).casefold(), folded, n=1, cutoff=0.6)
     return f'; did you mean "{folded[near[0]]}"?' if near else ""
-
-
-# ------------------------------------------------------------------------------------------------------- positions
-
-
-def key_lines(text: str) -> dict[Key, int]:
-    """Map every key of valid TOML ``text`` to its line, from 1; items of lists have their index in the key."""
-    return _Scanner(text).scan()
-
-
-_BARE = re.compile(r"[A-Za-z0-9_-]+")
-_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
-_SCALAR = re.compile(r"[^,\]}\n#]*")
-_STRINGS = {
-    '"""': re.compile(r'"""(?:[^\\]|\\.)*?"{3,5}', re.DOTALL),
-    "'''": re.compile(r"'''.*?'{3,5}", re.DOTALL),
-    '"': re.compile(r'"(?:[^"\\\n]|\\.)*"'),
-    "'": re.compile(r"'[^'\n]*'"),
-}
-
-
-class _Scanner:
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
-        self.lines: dict[Key, int] = {}
-        self.tables: dict[Key, int] = {}  # how many [[tables]] each array of tables has so far
-
-    def scan(self) -> dict[Key, int]:
-        prefix: Key = ()
-        self.skip()
-        while self.at < len(self.text):
-            if self.text[self.at] == "[":
-                prefix = self.header()
-            else:
-                self.pair(prefix)
-            self.skip()
-        return self.lines
-
-    def skip(self) -> None:
-        blank = _BLANK.match(self.text, self.at)
-        self.at = blank.end() if blank else self.at
-
-    def note(self, key: Key) -> None:
-        line = self.text.count("\n", 0, self.at) + 1
-        for depth in range(1, len(key) + 1):
-            self.lines.setdefault(key[:depth], line)
-
-    def header(self) -> Key:
-        start, many = self.at, self.text.startswith("[[", self.at)
-        self.at += 2 if many else 1
-        parts, key = self.dotted(), ()
-        for depth, part in enumerate(parts):
-            key = (*key, part)
-            if many and depth == len(parts) - 1:
-                self.tables[key] = self.tables.get(key, 0) + 1
-            if key in self.tables:
-                key = (*key, self.tables[key] - 1)
-        end, self.at = self.at + (2 if many else 1), start
-        self.note(key)
-        self.lines[key] = self.text.count("\n", 0, start) + 1  # also when its own [table.child] came first
-        self.at = end
-        return key
-
-    def pair(self, prefix: Key) -> None:
-        start = self.at
-        parts = self.dotted()
-        end, self.at = self.at, start
-        key = (*prefix, *parts)
-        self.note(key)
-        self.at = end + 1  # the equals sign
-        self.value(key)
-
-    def dotted(self) -> list[str]:
-        parts: list[str] = []
-        while True:
-            self.skip()
-            bare = _BARE.match(self.text, self.at)
-            if bare:
-                parts.append(bare.group())
-                self.at = bare.end()
-            else:
-                parts.append(self.string())
-            self.skip()
-            if not self.text.startswith(".", self.at):
-                return parts
-            self.at += 1
-
-    def string(self) -> str:
-        for quote, pattern in _STRINGS.items():
-            found = pattern.match(self.text, self.at) if self.text.startswith(quote, self.at) else None
-            if found:
-                self.at = found.end()
-                return found.group()[len(quote) : -len(quote)]
-        self.at += 1  # never on text that tomllib took; moving on keeps the scan finite
-        return ""
-
-    def value(self, key: Key) -> None:
-        self.skip()
-        first = self.text[self.at : self.at + 1]
-        if first == "[":
-            self.at += 1
-            self.skip()
-            index = 0
-            while self.at < len(self.text) and self.text[self.at] != "]":
-                self.note((*key, index))
-                self.value((*key, index))
-                index += 1
-                self.comma()
-            self.at += 1
-        elif first == "{":
-            self.at += 1
-            self.skip()
-            while self.at < len(self.text) and self.text[self.at] != "}":
-                self.pair(key)
-                self.comma()
-            self.at += 1
-        elif first in ('"', "'"):
-            self.string()
-        else:
-            scalar = _SCALAR.match(self.text, self.at)
-            self.at = max(scalar.end() if scalar else 0, self.at + 1)
-
-    def comma(self) -> None:
-        self.skip()
-        if self.text.startswith(",", self.at):
-            self.at += 1
-        self.skip()
 
 
 def _syntax_error(path: Path, text: str, error: tomllib.TOMLDecodeError) -> RecipeError:
@@ -304,7 +209,6 @@ def _recipe_error(
     error: ValidationError,
 ) -> RecipeError:
     lines = key_lines(text)
-    overridden = {split_dotted(dotted): dotted for dotted in overrides}
     messages: dict[Key, list[tuple[str, str]]] = {}  # a union reports every arm: they are joined per key
     for one in error.errors():
         key, found = _resolve(data, tuple(one["loc"]), str(one["type"]))
@@ -315,12 +219,7 @@ def _recipe_error(
             continue  # of entries of which one is wrong, and told of by itself
         messages.setdefault(key, []).append(_say(one, key, found, data, model))
 
-    def line_of(key: Key) -> int:
-        while key and key not in lines:
-            key = key[:-1]
-        return lines.get(key, 1)
-
-    reports: list[tuple[int, Key, str, str]] = []
+    reports: list[tuple[int, Key, str]] = []
     for key, said in messages.items():
         expected = list(dict.fromkeys(words for kind, words in said if kind == "expected"))
         other = list(dict.fromkeys(words for kind, words in said if kind == "said"))
@@ -332,18 +231,12 @@ def _recipe_error(
             message = f"expected {alternatives}; found {_found(value)}{near}"
         else:
             message = "; ".join(other)
-        source = next((f"--set {name}" for over, name in overridden.items() if key[: len(over)] == over), "")
-        reports.append((line_of(key), key, source, message))
+        reports.append((line_of(key, lines) or 1, key, message))
     reports.sort(key=lambda report: (report[0], str(report[1])))
-    line, key, source, message = reports[0]
-    rest = [f"{from_ or f'{path}:{at}'}: {show_key(where)}: {what}" for at, where, from_, what in reports[1:]]
-    return RecipeError(
-        "\n".join([message, *rest]),
-        "edgedistill schema   # every key, with its type and default",
-        file=source or path,
-        line=None if source else line,
-        key=show_key(key),
-    )
+    (_, first, message), *rest = reports
+    more = [_told(path, key, said, "", lines, overrides, missing=1).message for _, key, said in rest]
+    hint = "edgedistill schema   # every key, with its type and default"
+    return _told(path, first, "\n".join([message, *more]), hint, lines, overrides, missing=1)
 
 
 def _resolve(data: Any, loc: Key, kind: str) -> tuple[Key, Any]:

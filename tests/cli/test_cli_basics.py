@@ -194,9 +194,9 @@ def test_unknown_verb_and_option_exit_2() -> None:
 
 
 def test_folder_without_a_model(recipe: Path) -> None:
-    refused(edgedistill("plan", recipe), f"{recipe}: teacher.model", "path:", "no such file or folder")
+    refused(edgedistill("plan", recipe), f"{recipe}:6: teacher.model", "path:", "no such file or folder")
     (recipe.parent / "model").mkdir()
-    refused(edgedistill("plan", recipe), f"{recipe}: teacher.model", "no config.json in this folder")
+    refused(edgedistill("plan", recipe), f"{recipe}:6: teacher.model", "no config.json in this folder")
 
 
 def test_places_that_cannot_be_written_to(tmp_path: Path) -> None:

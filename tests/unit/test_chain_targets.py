@@ -144,8 +144,8 @@ def test_a_link_that_ships_is_tempered_and_teaches_as_it_was(recipe: Path) -> No
     ("changes", "key", "message"),
     [
         ({"chain.0.targets": ["laptop-x68"]}, "chain.0.targets", "no target is called"),
-        ({"chain.0.targets": ["laptop-x86"] * 2}, "chain[0].targets", "named twice"),
-        ({"chain.0.gates": {"min_shrink": 2.0}}, "chain[0].gates", "nothing of this link is packaged"),
+        ({"chain.0.targets": ["laptop-x86"] * 2}, "chain.0.targets", "named twice"),
+        ({"chain.0.gates": {"min_shrink": 2.0}}, "chain.0.gates", "nothing of this link is packaged"),
         ({**SHIPS, "chain.0.gates": {"min_retention": {"mmlu": 0.5}}}, "", r"chain\.0\.gates\.min_retention names the suite"),
         ({**SHIPS, "chain.0.gates": {"min_shrink": {"pi": 2.0}}}, "", r"min_shrink names the target 'pi'"),
         ({**SHIPS, "draft.targets": ["laptop-x86"]}, "", r"draft\.targets names the target 'laptop-x86'"),
@@ -155,7 +155,20 @@ def test_a_link_that_ships_is_tempered_and_teaches_as_it_was(recipe: Path) -> No
 def test_what_no_link_can_ship_is_refused(recipe: Path, changes: dict[str, Any], key: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         planned(recipe, **changes)
-    assert key in str(error.value) and str(error.value).startswith((str(recipe), f"--set {key.replace('[0]', '.0')}"))
+    assert key in str(error.value) and str(error.value).startswith((str(recipe), f"--set {key}"))
+
+
+def test_what_only_a_plan_refuses_is_told_with_its_line(recipe: Path) -> None:
+    lines = recipe.read_text().splitlines()
+    at = next(number for number, line in enumerate(lines, 1) if line.startswith("[prompts]"))
+    files = next(number for number, line in enumerate(lines, 1) if number > at and line.startswith("files"))
+    recipe.write_text("\n".join([*lines[: files - 1], 'files = ["data/nothing.jsonl"]', *lines[files:]]))
+    with pytest.raises(RecipeError, match=r"nothing\.jsonl: no such file") as error:
+        planned(recipe, prompts__rows=None)
+    assert str(error.value).startswith(f"{recipe}:{files}: prompts.files: ")
+    with pytest.raises(RecipeError) as error:
+        planned(recipe, prompts__files=["data/gone.jsonl"], prompts__rows=None)
+    assert str(error.value).startswith("--set prompts.files: ") and "gone.jsonl: no such file" in str(error.value)
 
 
 def test_the_packaged_chain_ships_its_link_too(tmp_path: Path) -> None:

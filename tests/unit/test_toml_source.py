@@ -9,15 +9,16 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgedistill.errors import RecipeError, UsageError
+from edgedistill.toml_lines import key_lines
 from edgedistill.toml_source import (
     apply_overrides,
     key_error,
-    key_lines,
     load_toml,
     parse_override,
     read_text,
     schema,
     split_dotted,
+    with_line,
 )
 
 
@@ -280,9 +281,62 @@ def test_a_table_that_is_laid_over_a_recipe_stays_as_the_caller_made_it() -> Non
 
 def test_wrong_override_names_the_flag_not_a_line() -> None:
     assert refused('name = "a"\n', **{"distill.lr": "fast"}).startswith(
-        '--set distill.lr: distill.lr: expected a number; found "fast" (a string)'
+        '--set distill.lr: expected a number; found "fast" (a string)'
     )
     assert 'did you mean "lr"?' in refused('name = "a"\n', **{"distill.lrr": 1.0})
+
+
+TABLES = """
+name = "a"
+[distill]
+lr = 1e-4
+
+[[filter]]
+kind = "length"
+[[filter]]
+kind = "reference"
+metric = "exact"
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides", "told"),
+    [
+        ("distill.lr", {}, "{path}:4: distill.lr: no"),
+        ("filter.1.metric", {}, "{path}:10: filter.1.metric: no"),
+        ("filter.1.max_tokens", {}, "{path}:8: filter.1.max_tokens: no"),  # at its default: its table
+        ("distill.lora.rank", {}, "{path}:3: distill.lora.rank: no"),
+        ("heal.files", {}, "{path}: heal.files: no"),  # nowhere
+        ("distill.lr", {"distill.lr": 1.0}, "--set distill.lr: no"),
+        ("filter.1.metric", {"filter.1.metric": "f1"}, "--set filter.1.metric: no"),
+        ("distill.lr", {"distill": {"lr": 1.0}}, "--set distill: distill.lr: no"),
+        ("distill.lr", {"distill.lora.rank": 2, "heal.lr": 1.0}, "{path}:4: distill.lr: no"),
+    ],
+)
+def test_what_a_plan_refuses_is_told_with_the_line_of_its_key(
+    tmp_path: Path, key: str, overrides: dict[str, Any], told: str
+) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(TABLES)
+    found = with_line(RecipeError("no", "hint", file=path, key=key), path, overrides)
+    assert str(found) == told.format(path=path) and found.hint == "hint"
+
+
+def test_the_line_of_a_profile_is_that_of_its_own_file(tmp_path: Path) -> None:
+    profile = tmp_path / "laptop.toml"
+    profile.write_text('name = "laptop"\n[limits]\nfile_size = "5 MiB"\n')
+    error = RecipeError("no", file=profile, key="limits.file_size")
+    assert str(with_line(error, tmp_path / "recipe.toml", {"limits": 1})) == f"{profile}:3: limits.file_size: no"
+
+
+def test_an_error_that_has_its_line_or_no_file_stays_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    for one in (
+        RecipeError("no", file=path, line=3, key="distill.lr"),
+        RecipeError("no", key="distill.lr"),
+        RecipeError("no", file="--set distill.lr", key="distill.lr"),
+    ):
+        assert with_line(one, path, {}) is one
 
 
 def test_schema_is_json_schema_that_forbids_unknown_keys() -> None:
