@@ -128,10 +128,11 @@ def plan(
     from edgedistill.tables import plan_json, plan_table, print_table
 
     session = _cut(_session(recipe, target, set_), until)
-    from edgedistill.session import check_disk, rows_of
+    from edgedistill.runner import check_disk
+    from edgedistill.session import rows_of
 
     rows = rows_of(session, _force(session, force))
-    check_disk(rows, session.store)
+    check_disk([row[:2] for row in rows], session.store)
     for warning in session.plan.warnings:
         _note(f"warning: {warning}")
     for line in advise(session.inputs):
@@ -171,13 +172,14 @@ def build(
     if dry_run:
         plan(recipe, target, set_, force, until, as_json)
         return
-    from edgedistill.session import check_disk, publish, rows_of
+    from edgedistill.runner import check_disk
+    from edgedistill.session import publish, rows_of
     from edgedistill.tables import build_json, build_table, print_table
     from edgedistill.ui import TerminalReporter
 
     session = _cut(_session(recipe, target, set_, ship_anyway=ship_anyway), until)
     forced = _force(session, force) + (_force(session, _speeds(session)) if remeasure else [])
-    check_disk(rows_of(session, forced), session.store)
+    check_disk([row[:2] for row in rows_of(session, forced)], session.store)
     for warning in session.plan.warnings:
         _note(f"warning: {warning}")
     from edgedistill.runner import Runner
@@ -215,8 +217,8 @@ def sweep(
 ) -> None:
     """Build a recipe with several values of some keys, and say which are worth it."""
     from edgedistill.recipe import load_recipe
-    from edgedistill.runner import worst
-    from edgedistill.session import check_disk, recipe_path, rows_of
+    from edgedistill.runner import check_disk, worst
+    from edgedistill.session import recipe_path, rows_of
     from edgedistill.sweep import build as build_points
     from edgedistill.sweep import parse_all_over, plan_points, read, sheet
     from edgedistill.sweep_teachers import teachers_sheet
@@ -230,7 +232,7 @@ def sweep(
     for warning in dict.fromkeys(text for point in points for text in point.session.plan.warnings):
         _note(f"warning: {warning}")
     for point in points:
-        check_disk(rows_of(point.session), point.session.store)
+        check_disk([row[:2] for row in rows_of(point.session)], point.session.store)
     outcomes = build_points(points, reporter=TerminalReporter, say=_note, threads=threads)
     lines = read(points)
     if as_json:

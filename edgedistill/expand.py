@@ -34,9 +34,13 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens
 from edgedistill.recipe import Suite
 from edgedistill.recipe_teacher import Another
 from edgedistill.served import Server
+from edgedistill.stages.allocate import Allocate
+from edgedistill.stages.base import Gguf
 from edgedistill.stages.evaluate import Evaluate, SuiteSpec
 from edgedistill.stages.measure import Measure
 from edgedistill.stages.package import DraftedPackage, Package
+from edgedistill.stages.quantize import Quantize
+from edgedistill.stages.tune import Tune
 from edgedistill.target import Target, Types, matches_host
 
 MEASURE_SECONDS = 1e9  # work units of "measure" are nominal seconds x 1e9
@@ -352,7 +356,27 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             kv=kv,
             prompts=tuple(prompts),
         )
-        return self.graph.add(name, stage, Work(kind="measure", amount=15 * MEASURE_SECONDS), memory=600 * MIB)
+        # Both lie in memory at once, each with a context.
+        memory = self._weighs(model) + (self._weighs(baseline) if baseline else 0) + 600 * MIB
+        return self.graph.add(name, stage, Work(kind="measure", amount=15 * MEASURE_SECONDS), memory=memory)
+
+    def _weighs(self, artifact: Key) -> int:
+        """Estimate the bytes of an artifact."""
+        from edgedistill.formats.gguf.types import file_type
+
+        step = self.graph.step(artifact)
+        if isinstance(step.stage, Tune):
+            return self._weighs(step.stage.quantized)
+        if isinstance(step.stage, Gguf):
+            return self.inputs.teacher.facts.size
+        if not isinstance(step.stage, Quantize):  # an f16 file
+            return step.disk
+        if step.stage.types is not None:
+            choice = self.graph.step(step.stage.types).stage
+            assert isinstance(choice, Allocate)
+            return choice.size
+        # The disk is of two bytes a weight; of an ONNX folder, whose embeddings are not packed, of four.
+        return step.disk // 2 if step.stage.format == "onnx" else int(step.disk * file_type(step.stage.type).bpw / 16)
 
     def _package(
         self,

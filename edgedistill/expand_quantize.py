@@ -18,7 +18,17 @@ from edgedistill.kv_cache import CHOICES, F16, Pair, cache_bytes
 from edgedistill.model_facts import ModelFacts
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
-from edgedistill.rates import MIB, RUNTIME_MIB, Work, row_tokens, sensitivity_work, train_work
+from edgedistill.rates import (
+    MIB,
+    RUNTIME_MIB,
+    Work,
+    calibrate_memory,
+    convert_memory,
+    quantize_memory,
+    row_tokens,
+    sensitivity_work,
+    train_work,
+)
 from edgedistill.refusals_auto import speeds_of
 from edgedistill.stages.allocate import Allocate
 from edgedistill.stages.calibrate import Calibrate
@@ -102,7 +112,7 @@ class QuantizeSteps(TrainingSteps):
             name,
             stage,
             Work(kind="convert", amount=2 * params),
-            memory=8 * params + RUNTIME_MIB * MIB,
+            memory=convert_memory(params),
             disk=2 * params + 4 * MIB,
         )
 
@@ -116,7 +126,7 @@ class QuantizeSteps(TrainingSteps):
             f"{name}-f32{at}{of}",
             replace(step.stage, dtype="f32"),
             Work(kind="convert", amount=4 * params),
-            memory=12 * params + RUNTIME_MIB * MIB,
+            memory=convert_memory(params, wide=True),
             disk=4 * params + 4 * MIB,
         )
 
@@ -169,7 +179,7 @@ class QuantizeSteps(TrainingSteps):
             name,
             Calibrate(model=gguf, kept=kept, rows=self.recipe.calibrate.rows, tool=self.llama, general=general),
             Work(kind="forward", amount=2 * params * self.tokens * share),
-            memory=3 * params + 300 * MIB,
+            memory=calibrate_memory(params),
             disk=4 * MIB,
         )
 
@@ -222,11 +232,11 @@ class QuantizeSteps(TrainingSteps):
             **onnx_options(types),
         )
         kind, size = ("build-onnx", 4 * params) if onnx else ("quantize", 2 * params)
-        memory = 6 * params + 300 * MIB
-        if onnx and (gptq or choice):  # gradients as well
-            kind, memory = "round-onnx", 10 * params + 2500 * MIB
-        elif gptq:  # second moments of a gibibyte at most, the inputs of a batch, and torch
-            kind, memory = "quantize-gptq", memory + (1500 + RUNTIME_MIB) * MIB
+        memory = quantize_memory(params, onnx=onnx, gptq=gptq, chosen=choice is not None)
+        if onnx and (gptq or choice):
+            kind = "round-onnx"
+        elif gptq:
+            kind = "quantize-gptq"
         return self.graph.add(name, stage, Work(kind=kind, amount=size), memory=memory, disk=size)
 
     def _tune(self, name: str, quantized: Key, student: Key) -> Key:

@@ -28,7 +28,7 @@ from edgedistill.inputs import (
 )
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
-from edgedistill.rates import MIB, RUNTIME_MIB, Work, ffn_work, row_tokens, train_memory, train_work
+from edgedistill.rates import MIB, RUNTIME_MIB, Work, base_memory, ffn_work, row_tokens, train_memory, train_work
 from edgedistill.recipe_teacher import Another
 from edgedistill.refusals import refuse
 from edgedistill.refusals_prompts import guides
@@ -101,7 +101,7 @@ class TrainingSteps:
         )
         size = 4 * model.facts.params() if dequantize else model.facts.size
         return self.graph.add(
-            name, stage, Work(kind="bytes", amount=size), memory=size + 300 * MIB, disk=size * dequantize
+            name, stage, Work(kind="bytes", amount=size), memory=base_memory(size), disk=size * dequantize
         )
 
     def _calls(self, rows: Iterable[Row]) -> dict[str, Any]:

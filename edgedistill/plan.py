@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from edgedistill.devices.host import fingerprint
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.rates import Work
@@ -113,15 +113,12 @@ def package_version(name: str) -> str:
         return ""
 
 
-def check_machine(plan: Plan) -> None:
-    """Refuse a plan that this machine has not the memory for."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return
+def check_machine(plan: Plan, hint: str = "take a smaller model, or train by LoRA instead of in full") -> None:
+    """Refuse a plan that this machine, or what a container leaves of it, has not the memory for."""
+    memory = fingerprint().memory_bytes
     worst = max(plan.steps, key=lambda step: step.memory)
-    if worst.memory > memory:
+    if memory and worst.memory > memory:  # 0: not known
         raise UsageError(
             f"{worst.id} needs about {format_size(worst.memory)} of memory; this machine has {format_size(memory)}",
-            "take a smaller model, or train by LoRA instead of in full",
+            hint,
         )

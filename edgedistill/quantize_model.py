@@ -16,15 +16,22 @@ from edgedistill.artifact import kv_lines
 from edgedistill.data.prompts import Row, load_rows
 from edgedistill.data.sources import SUFFIXES
 from edgedistill.errors import EdgeDistillError, UsageError
-from edgedistill.expand_quantize import add_choice, add_general, add_kv_cache, add_sensitivity, is_wide, onnx_options
+from edgedistill.expand_quantize import (
+    add_choice,
+    add_general,
+    add_kv_cache,
+    add_sensitivity,
+    is_wide,
+    onnx_options,
+)
 from edgedistill.fingerprint import Key, digest
 from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, kept, resolve
-from edgedistill.plan import Graph, Plan, package_version
-from edgedistill.rates import Work
+from edgedistill.plan import Graph, Plan, check_machine, package_version
+from edgedistill.rates import MIB, Work, base_memory, calibrate_memory, convert_memory, quantize_memory
 from edgedistill.refusals_auto import refuse_onnx, speeds_of
 from edgedistill.refusals_kv import refuse_kv
-from edgedistill.runner import Reporter, Runner
+from edgedistill.runner import Reporter, Runner, assess, check_disk
 from edgedistill.stages.base import Base
 from edgedistill.stages.calibrate import CalibrateText
 from edgedistill.stages.convert import Convert
@@ -195,6 +202,9 @@ def quantize_model(
         for name, format_, choice in wanted:
             if format_ == "gguf" and choice.rounding == "gptq":  # which takes an importance matrix, too
                 reporter.note(f"{name}: no --calibration FILE: rounded to the nearest value, not by gptq")
+    check_machine(plan, "take a smaller model, or a machine with more memory")
+    verdicts = assess(plan, store)
+    check_disk(((step, verdicts[step.key]) for step in plan.steps), store)
     outcome = Runner(plan, store, reporter).build()
     for error in outcome.failed.values():
         raise error
@@ -262,17 +272,25 @@ def _plan(
     else:
         tool = gguf_tool if resolved.path.is_file() else ""
         stage = Base(source_digest=resolved.digest, dtype="float32", tool=tool, path=resolved.path.absolute())
-        base = graph.add("base", stage, size, disk=4 * params)
+        whole = 4 * params if tool else resolved.facts.size
+        base = graph.add("base", stage, size, memory=base_memory(whole), disk=bool(tool) * whole)  # a folder is linked
         if any(format_ == "gguf" for _, format_, _ in wanted):
             rows = sample_rows()
             title = Path(resolved.source.split(":", 1)[-1]).name
             convert = Convert(
                 model=base, dtype="f16", tool=gguf_tool, title=title, licence=resolved.facts.licence, rows=rows
             )
-            container = graph.add("convert", convert, Work(kind="convert", amount=2 * params), disk=2 * params)
+            work = Work(kind="convert", amount=2 * params)
+            container = graph.add("convert", convert, work, memory=convert_memory(params), disk=2 * params)
             if any(format_ == "gguf" and is_wide(choice) for _, format_, choice in wanted):
                 work = Work(kind="convert", amount=4 * params)
-                wide = graph.add("convert/f32", replace(convert, dtype="f32"), work, disk=4 * params)
+                wide = graph.add(
+                    "convert/f32",
+                    replace(convert, dtype="f32"),
+                    work,
+                    memory=convert_memory(params, wide=True),
+                    disk=4 * params,
+                )
     imatrix = sensitivity = of_onnx = None
     text = _calibration_text(calibration) if calibration is not None else ()
     builder = f"onnxruntime-genai {package_version('onnxruntime-genai')}"
@@ -280,7 +298,8 @@ def _plan(
     if (text or general) and container is not None and calibrated:
         own = add_general(graph, "converse", container, general, params, llama)
         stage = CalibrateText(model=container, text=text, tool=llama, general=own)
-        imatrix = graph.add("calibrate", stage, Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4))
+        work = Work(kind="forward", amount=2 * params * sum(map(len, text)) / 4)
+        imatrix = graph.add("calibrate", stage, work, memory=calibrate_memory(params), disk=4 * MIB)
         if any(choice.type == AUTO and format_ == "gguf" for _, format_, choice in wanted):
             stage = Sensitivity(
                 model=container, checkpoint=base, kept=None, text=text, rows=len(text), tool=llama, general=own
@@ -315,7 +334,8 @@ def _plan(
             **onnx_options(choice),
         )
         work = Work(kind="build-onnx" if onnx else "quantize", amount=2 * params)
-        keys.append(graph.add(f"quantize/{name}", stage, work, disk=2 * params))
+        memory = quantize_memory(params, onnx=onnx, gptq=choice.rounding == "gptq", chosen=types is not None)
+        keys.append(graph.add(f"quantize/{name}", stage, work, memory=memory, disk=2 * params))
         if name in caches and imatrix is not None:
             add_kv_cache(graph, f"kv-cache/{name}", caches[name], keys[-1], imatrix, resolved.facts)
     return Plan(identity=digest(["quantize", resolved.digest]), steps=graph.steps()), keys

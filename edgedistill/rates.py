@@ -102,6 +102,29 @@ def train_memory(params: int, *, full: bool) -> int:
     return (18 if full else 3) * params + (RUNTIME_MIB + 1200) * MIB
 
 
+def convert_memory(params: int, *, wide: bool = False) -> int:
+    """Bytes of making a GGUF in f16 (``wide``: float32), beside the checkpoint that it is then compared with, in float32."""
+    return (12 if wide else 8) * params + RUNTIME_MIB * MIB
+
+
+def quantize_memory(params: int, *, onnx: bool, gptq: bool, chosen: bool) -> int:
+    """Bytes of quantizing; ``gptq``: rounded with feedback, ``chosen``: to types of each matrix's own."""
+    if onnx and (gptq or chosen):  # gradients as well
+        return 10 * params + 2500 * MIB
+    # Second moments of a gibibyte at most, the inputs of a batch, and torch.
+    return 6 * params + 300 * MIB + (gptq and not onnx) * (1500 + RUNTIME_MIB) * MIB
+
+
+def calibrate_memory(params: int) -> int:
+    """Bytes of measuring an importance matrix: the model in f16, and sums of its activations."""
+    return 3 * params + 300 * MIB
+
+
+def base_memory(size: int) -> int:
+    """Bytes of bringing a checkpoint of ``size`` bytes into the store."""
+    return size + 300 * MIB
+
+
 def sensitivity_work(params: int) -> Work:
     """Return the work of a table of types: gradients over a fixed amount of text, and every matrix in every type."""
     return Work(kind="sensitivity", amount=(4 * 8192 + 30_000) * float(params))

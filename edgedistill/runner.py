@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.cpus import usable_cpus
-from edgedistill.errors import EdgeDistillError, GateMissed, StepFailed
+from edgedistill.errors import EdgeDistillError, GateMissed, StepFailed, UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.rows import RowStore
 from edgedistill.step import Context
 from edgedistill.store import Damaged, Entry, Store, write_atomic
+from edgedistill.target import format_size
 
 TOOLS = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "pyarrow")
 
@@ -117,6 +118,17 @@ def assess(plan: Plan, store: Store, *, force: Iterable[str] = ()) -> dict[Key, 
             inputs = None if changing else _digests(store, step)
             verdicts[step.key] = Verdict(status="run", reason=_why_new(plan, step, history, store, inputs))
     return verdicts
+
+
+def check_disk(steps: Iterable[tuple[Step, Verdict]], store: Store) -> None:
+    """Refuse a build that the store's disk has no room for. Raises UsageError."""
+    need = sum(step.disk for step, verdict in steps if verdict.status != "cached")
+    free = shutil.disk_usage(store.root).free
+    if need > free:
+        raise UsageError(
+            f"the build needs about {format_size(need)} of disk in {store.root}, {format_size(free)} are free",
+            "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk",
+        )
 
 
 def _digests(store: Store, step: Step) -> dict[Key, str]:

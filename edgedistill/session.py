@@ -26,7 +26,7 @@ from edgedistill.runner import Verdict, assess
 from edgedistill.served import KIND as SERVED_KIND
 from edgedistill.served import Server, resolve_launched, resolve_served, scored_tokens, server_of
 from edgedistill.store import Entry, Store
-from edgedistill.target import Target, find_target, format_size
+from edgedistill.target import Target, find_target
 from edgedistill.toml_source import with_line
 
 if TYPE_CHECKING:
@@ -258,17 +258,6 @@ def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Ver
         (step, verdicts[step.key], 0.0 if verdicts[step.key].status == "cached" else rates.seconds(step.work))
         for step in session.plan.steps
     ]
-
-
-def check_disk(rows: list[tuple[Step, Verdict, float]], store: Store) -> None:
-    """Refuse a build that the store's disk has no room for."""
-    need = sum(step.disk for step, verdict, _ in rows if verdict.status != "cached")
-    free = shutil.disk_usage(store.root).free
-    if need > free:
-        raise UsageError(
-            f"the build needs about {format_size(need)} of disk in {store.root}, {format_size(free)} are free",
-            "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk",
-        )
 
 
 def publish(session: Session, outcome: Outcome) -> list[Path]:

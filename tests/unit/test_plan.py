@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from edgedistill import plan as plans
+from edgedistill.devices.host import fingerprint
 from edgedistill.errors import EdgeDistillError, RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import read_inputs
@@ -553,6 +555,38 @@ def test_a_model_too_big_for_the_memory_is_refused(folder: Path) -> None:
     (step, *_) = make(folder).steps
     with pytest.raises(UsageError, match="of memory; this machine has"):
         check_machine(Plan(identity="x", steps=[dataclasses.replace(step, memory=10**15)]))
+
+
+def test_the_memory_is_what_a_container_leaves_of_the_machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_memory(size: int) -> None:
+        host = dataclasses.replace(fingerprint(), memory_bytes=size)
+        monkeypatch.setattr(plans, "fingerprint", lambda: host)
+
+    (step, *_) = make(folder).steps
+    plan = Plan(identity="x", steps=[dataclasses.replace(step, memory=2 << 30)])
+    with_memory(2 << 30)
+    check_machine(plan)
+    with_memory(1 << 30)
+    with pytest.raises(UsageError, match="needs about 2 GiB of memory; this machine has 1 GiB") as error:
+        check_machine(plan, "rent a larger one")
+    assert error.value.hint == "rent a larger one"
+    with_memory(0)  # not known
+    check_machine(plan)
+
+
+def test_what_is_measured_lies_in_memory_beside_what_it_is_measured_against(folder: Path) -> None:
+    plan = make(folder)
+
+    def memory(name: str) -> int:
+        return plan.match(name)[0].memory - (600 << 20)
+
+    teacher = 2 * ModelFacts(**FACTS).params()
+    assert memory("measure/teacher") == pytest.approx(teacher, rel=0.05)
+    student = memory("measure/student")
+    assert 0.5 * teacher < student < teacher
+    # IQ4_NL has 4.7 bits of the student's 16
+    assert memory("measure/phone-midrange") == pytest.approx(teacher + student * 4.7 / 16, rel=0.05)
+    assert memory("measure/laptop-x86-onnx") == pytest.approx(teacher + student, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -9,12 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edgedistill import quantize_model as quantizing
+from edgedistill.devices.host import fingerprint
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.formats.gguf.convert import convert
@@ -293,6 +296,28 @@ def test_rounding_that_there_is_no_text_for_is_told(model: Path, tmp_path: Path)
     make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": Store(tmp_path / "store")}
     quantize_model(str(model), targets=[phone], reporter=reporter, **make)
     assert f"{phone}: no --calibration FILE: rounded to the nearest value, not by gptq" in reporter.notes
+
+
+def test_a_machine_without_the_memory_or_the_disk_is_told_before_anything_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path / "store")
+    make: dict[str, Any] = {"targets": [], "types": ["Q4_0"], "store": store, "out": tmp_path / "out"}
+    with monkeypatch.context() as patch:
+        host = dataclasses.replace(fingerprint(), memory_bytes=600 << 20)  # torch alone takes more
+        patch.setattr("edgedistill.plan.fingerprint", lambda: host)
+        with pytest.raises(UsageError, match=r"convert needs about .* of memory; this machine has 600 MiB") as error:
+            quantize_model(str(model), **make)
+        assert "smaller model" in error.value.hint
+    with monkeypatch.context() as patch:
+        patch.setattr("edgedistill.runner.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(UsageError, match=r"of disk in .*, 1000 B are free"):
+            quantize_model(str(model), **make)
+    assert not list((store.root / "entries").glob("*/*"))
+    quantize_model(str(model), **make)
+    with monkeypatch.context() as patch:  # what is made already needs no room
+        patch.setattr("edgedistill.runner.shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+        quantize_model(str(model), **make)
 
 
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
