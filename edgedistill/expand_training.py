@@ -28,7 +28,18 @@ from edgedistill.inputs import (
 )
 from edgedistill.models import Resolved
 from edgedistill.plan import Graph, package_version
-from edgedistill.rates import MIB, RUNTIME_MIB, Work, base_memory, ffn_work, row_tokens, train_memory, train_work
+from edgedistill.rates import (
+    MIB,
+    RUNTIME_MIB,
+    Work,
+    base_memory,
+    ffn_work,
+    merge_memory,
+    row_tokens,
+    train_memory,
+    train_work,
+)
+from edgedistill.recipe_base import Training
 from edgedistill.recipe_teacher import Another
 from edgedistill.refusals import refuse
 from edgedistill.refusals_prompts import guides
@@ -43,6 +54,7 @@ from edgedistill.stages.shape import MeasuredShape, Shape
 from edgedistill.stages.states import States
 from edgedistill.stages.temper import Temper
 from edgedistill.training.objectives import even_pairs
+from edgedistill.training.precision import cpu_computes_bf16
 
 ON_POLICY = ("on_policy", "on_policy_tokens", "on_policy_temperature")  # of no matter where nothing is written
 
@@ -146,6 +158,10 @@ class TrainingSteps:
         """Return the verdicts that the filters go by, under the digests that stand in their keys."""
         return {changes(verdicts): verdicts for verdicts in read_reviews(self.inputs).values()}
 
+    def _train_memory(self, params: int, table: Training, *, full: bool, beside: int = 0) -> int:
+        """Return the bytes of a training here, by a table's optimizer."""
+        return train_memory(params, full=full, bf16=cpu_computes_bf16(), optimizer=table.optimizer, beside=beside)
+
     def _base_teacher(self) -> Key:
         """Add the teacher as it comes; a GGUF file that llama.cpp runs needs no other container."""
         return self._as_it_comes(self.inputs.teacher, "teacher", gguf=self.in_gguf)
@@ -172,11 +188,12 @@ class TrainingSteps:
         )
         tokens = sum(map(row_tokens, gold)) * self.recipe.adapt.epochs
         full = self.recipe.adapt.method == "full"
+        memory = self._train_memory(self.t_params, self.recipe.adapt, full=full)
         return self.graph.add(
             "adapt",
             stage,
             train_work(self.t_params, tokens, full=full),
-            memory=train_memory(self.t_params, full=full),
+            memory=memory if full else max(memory, merge_memory(self.t_params)),  # it merges what it trained
             disk=4 * self.t_params + 200 * MIB,
         )
 
@@ -285,7 +302,7 @@ class TrainingSteps:
             name,
             stage,
             work,
-            memory=train_memory(self.s_params, full=True) + guided * 2 * self.t_params,
+            memory=self._train_memory(self.s_params, heal, full=True, beside=guided * self.t_params),
             disk=16 * self.s_params,
         )
 
@@ -384,18 +401,18 @@ class TrainingSteps:
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:
             work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
-        memory = train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params
+        along = (teacher is not None) * self.t_params
         if keep is not None:
             rows = len(self.inputs.prompts) * self.recipe.generate.samples * settings.epochs * keep.share
             general = rows * sum(map(row_tokens, self.inputs.general)) / len(self.inputs.general)
             more = train_work(self.s_params, general, full=full).amount + 2 * self.s_params * general
             work = replace(work, amount=work.amount + more)
-            memory += full * 2 * self.s_params  # the start; that of an adapter is the model without it
+            along += full * self.s_params  # the start; that of an adapter is the model without it
         trained = self.graph.add(
             name,
             stage,
             work,
-            memory=memory,
+            memory=self._train_memory(self.s_params, settings, full=full, beside=along),
             disk=(16 if full else 1) * self.s_params,
         )
         if full:
@@ -404,6 +421,6 @@ class TrainingSteps:
             merge_name,
             Merge(student=student, adapter=trained, kept=kept),
             Work(kind="bytes", amount=4 * self.s_params),
-            memory=12 * self.s_params + RUNTIME_MIB * MIB,
+            memory=merge_memory(self.s_params),
             disk=4 * self.s_params,
         )
