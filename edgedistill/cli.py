@@ -330,7 +330,10 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what auto chooses, and make no file")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize a model for targets or to types, without a recipe; checked before it is handed over."""
+    """Quantize a model for targets or to types, without a recipe; checked before it is handed over. Exits 4 where a file is larger
+    than its target's limit.
+    """
+    from edgedistill.errors import GateMissed
     from edgedistill.quantize_model import quantize_model
     from edgedistill.tables import print_table, quantize_table
     from edgedistill.ui import TerminalReporter
@@ -341,6 +344,10 @@ def quantize(
         reporter=TerminalReporter(raised=True), dry_run=dry_run,
     )  # fmt: skip
     _print_json([result.to_json() for result in results]) if as_json else print_table(quantize_table(results))
+    if over := [result.over for result in results if result.over]:
+        raise GateMissed(
+            "; ".join(over), "take a smaller type or model: --types auto --size SIZE, or raise limits.file_size"
+        )
 
 
 @app.command()

@@ -29,7 +29,7 @@ from edgedistill.kv_cache import F16, arguments
 from edgedistill.models import KINDS, Resolved, kept, resolve
 from edgedistill.plan import Graph, Plan, check_machine, package_version
 from edgedistill.rates import MIB, Work, base_memory, calibrate_memory, convert_memory, quantize_memory
-from edgedistill.refusals_auto import refuse_onnx, speeds_of
+from edgedistill.refusals_auto import refuse_auto, refuse_onnx, refuse_size, speeds_of
 from edgedistill.refusals_kv import refuse_kv
 from edgedistill.runner import Reporter, Runner, assess, check_disk
 from edgedistill.stages.base import Base
@@ -57,6 +57,8 @@ class Quantized:
     bpw: float
     fallbacks: list[str]
     notes: list[str]
+    over: str = ""
+    """How its size misses the target's limit; "" where it does not."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -103,8 +105,8 @@ def quantize_model(
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     speeds: dict[str, Any] = {}
     caches: dict[str, Target] = {}
-    for name in targets:
-        target = find_target(name, Path())
+    profiles = {name: find_target(name, Path()) for name in targets}
+    for name, target in profiles.items():
         speeds[name] = speeds_of(target)
         if target.kv != F16:
             caches[name] = target
@@ -170,12 +172,15 @@ def quantize_model(
                     f"target {name}: ONNX needs onnxruntime-genai, which is not installed",
                     "pip install 'edgedistill[onnx]'",
                 )
-            for warning in refuse_onnx(find_target(name, Path()), "this model", resolved.facts.config()):
+            for warning in refuse_onnx(profiles[name], "this model", resolved.facts.config()):
                 reporter.note(warning)
             if general and (choice.type == AUTO or choice.rounding == "gptq"):
                 reporter.note(f"{name}: --general is for GGUF files: it goes by --calibration alone")
         elif choice.type == AUTO:
-            _refuse_choice(resolved, name, choice, reporter if name in targets else None)
+            _refuse_choice(resolved, choice, profiles.get(name), reporter)
+        elif name in profiles:
+            for warning in refuse_size(profiles[name], "this model", resolved.facts.config())[1]:
+                reporter.note(f"{name}: {warning}")
     for name, target in caches.items():
         for warning in refuse_kv(target, resolved.facts, 0):
             reporter.note(f"{name}: {warning}")
@@ -210,7 +215,16 @@ def quantize_model(
         raise error
     if dry_run:
         return [_chosen(store, plan, line) for line in wanted]
-    return [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+    made = [_publish(store, plan, key, line, out, model) for key, line in zip(keys, wanted, strict=True)]
+    return [replace(one, over=_over(one, profiles.get(one.name))) for one in made]
+
+
+def _over(made: Quantized, target: Target | None) -> str:
+    """Say how a file is larger than its target allows; "" where it is not."""
+    limit = None if target is None else target.limits.file_size
+    if limit is None or made.size <= limit:
+        return ""
+    return f"{made.name}: {format_size(made.size)} is over its file_size of {format_size(limit)}"
 
 
 def _is_calibrated(format_: str, choice: Types) -> bool:
@@ -226,12 +240,11 @@ def _is_calibrated(format_: str, choice: Types) -> bool:
     )
 
 
-def _refuse_choice(resolved: Resolved, name: str, choice: Types, reporter: Reporter | None) -> None:
-    """Raise UsageError where the types of ``resolved`` cannot be chosen, or nothing meets the limits. ``name`` is a target's where
-    there is a ``reporter`` for its warnings.
+def _refuse_choice(resolved: Resolved, choice: Types, target: Target | None, reporter: Reporter) -> None:
+    """Raise UsageError where the types of ``resolved`` cannot be chosen, or nothing meets the limits of a ``target``; tell its
+    warnings.
     """
     from edgedistill.formats.gguf.types import smallest_choice
-    from edgedistill.refusals_auto import refuse_auto
 
     if resolved.path.is_file() and resolved.kind != "pypi":
         # Gradients are taken by transformers: the file must become a checkpoint first.
@@ -243,8 +256,8 @@ def _refuse_choice(resolved: Resolved, name: str, choice: Types, reporter: Repor
         hf_config(info, dtype="float32", tied="lm_head.weight" not in names)
         tokenizer_json(info)
     config = resolved.facts.config()
-    if reporter is not None:
-        for warning in refuse_auto(find_target(name, Path()), "this model", config):
+    if target is not None:
+        for warning in refuse_auto(target, "this model", config):
             reporter.note(warning)
     elif choice.size is not None and (least := smallest_choice(config)) > choice.size:
         raise UsageError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from edgedistill.chat import check_tools
 from edgedistill.data.prompts import leaks
@@ -28,7 +27,7 @@ from edgedistill.inputs import (
 from edgedistill.kv_cache import F16
 from edgedistill.pairing import check_features, tokens_differ
 from edgedistill.plan import package_version
-from edgedistill.refusals_auto import refuse_auto, refuse_onnx
+from edgedistill.refusals_auto import refuse_auto, refuse_onnx, refuse_size
 from edgedistill.refusals_chat import refuse_templates
 from edgedistill.refusals_filter import refuse_graders, refuse_languages, refuse_metrics, warn_of_labels
 from edgedistill.refusals_kv import refuse_kv
@@ -432,23 +431,9 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
         )
 
 
-def _must_fit(target: Target, who: str, config: Mapping[str, Any]) -> None:
-    """Refuse a size that nothing can meet."""
-    from edgedistill.formats.gguf.types import smallest_type
-
-    limit, (best, least) = target.limits.file_size, smallest_type(config)
-    if limit is not None and least > limit:
-        raise RecipeError(
-            f"no type brings {who} under {format_size(limit)}: the smallest, {best}, makes about {format_size(least)}",
-            "take fewer layers or a smaller student, or raise the limit",
-            file=target.path,
-            key="limits.file_size",
-        )
-
-
 def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
-    from edgedistill.formats.gguf.types import estimate_file_size, file_type, fits
+    from edgedistill.formats.gguf.types import file_type, fits
 
     name = target.name if who == "this student" else f"{target.name}, {who}"
     if target.runtime.format == "onnx":
@@ -458,19 +443,14 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
                 "pip install 'edgedistill[onnx]'",
             )
         return [f"{name}: {warning}" for warning in refuse_onnx(target, who, student_facts(inputs).config())]
-    limit = target.limits.file_size
     facts = student_facts(inputs)
     config = facts.config()
     wanted = target.quantize.type
     if wanted == AUTO:
         found = [*refuse_auto(target, who, config), *refuse_kv(target, facts, target.auto_size or 0)]
         return [f"{name}: {warning}" for warning in found]
-    options = {"embedding_type": target.quantize.embedding_type, "output_type": target.quantize.output_type}
-    size = estimate_file_size(config, None, wanted, imatrix=target.quantize.imatrix, **options)
-    warnings = [f"{name}: {warning}" for warning in refuse_kv(target, facts, size)]
-    if limit is not None and size > limit:
-        _must_fit(target, who, config)
-        warnings.append(f"{name}: {wanted} makes about {format_size(size)}, over its file_size of {format_size(limit)}")
+    size, found = refuse_size(target, who, config)
+    warnings = [f"{name}: {warning}" for warning in [*refuse_kv(target, facts, size), *found]]
     base, hidden = file_type(wanted).base, facts.hidden
     odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]
     if odd:

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgedistill.errors import RecipeError, UsageError
 from edgedistill.formats.gguf.speeds import Kernels, fastest, figures, read_kernels
-from edgedistill.formats.gguf.types import smallest_choice, tensor_shapes
+from edgedistill.formats.gguf.types import estimate_file_size, smallest_choice, smallest_type, tensor_shapes
 from edgedistill.formats.onnx.types import refuse_blocks, smallest
 from edgedistill.plan import package_version
 from edgedistill.target import AUTO, Target, format_size, matches_host
@@ -38,6 +38,24 @@ def refuse_auto(target: Target, who: str, config: Mapping[str, Any]) -> list[str
                 key=f"limits.{name}",
             )
     return [*_doubts(target, kernels), *_unheeded(target, heeded=True)]
+
+
+def refuse_size(target: Target, who: str, config: Mapping[str, Any]) -> tuple[int, list[str]]:
+    """Raise RecipeError for a GGUF target's size that no type can meet; return about the bytes of its own type, and warnings."""
+    limit, types = target.limits.file_size, target.quantize
+    options = {"embedding_type": types.embedding_type, "output_type": types.output_type}
+    size = estimate_file_size(config, None, types.type, imatrix=types.imatrix, **options)
+    if limit is None or size <= limit:
+        return size, []
+    best, least = smallest_type(config)
+    if least > limit:
+        raise RecipeError(
+            f"no type brings {who} under {format_size(limit)}: the smallest, {best}, makes about {format_size(least)}",
+            "take fewer layers or a smaller student, or raise the limit",
+            file=target.path,
+            key="limits.file_size",
+        )
+    return size, [f"{types.type} makes about {format_size(size)}, over its file_size of {format_size(limit)}"]
 
 
 def refuse_onnx(target: Target, who: str, config: Mapping[str, Any]) -> list[str]:

@@ -320,6 +320,38 @@ def test_a_machine_without_the_memory_or_the_disk_is_told_before_anything_runs(
         quantize_model(str(model), **make)
 
 
+def test_a_file_that_is_larger_than_its_target_allows_is_told_before_and_after(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roomy = profile(tmp_path / "roomy.toml", 'type = "Q8_0"\n[limits]\nfile_size = "1 MiB"')
+    tight = profile(tmp_path / "tight.toml", 'type = "Q8_0"\n[limits]\nfile_size = "120 KiB"')
+    least = profile(tmp_path / "least.toml", 'type = "Q8_0"\n[limits]\nfile_size = "20 KiB"')
+    reporter, store = Noted(), Store(tmp_path / "store")
+    make: dict[str, Any] = {"types": [], "out": tmp_path / "out", "store": store, "reporter": reporter}
+    with pytest.raises(UsageError, match=r"least\.toml: limits\.file_size: no type brings this model under 20 KiB"):
+        quantize_model(str(model), targets=[roomy, least], **make)
+    assert not list(store.all_keys())
+    fine, over = quantize_model(str(model), targets=[roomy, tight], **make)
+    assert any(
+        re.fullmatch(rf"{tight}: Q8_0 makes about [\d.]+ KiB, over its file_size of 120 KiB", one)
+        for one in reporter.notes
+    )
+    assert fine.over == "" and over.path.is_file()
+    assert re.fullmatch(rf"{tight}: [\d.]+ KiB is over its file_size of 120 KiB", over.over)
+
+    from edgedistill import cli
+
+    monkeypatch.setattr(quantizing, "quantize_model", lambda *_, **options: [fine, over][: len(options["targets"])])
+    for targets, code in ([roomy], 0), ([roomy, tight], 4):
+        given = [part for one in targets for part in ("-t", one)]
+        monkeypatch.setattr(sys, "argv", ["edgedistill", "quantize", str(model), *given])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        shown = capsys.readouterr()
+        assert (ended.value.code or 0) == code and "tiny-roomy.gguf" in shown.out
+        assert ("over its file_size" in shown.err) == bool(code)
+
+
 def test_too_small_a_size_names_the_smallest(model: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no choice of types brings this model under 20 KiB: the smallest makes about"):
         quantize_model(
