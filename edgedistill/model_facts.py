@@ -70,6 +70,11 @@ class ModelFacts:
         }
 
 
+ENCODERS = frozenset(
+    ("bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert", "t5",
+     "t5encoder", "gemma-embedding", "llama-embed", "clip", "wavtokenizer-dec")
+)  # fmt: skip
+"""Architectures, by their names in GGUF files, that write no text from left to right: llama.cpp gives no logits of theirs."""
 AGAIN = "download it again, or save the model anew: model.save_pretrained(DIR)"
 
 
@@ -109,10 +114,15 @@ def model_files(path: Path) -> list[Path]:
 
 
 def gguf_facts(path: Path) -> ModelFacts:
-    """Read the facts of a GGUF from its metadata; a file cut short is refused here."""
+    """Read the facts of a GGUF from its metadata; a file cut short is refused here, and what does not write text."""
     from edgedistill.formats.gguf.read import read_info
 
     info = read_info(path)
+    if info.architecture in ENCODERS:
+        raise UsageError(
+            f"{path}: {info.architecture} does not generate text",
+            "give a decoder (llama, qwen3, gemma3, …): encoders are neither quantized nor distilled here",
+        )
     tokens = info.metadata.get("tokenizer.ggml.tokens", [])
 
     def number(key: str, default: int) -> int:

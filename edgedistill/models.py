@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import digest, file_digest
-from edgedistill.model_facts import ModelFacts, Task, folder_facts, gguf_facts, model_files
+from edgedistill.model_facts import ENCODERS, ModelFacts, Task, folder_facts, gguf_facts, model_files
 from edgedistill.store import write_atomic
 
 if TYPE_CHECKING:
@@ -307,8 +307,10 @@ def _content_digest(path: Path, models: Path) -> str:
 
 def _facts(path: Path, content: str, models: Path, task: Task = "text") -> ModelFacts:
     memo = models / "facts" / (f"{content}.json" if task == "text" else f"{content}.{task}.json")
-    # What another version remembers may have other fields.
-    if memo.is_file() and set(known := json.loads(memo.read_text())) == {one.name for one in fields(ModelFacts)}:
+    # What another version remembers may have other fields, or be of what is refused now.
+    known = json.loads(memo.read_text()) if memo.is_file() else {}
+    refused = path.is_file() and known.get("architecture") in ENCODERS
+    if set(known) == {one.name for one in fields(ModelFacts)} and not refused:
         return ModelFacts(**known)
     if path.is_file() and task != "text":
         what = "sequence classifier" if task == "classification" else "text encoder"

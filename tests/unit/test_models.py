@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgedistill.errors import UsageError
+from edgedistill.model_facts import ModelFacts
 from edgedistill.models import kept, resolve
 from tests.unit.formats.gguf.conftest import make_model
 
@@ -64,6 +66,38 @@ def test_facts_that_another_version_wrote_are_read_anew(change: dict[str, Any], 
     memo.write_text(json.dumps({key: value for key, value in {**known, **change}.items() if value is not None}))
     assert resolve(f"path:{tmp_path / 'model'}", tmp_path / "store").facts == first
     assert json.loads(memo.read_text()) == known
+
+
+@pytest.mark.parametrize("arch", ["bert", "nomic-bert", "t5encoder", "gemma-embedding"])
+def test_a_gguf_file_of_an_encoder_is_refused_as_its_folder_is(arch: str, tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_head_count(2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    store = tmp_path / "store"
+    with pytest.raises(UsageError, match=rf"model\.gguf: {arch} does not generate text") as error:
+        resolve(f"gguf:{path}", store)
+    assert "decoder" in error.value.hint
+    # What an older version remembers of it is not believed.
+    facts = ModelFacts(
+        architecture=arch, layers=1, hidden=32, heads=2, kv_heads=2, ffn=0, vocab=4, tied=True, context=512, tokenizer="t",
+        quantized_from="", licence="", size=1,
+    )  # fmt: skip
+    (content,) = [path.read_text() for path in (store / "models" / "digests").iterdir()]
+    (store / "models" / "facts").mkdir()
+    (store / "models" / "facts" / f"{content}.json").write_text(json.dumps(asdict(facts)))
+    with pytest.raises(UsageError, match="does not generate text"):
+        resolve(f"gguf:{path}", store)
 
 
 @pytest.fixture(scope="module")
