@@ -100,16 +100,20 @@ def resolve(
     )
 
 
-def kept(source: str, store: Path) -> dict[str, str]:
-    """Return the pin of a package's newest version that is in the store already; {} for another source, and where none is. For what
-    has no lock: the index need not be asked again every time.
+def kept(source: str, store: Path, note: Callable[[str], None] = lambda text: None) -> dict[str, str]:
+    """Return the pin of a package's newest version that is in the store already, and tell of it; {} for another source, and where
+    none is. For what no lock pins: nothing is downloaded twice, and a machine without a network has what it had.
     """
     kind, _, name = source.partition(":")
     if kind != "pypi" or "==" in name:
         return {}
     here = [(path, path.name.removeprefix(f"{name}-")) for path in (store / "models" / "pypi").glob(f"{name}-*")]
     versions = [(path.stat().st_mtime, version) for path, version in here if "-" not in version]
-    return {"revision": max(versions)[1]} if versions else {}
+    if not versions:
+        return {}
+    newest = max(versions)[1]
+    note(f"{source}=={newest} as it was fetched before; name a version for another one")
+    return {"revision": newest}
 
 
 # ── the four doors ──

@@ -99,9 +99,7 @@ def quantize_model(
         raise UsageError(f"--size: {error}", "--size '90 MiB'") from None
     store, reporter = store or Store(), reporter or Reporter()
     source = model if model.split(":", 1)[0] in KINDS else f"path:{model}"
-    if pin := kept(source, store.root):
-        reporter.note(f"{source}=={pin['revision']} as it was fetched before; name a version for another one")
-    resolved = resolve(source, store.root, pin=pin, note=reporter.note)
+    resolved = resolve(source, store.root, pin=kept(source, store.root, reporter.note), note=reporter.note)
     wanted: list[tuple[str, str, Types]] = []  # name, format, what its weights become
     speeds: dict[str, Any] = {}
     caches: dict[str, Target] = {}

@@ -16,7 +16,7 @@ from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
 from edgedistill.lock import read_lock, write_lock
 from edgedistill.model_facts import Task
-from edgedistill.models import HubFile, Resolved, fetch_rows, resolve
+from edgedistill.models import HubFile, Resolved, fetch_rows, kept, resolve
 from edgedistill.plan import Plan, Step
 from edgedistill.rates import Rates
 from edgedistill.recipe import Recipe, load_recipe
@@ -61,7 +61,9 @@ def prepare(
     ship_anyway: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Session:
-    """Read a recipe and make its plan. Brings the models here on the first call and pins them in ``NAME.lock``."""
+    """Read a recipe and make its plan. Brings the models here on the first call, unless the store has them, and pins them in
+    ``NAME.lock``.
+    """
     path = recipe_path(given)
     try:
         return _prepared(path, targets, overrides or {}, store or Store(), ship_anyway, note)
@@ -140,7 +142,7 @@ def _models(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None
             "path",
             "gguf",
         )  # your own files may change: that is a new build, not an error
-        pin = None if local else pins.get(source)
+        pin = None if local else pins.get(source) or kept(source, store.root, note)
         try:
             found[source] = resolve(source, store.root, base=path.parent, pin=pin, note=note)
         except UsageError as error:
@@ -182,7 +184,7 @@ def _shown(model: Resolved, name: str | None, table: str, teacher: Resolved, rec
 def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callable[[str], None], task: Task) -> Resolved:
     """Bring a model of a filter here, and pin it as the teacher is."""
     lock, local = path.with_name(f"{recipe.name}.lock"), source.startswith(("path:", "gguf:"))
-    pin = None if local else read_lock(lock).get(source)
+    pin = None if local else read_lock(lock).get(source) or kept(source, store.root, note)
     model = resolve(source, store.root, base=path.parent, pin=pin, note=note, task=task)
     if not local:
         write_lock(lock, [model])

@@ -13,9 +13,14 @@ from typing import Any
 
 import pytest
 
+from edgedistill import session as sessions
 from edgedistill.errors import UsageError
+from edgedistill.lock import read_lock
 from edgedistill.model_facts import ModelFacts
 from edgedistill.models import kept, resolve
+from edgedistill.recipe import load_recipe
+from edgedistill.recipes import copy_recipe
+from edgedistill.store import Store
 from tests.unit.formats.gguf.conftest import make_model
 
 FULL = """Looking in indexes: https://example.org/simple
@@ -51,10 +56,38 @@ def test_a_package_that_is_here_is_found_without_the_index(tmp_path: Path) -> No
     for version in ("1.2", "1.10"):
         (tmp_path / "models" / "pypi" / f"some-model-{version}" / "model").mkdir(parents=True)
         os.utime(tmp_path / "models" / "pypi" / f"some-model-{version}", (0, len(version)))
-    assert kept("pypi:some-model", tmp_path) == {"revision": "1.10"}
+    told: list[str] = []
+    assert kept("pypi:some-model", tmp_path, told.append) == {"revision": "1.10"}
+    assert told == ["pypi:some-model==1.10 as it was fetched before; name a version for another one"]
     assert (
         kept("pypi:some-model==1.2", tmp_path) == kept("pypi:some", tmp_path) == kept("hf:some-model", tmp_path) == {}
     )
+
+
+def test_a_new_recipe_takes_the_package_that_the_store_has_and_pins_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("the index was asked")
+
+    monkeypatch.setattr("edgedistill.models.subprocess.run", offline)
+    store = Store(tmp_path / "store")
+    make_model(store.root / "models" / "pypi" / "tiny-1.0" / "model")
+    path = copy_recipe("quickstart", tmp_path / "quickstart") / "recipe.toml"
+    recipe, told = load_recipe(path, {"teacher.model": "pypi:tiny"}), list[str]()
+    (teacher,), student = sessions._models(recipe, path, store, told.append)
+    assert teacher.revision == student.revision == "1.0" and len(told) == 1 and "pypi:tiny==1.0" in told[0]
+    (pin,) = read_lock(path.with_name("quickstart.lock")).values()
+    assert (pin["revision"], pin["digest"]) == ("1.0", teacher.digest)
+
+    # What is pinned stays, whatever came since; a filter's model is found so, too.
+    later = make_model(store.root / "models" / "pypi" / "tiny-2.0" / "model", seed=1)
+    os.utime(later.parent, (2e9, 2e9))
+    told.clear()
+    assert sessions._models(recipe, path, store, told.append)[1].revision == "1.0" and not told
+    path.with_name("quickstart.lock").unlink()
+    one = sessions._pinned("pypi:tiny", recipe, path, store, told.append, "text")
+    assert one.revision == "2.0" and "pypi:tiny==2.0" in told[0]
 
 
 @pytest.mark.parametrize("change", [{"shape": "round"}, {"layers": None}])
