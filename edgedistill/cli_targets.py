@@ -18,11 +18,11 @@ def _print_json(value: Any) -> None:
 
 @app.command("list")
 def targets_list(as_json: JsonOption = False) -> None:
-    """List the packaged profiles."""
+    """List the profiles: the packaged ones, and those of ./targets, which go before them."""
     from edgedistill.tables import print_table, targets_table
     from edgedistill.target import list_targets
 
-    found = list_targets()
+    found = list_targets(Path(), lambda error: typer.echo(f"left out: {error}", err=True))
     if as_json:
         _print_json([{"name": target.name, **target.model_dump(mode="json")} for target in found])
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -347,9 +348,19 @@ def find_target(name_or_path: str, recipe_dir: Path | None = None) -> Target:
     return check_target(files[name_or_path])
 
 
-def list_targets(recipe_dir: Path | None = None) -> list[Target]:
-    """Return every target that `find_target` finds by name, sorted by name; a wrong file raises its `RecipeError`."""
-    return [check_target(path) for path in _files(recipe_dir).values()]
+def list_targets(recipe_dir: Path | None = None, wrong: Callable[[UsageError], None] | None = None) -> list[Target]:
+    """Return every target that `find_target` finds by name, sorted by name; a wrong file is told to ``wrong`` and left out, or
+    raises its `RecipeError`.
+    """
+    found = []
+    for path in _files(recipe_dir).values():
+        try:
+            found.append(check_target(path))
+        except UsageError as error:
+            if wrong is None:
+                raise
+            wrong(error)
+    return found
 
 
 def check_target(path: Path) -> Target:

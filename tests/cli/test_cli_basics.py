@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -191,6 +192,15 @@ def test_schema_of_something_else() -> None:
 def test_unknown_verb_and_option_exit_2() -> None:
     refused(edgedistill("biuld"), "biuld")
     refused(edgedistill("build", "--untill", "x"), "--untill")
+
+
+def test_targets_of_the_folder_are_listed_and_a_wrong_one_is_told(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "board.toml").write_text(edgedistill("targets", "show", "laptop-x86", cwd=tmp_path).stdout)
+    (tmp_path / "targets" / "other.toml").write_text("[build-system]\n")
+    done = edgedistill("targets", "list", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and {"board", "laptop-x86"} <= {one["name"] for one in json.loads(done.stdout)}
+    assert "left out: targets/other.toml" in done.stderr
 
 
 def test_folder_without_a_model(recipe: Path) -> None:

@@ -81,6 +81,26 @@ def test_eight_profiles_of_both_architectures_and_formats() -> None:
     assert {target.runtime.format for target in targets} == {"gguf", "onnx"}
 
 
+def test_your_own_targets_are_listed_and_go_before_the_packaged_ones(tmp_path: Path) -> None:
+    (tmp_path / "targets").mkdir()
+    packaged = find_target("laptop-x86").path
+    assert packaged is not None
+    mine = packaged.read_text().replace("summary", 'summary = "mine"\n# was', 1)
+    for name in ("board", "laptop-x86"):
+        (tmp_path / "targets" / f"{name}.toml").write_text(mine)
+    found = {target.name: target for target in list_targets(tmp_path)}
+    assert found["board"].summary == found["laptop-x86"].summary == "mine"
+    assert found.keys() == {*(target.name for target in list_targets()), "board"}
+
+    (tmp_path / "targets" / "other.toml").write_text("[build-system]\n")
+    with pytest.raises(RecipeError, match=r"other\.toml"):
+        list_targets(tmp_path)
+    told: list[UsageError] = []
+    assert [target.name for target in list_targets(tmp_path, told.append)] == list(found)
+    (error,) = told
+    assert "other.toml" in str(error)
+
+
 def test_targets_file_of_the_design_reads_as_written() -> None:
     target = find_target("phone-midrange")
     assert (target.name, target.arch, target.features) == ("phone-midrange", "aarch64", ("dotprod",))
