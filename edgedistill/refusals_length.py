@@ -13,15 +13,16 @@ from edgedistill.chat import Chat, read_chat
 from edgedistill.data.prompts import Row, guided
 from edgedistill.devices.protocol import Settings
 from edgedistill.errors import RecipeError, UsageError
-from edgedistill.inputs import Inputs, all_targets, files_of_rows, placed
+from edgedistill.inputs import Inputs, all_targets, few_shots, files_of_rows, placed
 from edgedistill.models import Resolved
 from edgedistill.recipe import Recipe, Suite
 from edgedistill.recipe_teacher import Teacher
 from edgedistill.served import KIND as SERVED_KIND
+from edgedistill.stages.evaluate import with_shots
 
 CHECKED = 64
 """The longest rows of a file that are encoded: the others are shorter, and a plan takes a second."""
-BYTES = 3.3  # of UTF-8 that make a token, about; a row that comes to half a context by it is encoded
+BYTES = 3.3  # of a row that make a token, about; one that comes to half a context by it is encoded
 MEASURED = 2048
 """The context in which teacher and student are timed (``expand.py``); each target's artifact is in its own."""
 SHORTEN = "shorten it, or take it out"
@@ -41,6 +42,7 @@ class _Reading:
     """Whose context it is."""
     new: int | None = None
     guide: bool = False
+    shots: tuple[Mapping[str, str], ...] = ()
     hint: str = SHORTEN
 
 
@@ -75,8 +77,7 @@ class _Counts:
     """Counts tokens, each row's by each model once."""
 
     def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}
-        self._tokens: dict[tuple[Path, str, int, bool, bool], int] = {}
+        self._tokens: dict[tuple[Path, str, int, bool, bool, int], int] = {}
         self._chats: dict[tuple[Path, str], Chat | None] = {}
 
     def too_long(self, reading: _Reading) -> Iterator[tuple[Row, int]]:
@@ -84,9 +85,9 @@ class _Counts:
         model, new = reading.model, 0 if reading.new is None else reading.new
         if not reading.context:
             return
-        near = [
-            (size, at) for at, row in enumerate(reading.rows) if (size := self._size(row) + new) > reading.context / 2
-        ]
+        # A row as it is digested anyway. By bytes: of other scripts than ours a letter may be two tokens.
+        least = (reading.context / 2 - new) * BYTES - len(str(reading.shots))
+        near = [(size, at) for at, row in enumerate(reading.rows) if (size := len(row.line)) > least]
         if not near:
             return
         encode = _encoder(model.path)
@@ -98,25 +99,17 @@ class _Counts:
             if tokens is not None and tokens + new > reading.context:
                 yield row, tokens
 
-    def _size(self, row: Row) -> int:
-        """Estimate the tokens of a row, whatever is read of it. By bytes: of other scripts than ours a letter may be two tokens."""
-        if (known := self._sizes.get(id(row))) is None:
-            texts = [str(message.get("content") or "") for message in row.messages]
-            texts += [row.reference or "", row.guidance or "", str(row.tools or ""), ""]
-            size = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-            known = self._sizes[id(row)] = int(size / BYTES) + 6 * (len(row.messages) + 1)
-        return known
-
     def _count(self, encode: Callable[[str], int], row: Row, reading: _Reading) -> int | None:
         """Return the tokens of a prompt, with its reference where that is read; None where the template does not print it."""
         whole = reading.new is None
         name = reading.model.template.text if reading.model.template else ""
-        known = (reading.model.path, name, id(row), whole, reading.guide)
+        known = (reading.model.path, name, id(row), whole, reading.guide, len(reading.shots))
         if known not in self._tokens:
             chat = self._chat(reading.model, name)
             if chat is None:
                 return None
-            messages = guided(row.messages, row.guidance) if reading.guide else row.messages
+            (shown,) = with_shots((row,), reading.shots)
+            messages = guided(row.messages, row.guidance) if reading.guide else shown.messages
             try:
                 tokens = encode(chat.render(messages, row.tools))
             except UsageError:  # refused by row and file where templates are looked at
@@ -158,6 +151,19 @@ def _readings(inputs: Inputs) -> Iterator[_Reading]:
     for spec, model in zip((recipe.teacher, *recipe.teachers), (inputs.teacher, *inputs.others), strict=True):
         if model.kind != SERVED_KIND:  # whose server alone knows how it cuts text
             yield from _of_teacher(recipe, spec, model, files)
+    if shots := few_shots(inputs.gold, recipe.baselines.few_shot):
+        for key, rows in files.items():
+            if (suite := _suite(recipe, key)) and suite.metric != "perplexity":
+                yield _Reading(
+                    key=key,
+                    rows=rows,
+                    shots=shots,
+                    model=inputs.teacher,
+                    context=inputs.teacher.facts.context,
+                    what=f"the context of {inputs.teacher.source}",
+                    new=suite.max_new_tokens,
+                    hint=f"lower baselines.few_shot, whose {len(shots)} examples stand before it, or {SHORTEN}",
+                )
     for key, rows in files.items():
         new = None  # what is learnt, or has its likelihood taken, has a reference
         if suite := _suite(recipe, key):

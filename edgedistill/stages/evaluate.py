@@ -75,7 +75,7 @@ class Evaluate(Stage):
                     label = suite.name + (" (grammar)" if grammar else "")
                     result = evaluate(
                         runner,
-                        _with_shots(rows, self.shots),
+                        with_shots(rows, self.shots),
                         find_metric(suite.metric, self.folder),
                         max_new_tokens=suite.max_new_tokens,
                         grammar=grammar,
@@ -143,7 +143,7 @@ def _timeless(facts: Any) -> Any:
     return facts
 
 
-def _with_shots(rows: tuple[Row, ...], shots: tuple[Mapping[str, Any], ...]) -> list[Row]:
+def with_shots(rows: tuple[Row, ...], shots: tuple[Mapping[str, Any], ...]) -> list[Row]:
     """Put solved examples before each prompt as earlier turns of the chat."""
     if not shots:
         return list(rows)

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 def here(folder: Path, *, context: int = 4096, student: int | None = None, **overrides: Any) -> Inputs:
     """Return inputs whose models have a tokenizer here; the student's context may be another."""
     make_tokenizer(folder / "model")
-    inputs = make_inputs(folder, **overrides)
+    inputs = make_inputs(folder, **{"baselines.few_shot": 0, **overrides})
 
     def model(size: int) -> Resolved:
         facts = dataclasses.replace(inputs.teacher.facts, context=size, template=True)
@@ -78,6 +78,16 @@ def test_the_count_is_the_one_that_the_model_makes(folder: Path) -> None:
     with pytest.raises(RecipeError, match=f" {tokens} tokens and 40 new ones do not fit"):
         refuse_long(here(folder, context=tokens + 39, **{"suites.holdout.files": [file]}))
     assert refuse_long(here(folder, context=tokens + 40, **{"suites.holdout.files": [file]})) == []
+
+
+def test_examples_before_a_prompt_count(folder: Path) -> None:
+    file = write(folder, "long.jsonl", *SHORT, LONG)
+    changes: dict[str, Any] = {"adapt.files": [file], "adapt.rows": None, "baselines.few_shot": 21}
+    assert len(here(folder, **changes).gold) == 21
+    with pytest.raises(RecipeError, match=r"holdout\.jsonl:\d+: .* tokens and 40 new ones do not fit") as error:
+        refuse_long(here(folder, context=4700, **changes))
+    assert "whose 21 examples stand before it" in error.value.hint
+    assert refuse_long(here(folder, context=4700, **{**changes, "baselines.few_shot": 0})) == []
 
 
 def test_what_fits_the_teacher_may_be_too_long_for_another_student(folder: Path) -> None:
