@@ -201,6 +201,7 @@ class TrainingSteps:
         score = self.recipe.score
         if not self.recipe.stores_targets:
             return None
+        assert score.kind != "none" and score.kind != "dense"  # neither stores any
         stage = Score(
             teacher=teacher,
             kept=kept,
