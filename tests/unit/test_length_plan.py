@@ -48,6 +48,14 @@ def write(folder: Path, name: str, *prompts: str, reference: str = "{}") -> str:
     return f"data/{name}"
 
 
+def holdout(file: str) -> dict[str, Any]:
+    return {"suites.holdout.files": [file]}
+
+
+def rows_of(table: str, file: str) -> dict[str, Any]:
+    return {f"{table}.files": [file], f"{table}.rows": None}
+
+
 SHORT = [f"say {number}" for number in range(20)]
 
 
@@ -72,12 +80,12 @@ def test_the_count_is_the_one_that_the_model_makes(folder: Path) -> None:
     from tokenizers import Tokenizer
 
     file = write(folder, "long.jsonl", *SHORT, LONG)
-    inputs = here(folder, **{"suites.holdout.files": [file]})
+    inputs = here(folder, **holdout(file))
     text = read_chat(inputs.teacher).render(inputs.suites["holdout"][20].messages)
     tokens = len(Tokenizer.from_file(str(folder / "model" / "tokenizer.json")).encode(text).ids)
     with pytest.raises(RecipeError, match=f" {tokens} tokens and 40 new ones do not fit"):
-        refuse_long(here(folder, context=tokens + 39, **{"suites.holdout.files": [file]}))
-    assert refuse_long(here(folder, context=tokens + 40, **{"suites.holdout.files": [file]})) == []
+        refuse_long(here(folder, context=tokens + 39, **holdout(file)))
+    assert refuse_long(here(folder, context=tokens + 40, **holdout(file))) == []
 
 
 def test_examples_before_a_prompt_count(folder: Path) -> None:
@@ -101,7 +109,7 @@ def test_what_fits_the_teacher_may_be_too_long_for_another_student(folder: Path)
 def test_a_reference_may_be_the_long_half(folder: Path) -> None:
     file = write(folder, "long.jsonl", *SHORT, reference=LONG)
     with pytest.raises(RecipeError, match=r"row 'r1?\d': \d+ tokens do not fit"):
-        refuse_long(here(folder, **{"adapt.files": [file], "adapt.rows": None}))
+        refuse_long(here(folder, **rows_of("adapt", file)))
     suites = {"kept": {"files": [file], "metric": "perplexity"}}
     with pytest.raises(RecipeError, match=r"suites\.kept\.files: .*: \d+ tokens do not fit"):
         refuse_long(here(folder, suites=suites, gates={}, teacher__min_score={}))
@@ -110,8 +118,8 @@ def test_a_reference_may_be_the_long_half(folder: Path) -> None:
 def test_the_rows_that_are_timed_have_to_fit_the_context_of_the_timing(folder: Path) -> None:
     first, last = write(folder, "first.jsonl", LONG, *SHORT), write(folder, "last.jsonl", *SHORT, LONG)
     with pytest.raises(RecipeError, match="and 32 new ones do not fit the context in which speed is measured of 2048"):
-        refuse_long(here(folder, context=65536, **{"suites.holdout.files": [first]}))
-    inputs = here(folder, context=65536, **{"suites.holdout.files": [last]})
+        refuse_long(here(folder, context=65536, **holdout(first)))
+    inputs = here(folder, context=65536, **holdout(last))
     assert refuse_long(inputs) == []
     targets = tuple(find_target(name, folder) for name in ("phone-midrange", "laptop-x86"))
     (warning,) = refuse_long(dataclasses.replace(inputs, targets=targets))
@@ -128,13 +136,13 @@ def test_ordinary_rows_are_not_encoded_and_of_long_ones_a_few(folder: Path, monk
     monkeypatch.setattr(refusals_length, "_encoder", count)
     assert refuse_long(here(folder)) == [] and asked == []
     many = write(folder, "many.jsonl", *(f"{LONG} {number}" for number in range(100)))
-    assert refuse_long(here(folder, **{"heal.files": [many], "heal.rows": None})) == []
+    assert refuse_long(here(folder, **rows_of("heal", many))) == []
     assert len(asked) == 2 * refusals_length.CHECKED  # a prompt and a reference of each
 
 
 def test_a_model_whose_tokenizer_is_not_here_refuses_no_row(folder: Path) -> None:
     file = write(folder, "long.jsonl", *SHORT, LONG)
-    inputs = make_inputs(folder, **{"suites.holdout.files": [file]})
+    inputs = make_inputs(folder, **holdout(file))
     assert inputs.teacher.path.suffix == ".toml"  # no model
     assert refuse_long(inputs) == []
 
