@@ -408,14 +408,21 @@ def store_list(as_json: JsonOption = False) -> None:
 @store_app.command("gc")
 def store_gc(
     keep: Annotated[list[Path] | None, typer.Option(help="recipe whose entries stay (repeatable)")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="delete every entry; what is built is built anew")] = False,
     rows: Annotated[bool, typer.Option(help="delete the teacher's answers too; they must be paid for again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go")] = False,
 ) -> None:
     """Delete entries that no kept recipe needs, and abandoned partial work. Answers stay unless --rows."""
+    from edgedistill.errors import UsageError
     from edgedistill.gc import collect_garbage
     from edgedistill.store import Store
     from edgedistill.sweep import sessions_of
 
+    if bool(keep) == everything:
+        raise UsageError(
+            "store gc: name the recipes whose entries stay, or say that none shall",
+            "edgedistill store gc --keep RECIPE (repeatable), or --all; with --dry-run it says what would go",
+        )
     store = Store()
     keys = {step.key for path in keep or [] for one in sessions_of(path, store=store) for step in one.plan.steps}
     removed, freed, answers = collect_garbage(store, keys, rows=rows, dry_run=dry_run)

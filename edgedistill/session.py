@@ -253,7 +253,7 @@ def check_disk(rows: list[tuple[Step, Verdict, float]], store: Store) -> None:
     if need > free:
         raise UsageError(
             f"the build needs about {format_size(need)} of disk in {store.root}, {format_size(free)} are free",
-            "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk",
+            "free some room (edgedistill store gc --keep RECIPE), or set EDGEDISTILL_STORE to another disk",
         )
 
 
