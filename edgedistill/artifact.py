@@ -67,6 +67,19 @@ def model_of(path: Path) -> Path:
     return path
 
 
+def has_chat_template(model: Path) -> bool:
+    """Tell whether a GGUF file, or an ONNX folder, says how a conversation is written."""
+    if not model.is_dir():
+        from edgedistill.formats.gguf.read import read_info
+
+        return bool(read_info(model).chat_template)
+    try:
+        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    return (model / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+
+
 def cache_of(path: Path, given: str | None) -> Pair:
     """Return the types of the KV cache that an artifact is run with: ``given`` ("q8_0", or "q8_0,q4_0" for keys and values), else
     those of its package, else f16. Raises UsageError for what is no type, and for an ONNX model.

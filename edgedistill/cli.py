@@ -364,14 +364,19 @@ def bench(
     caches = [cache_of(path, kv_cache) for path in artifact]
     options: dict[str, Any] = {"threads": threads or usable_cores(), "context": context, "reps": repetitions}
     found = [
-        measure(model_of(path), Settings(**options, kv=kv), prompts=_chat())
+        measure(model_of(path), Settings(**options, kv=kv), prompts=_chat(model_of(path)))
         for path, kv in zip(artifact, caches, strict=True)
     ]
     _print_json([m.to_json() for m in found]) if as_json else print_table(bench_table(found))
 
 
-def _chat() -> list[list[dict[str, str]]]:
-    """Short chat requests for time to first token, where no suite brings the user's own."""
+def _chat(model: Path) -> list[list[dict[str, str]]]:
+    """Short chat requests for time to first token, where no suite brings the user's own; none for a model that takes none."""
+    from edgedistill.artifact import has_chat_template
+
+    if not has_chat_template(model):
+        _note(f"{model}: no chat template, so no time to first token")
+        return []
     asked = ["What is the capital of France?", "Write one sentence about the sea.", "How many days are in a leap year?"]
     return [[{"role": "user", "content": text}] for text in asked * 4]
 

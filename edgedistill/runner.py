@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import traceback
 import warnings
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill.cpus import usable_cpus
+from edgedistill.devices.host import usable_cores
 from edgedistill.errors import EdgeDistillError, GateMissed, StepFailed
 from edgedistill.fingerprint import Key
 from edgedistill.plan import Plan, Step
@@ -304,6 +306,7 @@ class Runner:
         resumed = self.store.interrupted(step.key, inputs)
         with self._told(step.id):
             out, work = self.store.partial(step.key, inputs)
+        _limit_torch(self.threads)
         estimate = self._left.get(step.key)
         left = sum(self._left.values()) if self._left else None
         self.reporter.start(step, estimate, left)
@@ -340,6 +343,11 @@ class Runner:
         """Make a message with a remedy of whatever goes wrong in the step of this name."""
         try:
             yield
+        except StepFailed as error:
+            if name not in error.message:
+                error.message = f"{name}: {error.message}"
+                error.args = (error.message,)
+            raise
         except EdgeDistillError:
             raise
         except Exception as error:
@@ -387,6 +395,17 @@ def _no_memory(error: Exception) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     )
+
+
+def _limit_torch(threads: int) -> None:
+    """Have torch compute with so many threads, one a core at most: left to itself it takes all cores of the machine, those that a
+    container may not use, too, and they wait for each other. The steps import it, and one may have changed it.
+    """
+    count = min(threads, usable_cores())
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _quiet() -> None:

@@ -322,6 +322,32 @@ def test_libraries_say_in_words_of_their_own_that_a_disk_or_the_memory_is_full(
     assert caught.value.hint and outcome.exit_code == 3
 
 
+def test_torch_computes_with_the_threads_that_were_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    @dataclass(frozen=True, kw_only=True)
+    class Count(Source):
+        def run(self, ctx: Context) -> Mapping[str, Any]:
+            return {"threads": torch.get_num_threads()}
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("edgedistill.runner.usable_cores", lambda: 3)
+    try:
+        for asked, got in ((1, 1), (2, 2), (64, 3)):  # no two on one core
+            graph = Graph()
+            key = graph.add("count", Count(text=str(asked)), WORK)
+            Runner(Plan(identity="x", steps=graph.steps()), store, threads=asked).build()
+            assert loaded(store, key).facts["threads"] == got
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failure_names_its_step_and_keeps_its_kind(store: Store) -> None:
+    outcome = build(make(error="step"), store)
+    assert outcome.failed["double"].message == "double: it broke" == str(outcome.failed["double"])
+    assert outcome.failed["double"].hint == "mend it"
+
+
 @pytest.mark.parametrize("facts", [{"from_store": 99}, {"waited": 7.5}, {"reused": True}, {}])
 def test_a_step_that_found_a_part_of_its_work_done_teaches_no_rate(
     store: Store, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any]
