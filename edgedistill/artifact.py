@@ -249,15 +249,23 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
         found = "not measured" if line["found"] is None else f"{line['found']:.4g}"
         lines.append(f"| {line['name']} | {sign} {line['bound']:.4g} | {found} | {line['status']} |")
     lines += ["", "## Weights", ""]
-    for source in manifest.sources:
-        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
-        lines.append(
-            f"- derived from `{source['source']}` revision {source['revision']} (sha256 {source['digest'][:16]}…), "
-            f"licence {source['licence']}{origin}"
-        )
-    lines += ["", "The licence of the source covers these derived weights too.", "", "## Run it", "", "```sh"]
+    lines += [*_source_lines(manifest.sources), "", "The licence of the source covers these derived weights too."]
+    lines += ["", "## Run it", "", "```sh"]
     lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
     return "\n".join(lines)
+
+
+def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
+    """Say what the weights are derived from, what else had a say in the text that they learnt, and where that is from."""
+    what = {"judge": "answers judged by", "filter": "answers filtered by", "data": "rows of"}
+    # A teacher that is the student's model, too, is told once.
+    told = {(what.get(one["role"], "derived from"), one["source"]): one for one in sources}
+    lines = []
+    for (did, name), one in told.items():
+        licence = f", licence {one['licence'] or 'unknown'}" if "licence" in one else ""
+        origin = f", dequantized from {one['quantized_from']}" if one.get("quantized_from") else ""
+        lines.append(f"- {did} `{name}` revision {one['revision']} (sha256 {one['digest'][:16]}…){licence}{origin}")
+    return lines
 
 
 def kv_lines(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked, sources."""
+"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedistill.inputs import Inputs
 from edgedistill.kv_cache import told
 from edgedistill.report import CacheLine, Figure
 from edgedistill.store import Entry
@@ -77,25 +76,6 @@ def hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
         if isinstance(report, Mapping):
             found[name] = {key: value for key, value in report.items() if isinstance(value, int | float | str)}
     return found
-
-
-def sources(inputs: Inputs) -> list[dict[str, Any]]:
-    """Return where teacher and student come from, with revisions and licences."""
-    return [
-        {
-            "role": role,
-            "source": model.source,
-            "revision": model.revision,
-            "digest": model.digest,
-            "licence": model.facts.licence,
-            "quantized_from": model.facts.quantized_from,
-        }
-        for role, model in (
-            ("teacher", inputs.teacher),
-            *((f"teacher {spec.name}", one) for spec, one in zip(inputs.recipe.teachers, inputs.others, strict=True)),
-            ("student", inputs.student),
-        )
-    ]
 
 
 def stances(facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:

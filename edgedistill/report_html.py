@@ -441,11 +441,11 @@ def _origins(data: ReportData) -> list[Html]:
         *(f"Unproved on {target}: {line['name']} ({line['why']})." for target, line in data.unproved),
     ]
     for source in data.sources:
-        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
+        licence = f", licence {source['licence'] or 'unknown'}" if "licence" in source else ""
+        origin = f", dequantized from {source['quantized_from']}" if source.get("quantized_from") else ""
         lines.append(
             f"{source['role'].capitalize()}: {source['source']}, revision {source['revision']}, "
-            f"sha256 {source['digest'][:16]}…, "
-            f"licence {source['licence'] or 'unknown'}{origin}."
+            f"sha256 {source['digest'][:16]}…{licence}{origin}."
         )
     if data.versions:
         lines.append("Built with " + ", ".join(f"{name} {version}" for name, version in data.versions.items()) + ".")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgedistill.compare import flat, step_of
 from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.data_stats import step_figures
-from edgedistill.inputs import read_reviews, student_facts
+from edgedistill.inputs import read_reviews, sources, student_facts
 from edgedistill.report import (
     Comparison,
     Difference,
@@ -21,7 +21,7 @@ from edgedistill.report import (
     Speed,
     SuiteLine,
 )
-from edgedistill.report_entries import caches, curve, fallbacks, hops, sources, stances
+from edgedistill.report_entries import caches, curve, fallbacks, hops, stances
 from edgedistill.report_reader import Reader
 from edgedistill.store import Entry
 

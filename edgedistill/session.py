@@ -86,7 +86,7 @@ def prepare(
         ship_anyway=ship_anyway,
         graders=_graders(recipe, path, store, note),
         judge=_judge(recipe, path, student, store, note),
-        fetched=_hub_files(recipe, path, store, note),
+        data=_hub_files(recipe, path, store, note),
     )
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
@@ -175,7 +175,7 @@ def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callabl
     return model
 
 
-def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> dict[str, Path]:
+def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> list[HubFile]:
     """Bring the files of rows that are of data sets of the hub here, each once, and pin them. Raises RecipeError."""
     lock, found = path.with_name(f"{recipe.name}.lock"), dict[str, HubFile]()
     for key, source in recipe_files(recipe):
@@ -187,7 +187,7 @@ def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], N
             raise RecipeError(error.message, error.hint, file=path, key=key) from None
     if found:
         write_lock(lock, list(found.values()), "data")
-    return {source: one.path for source, one in found.items()}
+    return list(found.values())
 
 
 def recipe_files(section: BaseModel, key: str = "") -> Iterator[tuple[str, str]]:

@@ -50,7 +50,7 @@ def stage(**fields: Any) -> DraftedPackage:
     plain: dict[str, Any] = {
         "model": MODEL, "file": "model.gguf", "evaluation": OTHER, "measurement": OTHER, "teacher": OTHER, "student": None,
         "reference": None, "recipe": "r", "target": {"name": "t", "limits": {}}, "unproved": "", "gates": {}, "sources": (),
-        "generation": {}, "grammar": None, "ship_anyway": False, "example": (), "all_keys": {}, "draft": DRAFT,
+        "generation": {}, "grammar": None, "ship_anyway": False, "example": (), "upstream": {}, "draft": DRAFT,
         "drafting": DRAFTING,
     }  # fmt: skip
     return DraftedPackage(**{**plain, **fields})
