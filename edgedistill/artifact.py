@@ -147,13 +147,13 @@ def _modelfile(gguf: Path, manifest: Manifest) -> str:
 
 def commands(manifest: Manifest) -> list[str]:
     """Return the command lines that run this package, from inside its folder."""
-    user = next((m["content"] for m in manifest.example if m["role"] == "user"), "Hello")
     if manifest.format == "gguf":
         cache = arguments(manifest.kv)
         grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
         program = (
-            f'from llama_cpp import Llama; print(Llama("model.gguf"{_options(manifest.kv)}).create_chat_completion('
-            f"messages={json.dumps(manifest.example, ensure_ascii=False)}, temperature=0))"
+            f'from llama_cpp import Llama; print(Llama("model.gguf", '
+            f"n_ctx={manifest.generation['context']}{_options(manifest.kv)}).create_chat_completion("
+            f"messages={manifest.example!r}, temperature=0))"
         )
         drafted = []
         if manifest.draft and not manifest.draft["refused"]:
@@ -165,15 +165,45 @@ def commands(manifest: Manifest) -> list[str]:
         return [
             *drafted,
             f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar}{cache} "
-            f"-p {shlex.quote(user)}",
+            f"{_asked(manifest)}",
             f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}{cache}",
             *_ollama(manifest.kv),
             f"python -c {shlex.quote(program)}",
         ]
-    return [
-        "pip install onnxruntime-genai",
-        "python -c \"import onnxruntime_genai as og; model = og.Model('onnx'); print(model.type)\"",
-    ]
+    return ["pip install onnxruntime-genai", f"python -c {shlex.quote(_onnx_program(manifest))}"]
+
+
+def _asked(manifest: Manifest) -> str:
+    """Return what llama-cli is asked, and that it ends then. Without the example's own system message a template may put one of
+    its own (SmolLM2's does): that is another prompt than the model was taught.
+    """
+    system, user = (
+        next((str(m["content"]) for m in manifest.example if m["role"] == role), "") for role in ("system", "user")
+    )
+    told = f"-sys {shlex.quote(system)} " if system else ""
+    plain = "--no-escape " if "\\" in user else ""  # else llama-cli makes a line break of \n
+    return f"-st {plain}{told}-p {shlex.quote(user or 'Hello')}"
+
+
+def _onnx_program(manifest: Manifest) -> str:
+    """Return a program in one line that answers the example with the ONNX model, greedily."""
+    made, asked = manifest.generation, json.dumps(manifest.example, ensure_ascii=False)
+    return "; ".join(
+        (
+            "import onnxruntime_genai as og",
+            "model = og.Model('onnx')",
+            "tokenizer = og.Tokenizer(model)",
+            f"text = tokenizer.apply_chat_template({asked!r}, add_generation_prompt=True)",
+            "tokens = tokenizer.encode(text)",
+            "params = og.GeneratorParams(model)",
+            f"room = min({made['context']}, len(tokens) + {made['max_new_tokens']})",
+            "params.set_search_options(max_length=room, do_sample=False, num_beams=1, repetition_penalty=1.0)",
+            "generator = og.Generator(model, params)",
+            "generator.append_tokens(tokens)",
+            "[generator.generate_next_token() for _ in iter(generator.is_done, True)]",
+            "print(tokenizer.decode(generator.get_sequence(0)[len(tokens):]))",
+        )
+    )
 
 
 def _ollama(kv: Pair) -> list[str]:
