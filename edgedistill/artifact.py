@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill import __version__
+from edgedistill.devices.table import told_load, told_runner
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import file_digest
 from edgedistill.kv_cache import F16, KV_TYPES, OLLAMA, Pair, arguments, ggml_number, needs_flash_attention, told
@@ -254,21 +255,7 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             f"| {suite} | {score['value']:.3f} | {score['low']:.3f} to {score['high']:.3f} | {score['n']} | "
             f"{f'{known:.3f}' if known is not None else ''} |"
         )
-    measured = manifest.measurement.get("measurement", {})
-    lines += ["", "## Speed and size", "", f"- file: {manifest.size / 1e6:.1f} MB"]
-    for key, label in (("pp", "prompt processing (pp512)"), ("tg", "generation (tg128)")):
-        if measured.get(key):
-            lines.append(f"- {label}: {measured[key]['median']:.1f} tokens/s, n = {measured[key]['n']}")
-    if ratio := manifest.measurement.get("ratio", {}).get("tg"):
-        lines.append(
-            f"- decode against the teacher's f16: {ratio['value']:.2f}x "
-            f"[{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
-        )
-    if host := measured.get("host"):
-        lines.append(
-            f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), "
-            f"{measured.get('settings', {}).get('threads')} threads"
-        )
+    lines += ["", "## Speed and size", "", f"- file: {manifest.size / 1e6:.1f} MB", *_speed_lines(manifest.measurement)]
     if manifest.kv_cache:
         lines += ["", "## KV cache", "", *kv_lines(manifest.kv_cache)]
     if manifest.draft:
@@ -283,6 +270,38 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
     lines += ["", "## Run it", "", "```sh"]
     lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
     return "\n".join(lines)
+
+
+def _speed_lines(facts: dict[str, Any]) -> list[str]:
+    """Say how fast it ran, with 95 % intervals, where, by which build, and whether the machine was quiet."""
+    if not (found := facts.get("measurement")):
+        return []
+    ratios, settings, host = facts.get("ratio", {}), found["settings"], found["host"]
+    lines = []
+    for key, label in (("pp", "prompt processing (pp512)"), ("tg", "generation (tg128)")):
+        low, high = found[key]["interval"]
+        lines.append(
+            f"- {label}: {found[key]['median']:.1f} [{low:.1f}, {high:.1f}] tokens/s, median of n = {found[key]['n']}"
+        )
+    if ratio := ratios.get("tg"):
+        lines.append(
+            f"- decode against the teacher's f16: {ratio['value']:.2f}x "
+            f"[{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
+        )
+    for key, label in (("ttft_ms", "time to first token"), ("request_ms", "a whole request")):
+        if one := found.get(key):
+            lines.append(
+                f"- {label}, P50 / P95 / P99: {one['p50']:.0f} / {one['p95']:.0f} / {one['p99']:.0f} ms, n = {one['n']}"
+            )
+    lines += [
+        f"- peak memory of the process: {format_size(found['peak_rss'])}, with a context of {settings['context']} tokens",
+        f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), {settings['threads']} threads; "
+        f"{told_runner(found['runner'])}; "
+        + told_load(found.get("load_before"), found.get("load_after"), found.get("load_of_others")),
+    ]
+    if noise := dict.fromkeys([*found.get("noise", ()), *ratios.get("noise", ())]):
+        lines.append(f"- **noisy**: do not rely on these speeds: {'; '.join(noise)}")
+    return lines
 
 
 def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
@@ -329,6 +348,8 @@ def _draft_lines(draft: dict[str, Any]) -> list[str]:
         ratio = found[name]
         bounds = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         lines.append(f"- {label}: {bounds} as fast as without, n = {ratio['n']} prompts")
+    if found["noise"]:
+        lines.append(f"- **noisy**: do not rely on these speeds: {'; '.join(found['noise'])}")
     if draft["unproved"]:
         lines.append(f"- speeds are unproved for the target: {draft['unproved']}")
     if draft["refused"]:
