@@ -412,12 +412,12 @@ def store_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go")] = False,
 ) -> None:
     """Delete entries that no kept recipe needs, and abandoned partial work. Answers stay unless --rows."""
-    from edgedistill.gc import collect_garbage
+    from edgedistill.gc import collect_garbage, needed
     from edgedistill.store import Store
     from edgedistill.sweep import sessions_of
 
     store = Store()
-    keys = {step.key for path in keep or [] for one in sessions_of(path, store=store) for step in one.plan.steps}
+    keys = {key for path in keep or [] for one in sessions_of(path, store=store) for key in needed(one.plan)}
     removed, freed, answers = collect_garbage(store, keys, rows=rows, dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     typer.echo(f"{removed} entries, {verb} {freed / 2**20:.0f} MiB" + (f", {answers} answers" if rows else ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +45,11 @@ class Package(Stage):
     kv_cache: Key | None = later(None)  # the types of the KV cache that are not f16 alone, and what they cost
     example: tuple[Mapping[str, Any], ...]  # one prompt's messages, for the command lines on the card
     upstream: Mapping[str, str] = unkeyed()  # step -> key, for the manifest: they follow from the fields above
+
+    @property
+    def anyway(self) -> Key:
+        """The key that this package has where a build with ``--ship-anyway`` wrote it."""
+        return replace(self, ship_anyway=True).key()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Decide, then write."""
