@@ -183,7 +183,7 @@ def build(
     from edgedistill.runner import Runner
 
     outcome = Runner(session.plan, session.store, TerminalReporter(), threads=threads).build(force=forced)
-    folders = publish(session, outcome)
+    folders = publish(session, outcome, _note)
     _note(f"{len(outcome.ran)} steps run, {len(outcome.cached)} cached, {outcome.seconds:.1f} s")
     _print_json(build_json(session, outcome, folders)) if as_json else print_table(
         build_table(session, outcome, folders)
