@@ -183,7 +183,7 @@ def build(
     from edgedistill.runner import Runner
 
     outcome = Runner(session.plan, session.store, TerminalReporter(), threads=threads).build(force=forced)
-    folders = publish(session, outcome)
+    folders = publish(session, outcome, _note)
     _note(f"{len(outcome.ran)} steps run, {len(outcome.cached)} cached, {outcome.seconds:.1f} s")
     _print_json(build_json(session, outcome, folders)) if as_json else print_table(
         build_table(session, outcome, folders)
@@ -419,7 +419,7 @@ def store_gc(
 ) -> None:
     """Delete entries that no kept recipe needs, and abandoned partial work. Answers stay unless --rows."""
     from edgedistill.errors import UsageError
-    from edgedistill.gc import collect_garbage
+    from edgedistill.gc import collect_garbage, needed
     from edgedistill.store import Store
     from edgedistill.sweep import sessions_of
 
@@ -429,7 +429,7 @@ def store_gc(
             "edgedistill store gc --keep RECIPE (repeatable), or --all; with --dry-run it says what would go",
         )
     store = Store()
-    keys = {step.key for path in keep or [] for one in sessions_of(path, store=store) for step in one.plan.steps}
+    keys = {key for path in keep or [] for one in sessions_of(path, store=store) for key in needed(one.plan)}
     removed, freed, answers = collect_garbage(store, keys, rows=rows, dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     typer.echo(f"{removed} entries, {verb} {freed / 2**20:.0f} MiB" + (f", {answers} answers" if rows else ""))

@@ -384,9 +384,8 @@ class TrainingSteps:
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:
             work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
-        if (
-            settings.on_policy and not gold
-        ):  # what the student writes, a token at a time: at about half the rate of training
+        if settings.on_policy and not gold:
+            # a token at a time: at about half the rate of training
             written = len(self.inputs.prompts) * settings.epochs * settings.on_policy * settings.on_policy_tokens
             work = replace(work, amount=work.amount + 2 * 2 * self.s_params * written)
         memory = train_memory(self.s_params, full=full) + (teacher is not None) * 2 * self.t_params

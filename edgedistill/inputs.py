@@ -22,7 +22,7 @@ from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.fingerprint import file_digest
 from edgedistill.model_facts import ModelFacts
-from edgedistill.models import Resolved
+from edgedistill.models import HubFile, Resolved
 from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
 from edgedistill.recipe_distill import Distill, Keep
@@ -60,6 +60,8 @@ class Inputs:
     graders: Mapping[str, Resolved] = field(default_factory=dict)
     """The models of filters, by their sources, where they are neither teacher nor student."""
     judge: Resolved | None = None
+    data: tuple[HubFile, ...] = ()
+    """The files of rows that are of data sets of the hub."""
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
@@ -167,10 +169,11 @@ def read_inputs(
     ship_anyway: bool = False,
     graders: Mapping[str, Resolved] | None = None,
     judge: Resolved | None = None,
-    fetched: Mapping[str, Path] | None = None,
+    data: Iterable[HubFile] = (),
 ) -> Inputs:
-    """Read the data files of a recipe. ``fetched`` says where those of the hub are, by what the recipe calls them."""
-    style = recipe.generate.style
+    """Read the data files of a recipe. ``data`` are those of the hub that it names."""
+    style, data = recipe.generate.style, tuple(data)
+    fetched = {one.source: one.path for one in data}
     source = _Files(path, traces=style == TRACES, fetched=fetched)
     judged = any((f.kind == "reference" and f.missing == "reject") or f.against for f in recipe.filter)
     need = judged or recipe.baselines.gold_sft or bool(recipe.round)
@@ -231,6 +234,7 @@ def read_inputs(
         ship_anyway=ship_anyway,
         graders=graders or {},
         judge=judge,
+        data=data,
     )
 
 
@@ -344,6 +348,31 @@ def files_of_rows(inputs: Inputs) -> dict[str, tuple[Row, ...]]:
         **{f"suites.{name}": rows for name, rows in inputs.suites.items()},
     }
     return {f"{name}.files": rows for name, rows in sections.items()}
+
+
+def sources(inputs: Inputs) -> list[dict[str, Any]]:
+    """Return where models and data of the hub come from, each with its role, revision and digest, a model with its licence."""
+    models = [
+        ("teacher", inputs.teacher),
+        *((f"teacher {spec.name}", one) for spec, one in zip(inputs.recipe.teachers, inputs.others, strict=True)),
+        ("student", inputs.student),
+        *([("judge", inputs.judge)] if inputs.judge else []),
+        *(("filter", one) for one in inputs.graders.values()),
+    ]
+    found: list[dict[str, Any]] = [
+        {
+            "role": role,
+            "source": model.source,
+            "revision": model.revision,
+            "digest": model.digest,
+            "licence": model.facts.licence,
+            "quantized_from": model.facts.quantized_from,
+        }
+        for role, model in models
+    ]
+    return found + [
+        {"role": "data", "source": one.source, "revision": one.revision, "digest": one.digest} for one in inputs.data
+    ]
 
 
 def all_targets(inputs: Inputs) -> tuple[Target, ...]:
