@@ -54,5 +54,5 @@ def test_gc_keeps_it_for_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done = CliRunner().invoke(app, ["store", "gc", "--keep", str(built.path)])
     assert done.exit_code == 0 and done.stdout.startswith("0 entries, "), done.output
     assert built.store.load(built.plan.packages["phone-midrange"]) is not None
-    done = CliRunner().invoke(app, ["store", "gc"])
+    done = CliRunner().invoke(app, ["store", "gc", "--all"])
     assert done.exit_code == 0 and built.store.load(built.plan.packages["phone-midrange"]) is None
