@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedistill import __version__
+from edgedistill.devices.table import told_load, told_runner
 from edgedistill.errors import UsageError
 from edgedistill.fingerprint import file_digest
 from edgedistill.kv_cache import F16, KV_TYPES, OLLAMA, Pair, arguments, ggml_number, needs_flash_attention, told
@@ -65,6 +66,19 @@ def model_of(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         return path / "model.gguf" if (path / "model.gguf").is_file() else path / "onnx"
     return path
+
+
+def has_chat_template(model: Path) -> bool:
+    """Tell whether a GGUF file, or an ONNX folder, says how a conversation is written."""
+    if not model.is_dir():
+        from edgedistill.formats.gguf.read import read_info
+
+        return bool(read_info(model).chat_template)
+    try:
+        settings = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    return (model / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
 
 
 def cache_of(path: Path, given: str | None) -> Pair:
@@ -147,13 +161,13 @@ def _modelfile(gguf: Path, manifest: Manifest) -> str:
 
 def commands(manifest: Manifest) -> list[str]:
     """Return the command lines that run this package, from inside its folder."""
-    user = next((m["content"] for m in manifest.example if m["role"] == "user"), "Hello")
     if manifest.format == "gguf":
         cache = arguments(manifest.kv)
         grammar = " --grammar-file grammar.gbnf" if "grammar.gbnf" in manifest.files else ""
         program = (
-            f'from llama_cpp import Llama; print(Llama("model.gguf"{_options(manifest.kv)}).create_chat_completion('
-            f"messages={json.dumps(manifest.example, ensure_ascii=False)}, temperature=0))"
+            f'from llama_cpp import Llama; print(Llama("model.gguf", '
+            f"n_ctx={manifest.generation['context']}{_options(manifest.kv)}).create_chat_completion("
+            f"messages={manifest.example!r}, temperature=0))"
         )
         drafted = []
         if manifest.draft and not manifest.draft["refused"]:
@@ -165,15 +179,45 @@ def commands(manifest: Manifest) -> list[str]:
         return [
             *drafted,
             f"llama-cli -m model.gguf --jinja --temp 0 -n {manifest.generation['max_new_tokens']}{grammar}{cache} "
-            f"-p {shlex.quote(user)}",
+            f"{_asked(manifest)}",
             f"llama-server -m model.gguf --jinja -c {manifest.generation['context']}{cache}",
             *_ollama(manifest.kv),
             f"python -c {shlex.quote(program)}",
         ]
-    return [
-        "pip install onnxruntime-genai",
-        "python -c \"import onnxruntime_genai as og; model = og.Model('onnx'); print(model.type)\"",
-    ]
+    return ["pip install onnxruntime-genai", f"python -c {shlex.quote(_onnx_program(manifest))}"]
+
+
+def _asked(manifest: Manifest) -> str:
+    """Return what llama-cli is asked, and that it ends then. Without the example's own system message a template may put one of
+    its own (SmolLM2's does): that is another prompt than the model was taught.
+    """
+    system, user = (
+        next((str(m["content"]) for m in manifest.example if m["role"] == role), "") for role in ("system", "user")
+    )
+    told = f"-sys {shlex.quote(system)} " if system else ""
+    plain = "--no-escape " if "\\" in user else ""  # else llama-cli makes a line break of \n
+    return f"-st {plain}{told}-p {shlex.quote(user or 'Hello')}"
+
+
+def _onnx_program(manifest: Manifest) -> str:
+    """Return a program in one line that answers the example with the ONNX model, greedily."""
+    made, asked = manifest.generation, json.dumps(manifest.example, ensure_ascii=False)
+    return "; ".join(
+        (
+            "import onnxruntime_genai as og",
+            "model = og.Model('onnx')",
+            "tokenizer = og.Tokenizer(model)",
+            f"text = tokenizer.apply_chat_template({asked!r}, add_generation_prompt=True)",
+            "tokens = tokenizer.encode(text)",
+            "params = og.GeneratorParams(model)",
+            f"room = min({made['context']}, len(tokens) + {made['max_new_tokens']})",
+            "params.set_search_options(max_length=room, do_sample=False, num_beams=1, repetition_penalty=1.0)",
+            "generator = og.Generator(model, params)",
+            "generator.append_tokens(tokens)",
+            "[generator.generate_next_token() for _ in iter(generator.is_done, True)]",
+            "print(tokenizer.decode(generator.get_sequence(0)[len(tokens):]))",
+        )
+    )
 
 
 def _ollama(kv: Pair) -> list[str]:
@@ -224,21 +268,7 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
             f"| {suite} | {score['value']:.3f} | {score['low']:.3f} to {score['high']:.3f} | {score['n']} | "
             f"{f'{known:.3f}' if known is not None else ''} |"
         )
-    measured = manifest.measurement.get("measurement", {})
-    lines += ["", "## Speed and size", "", f"- file: {manifest.size / 1e6:.1f} MB"]
-    for key, label in (("pp", "prompt processing (pp512)"), ("tg", "generation (tg128)")):
-        if measured.get(key):
-            lines.append(f"- {label}: {measured[key]['median']:.1f} tokens/s, n = {measured[key]['n']}")
-    if ratio := manifest.measurement.get("ratio", {}).get("tg"):
-        lines.append(
-            f"- decode against the teacher's f16: {ratio['value']:.2f}x "
-            f"[{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
-        )
-    if host := measured.get("host"):
-        lines.append(
-            f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), "
-            f"{measured.get('settings', {}).get('threads')} threads"
-        )
+    lines += ["", "## Speed and size", "", f"- file: {manifest.size / 1e6:.1f} MB", *_speed_lines(manifest.measurement)]
     if manifest.kv_cache:
         lines += ["", "## KV cache", "", *kv_lines(manifest.kv_cache)]
     if manifest.draft:
@@ -249,15 +279,55 @@ def model_card(manifest: Manifest, *, grammar: bool) -> str:
         found = "not measured" if line["found"] is None else f"{line['found']:.4g}"
         lines.append(f"| {line['name']} | {sign} {line['bound']:.4g} | {found} | {line['status']} |")
     lines += ["", "## Weights", ""]
-    for source in manifest.sources:
-        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
-        lines.append(
-            f"- derived from `{source['source']}` revision {source['revision']} (sha256 {source['digest'][:16]}…), "
-            f"licence {source['licence']}{origin}"
-        )
-    lines += ["", "The licence of the source covers these derived weights too.", "", "## Run it", "", "```sh"]
+    lines += [*_source_lines(manifest.sources), "", "The licence of the source covers these derived weights too."]
+    lines += ["", "## Run it", "", "```sh"]
     lines += [*commands(Manifest(**{**asdict(manifest), "files": {"grammar.gbnf": ""} if grammar else {}})), "```", ""]
     return "\n".join(lines)
+
+
+def _speed_lines(facts: dict[str, Any]) -> list[str]:
+    """Say how fast it ran, with 95 % intervals, where, by which build, and whether the machine was quiet."""
+    if not (found := facts.get("measurement")):
+        return []
+    ratios, settings, host = facts.get("ratio", {}), found["settings"], found["host"]
+    lines = []
+    for key, label in (("pp", "prompt processing (pp512)"), ("tg", "generation (tg128)")):
+        low, high = found[key]["interval"]
+        lines.append(
+            f"- {label}: {found[key]['median']:.1f} [{low:.1f}, {high:.1f}] tokens/s, median of n = {found[key]['n']}"
+        )
+    if ratio := ratios.get("tg"):
+        lines.append(
+            f"- decode against the teacher's f16: {ratio['value']:.2f}x "
+            f"[{ratio['low']:.2f}, {ratio['high']:.2f}], n = {ratio['n']}"
+        )
+    for key, label in (("ttft_ms", "time to first token"), ("request_ms", "a whole request")):
+        if one := found.get(key):
+            lines.append(
+                f"- {label}, P50 / P95 / P99: {one['p50']:.0f} / {one['p95']:.0f} / {one['p99']:.0f} ms, n = {one['n']}"
+            )
+    lines += [
+        f"- peak memory of the process: {format_size(found['peak_rss'])}, with a context of {settings['context']} tokens",
+        f"- measured on: {host.get('cpu', '')} ({host.get('arch', '')}), {settings['threads']} threads; "
+        f"{told_runner(found['runner'])}; "
+        + told_load(found.get("load_before"), found.get("load_after"), found.get("load_of_others")),
+    ]
+    if noise := dict.fromkeys([*found.get("noise", ()), *ratios.get("noise", ())]):
+        lines.append(f"- **noisy**: do not rely on these speeds: {'; '.join(noise)}")
+    return lines
+
+
+def _source_lines(sources: list[dict[str, Any]]) -> list[str]:
+    """Say what the weights are derived from, what else had a say in the text that they learnt, and where that is from."""
+    what = {"judge": "answers judged by", "filter": "answers filtered by", "data": "rows of"}
+    # A teacher that is the student's model, too, is told once.
+    told = {(what.get(one["role"], "derived from"), one["source"]): one for one in sources}
+    lines = []
+    for (did, name), one in told.items():
+        licence = f", licence {one['licence'] or 'unknown'}" if "licence" in one else ""
+        origin = f", dequantized from {one['quantized_from']}" if one.get("quantized_from") else ""
+        lines.append(f"- {did} `{name}` revision {one['revision']} (sha256 {one['digest'][:16]}…){licence}{origin}")
+    return lines
 
 
 def kv_lines(found: dict[str, Any]) -> list[str]:
@@ -291,6 +361,8 @@ def _draft_lines(draft: dict[str, Any]) -> list[str]:
         ratio = found[name]
         bounds = f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
         lines.append(f"- {label}: {bounds} as fast as without, n = {ratio['n']} prompts")
+    if found["noise"]:
+        lines.append(f"- **noisy**: do not rely on these speeds: {'; '.join(found['noise'])}")
     if draft["unproved"]:
         lines.append(f"- speeds are unproved for the target: {draft['unproved']}")
     if draft["refused"]:

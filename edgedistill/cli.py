@@ -185,7 +185,7 @@ def build(
     from edgedistill.runner import Runner
 
     outcome = Runner(session.plan, session.store, TerminalReporter(), threads=threads).build(force=forced)
-    folders = publish(session, outcome)
+    folders = publish(session, outcome, _note)
     _note(f"{len(outcome.ran)} steps run, {len(outcome.cached)} cached, {outcome.seconds:.1f} s")
     _print_json(build_json(session, outcome, folders)) if as_json else print_table(
         build_table(session, outcome, folders)
@@ -373,14 +373,19 @@ def bench(
     caches = [cache_of(path, kv_cache) for path in artifact]
     options: dict[str, Any] = {"threads": threads or usable_cores(), "context": context, "reps": repetitions}
     found = [
-        measure(model_of(path), Settings(**options, kv=kv), prompts=_chat())
+        measure(model_of(path), Settings(**options, kv=kv), prompts=_chat(model_of(path)))
         for path, kv in zip(artifact, caches, strict=True)
     ]
     _print_json([m.to_json() for m in found]) if as_json else print_table(bench_table(found))
 
 
-def _chat() -> list[list[dict[str, str]]]:
-    """Short chat requests for time to first token, where no suite brings the user's own."""
+def _chat(model: Path) -> list[list[dict[str, str]]]:
+    """Short chat requests for time to first token, where no suite brings the user's own; none for a model that takes none."""
+    from edgedistill.artifact import has_chat_template
+
+    if not has_chat_template(model):
+        _note(f"{model}: no chat template, so no time to first token")
+        return []
     asked = ["What is the capital of France?", "Write one sentence about the sea.", "How many days are in a leap year?"]
     return [[{"role": "user", "content": text}] for text in asked * 4]
 
@@ -417,16 +422,23 @@ def store_list(as_json: JsonOption = False) -> None:
 @store_app.command("gc")
 def store_gc(
     keep: Annotated[list[Path] | None, typer.Option(help="recipe whose entries stay (repeatable)")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="delete every entry; what is built is built anew")] = False,
     rows: Annotated[bool, typer.Option(help="delete the teacher's answers too; they must be paid for again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go")] = False,
 ) -> None:
     """Delete entries that no kept recipe needs, and abandoned partial work. Answers stay unless --rows."""
-    from edgedistill.gc import collect_garbage
+    from edgedistill.errors import UsageError
+    from edgedistill.gc import collect_garbage, needed
     from edgedistill.store import Store
     from edgedistill.sweep import sessions_of
 
+    if bool(keep) == everything:
+        raise UsageError(
+            "store gc: name the recipes whose entries stay, or say that none shall",
+            "edgedistill store gc --keep RECIPE (repeatable), or --all; with --dry-run it says what would go",
+        )
     store = Store()
-    keys = {step.key for path in keep or [] for one in sessions_of(path, store=store) for step in one.plan.steps}
+    keys = {key for path in keep or [] for one in sessions_of(path, store=store) for key in needed(one.plan)}
     removed, freed, answers = collect_garbage(store, keys, rows=rows, dry_run=dry_run)
     verb = "would free" if dry_run else "freed"
     typer.echo(f"{removed} entries, {verb} {freed / 2**20:.0f} MiB" + (f", {answers} answers" if rows else ""))

@@ -148,7 +148,10 @@ def _disk(store: Path) -> Check:
         return Check(name="store", ok=False, detail=f"{detail}, but {place} may not be written", remedy=remedy)
     if free < _LEAST_DISK:
         return Check(
-            name="store", ok=None, detail=detail, remedy="edgedistill store gc, or export EDGEDISTILL_STORE=/path"
+            name="store",
+            ok=None,
+            detail=detail,
+            remedy="edgedistill store gc --keep RECIPE, or export EDGEDISTILL_STORE=/path",
         )
     return Check(name="store", ok=True, detail=detail)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgedistill.compare import step_of
@@ -24,6 +25,7 @@ from edgedistill.inputs import (
     along_chain,
     few_shots,
     keyed_metric,
+    sources,
     student_facts,
 )
 from edgedistill.kv_cache import F16, Pair
@@ -56,6 +58,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
 
     def plan(self) -> Plan:
         recipe = self.recipe
+        self.every_target = {*recipe.targets, *(name for link in recipe.chain for name in link.targets)}
         base_teacher = self._base_teacher()
         teacher = self._adapt(base_teacher)
         from_teacher = recipe.student.model == "teacher"
@@ -401,16 +404,6 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
         same, why = matches_host(target, self.host)
         grammars = (self._grammar(suite) for suite in self.recipe.suites.values() if file != "onnx")
         grammar = next((text for text in grammars if text), None)
-        sources = {
-            model.source: {
-                "source": model.source,
-                "revision": model.revision,
-                "digest": model.digest,
-                "licence": model.facts.licence,
-                "quantized_from": model.facts.quantized_from,
-            }
-            for model in (self.inputs.teacher, *self.inputs.others, self.inputs.student)
-        }
         tokens = [s.max_new_tokens for s in self.recipe.suites.values() if s.metric != "perplexity"]
         fields: dict[str, Any] = {
             "model": key,
@@ -424,7 +417,7 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             "target": {"name": target.name, **target.to_json()},
             "unproved": "" if same else why,
             "gates": gates,
-            "sources": tuple(sources.values()),
+            "sources": tuple(sources(self.inputs)),
             "generation": {
                 "temperature": 0.0,
                 "max_new_tokens": max(tokens, default=64),
@@ -432,10 +425,23 @@ class _Expander(TextSteps, RoundSteps, DraftSteps, QuantizeSteps):
             },
             "grammar": grammar,
             "ship_anyway": self.inputs.ship_anyway,
-            "all_keys": {name: str(step.key) for step in self.graph.steps() for name in step.ids},
+            "upstream": {},
             "example": tuple(self.inputs.prompts[0].messages),
             "kv_cache": cache,
         }
         stage: Package = DraftedPackage(**fields, draft=draft[0], drafting=draft[1]) if draft else Package(**fields)
         name = step_of(target.name, of) if of else target.name
+        stage = replace(stage, upstream=self._upstream(stage, name))
         return self.graph.add(f"package/{name}", stage, Work(kind="bytes", amount=2.0 * self.s_params))
+
+    def _upstream(self, stage: Package, name: str) -> dict[str, str]:
+        """Return the keys of all that a package is made of. A step that targets share goes by the name that it has for this one:
+        the manifest says the same whatever else is built beside it.
+        """
+
+        def foreign(step: str) -> int:
+            of = step.partition("/")[2].removeprefix("draft-")
+            return 0 if of == name else 2 if of.partition("@")[0] in self.every_target else 1
+
+        steps = self.graph.upstream(stage.inputs())
+        return {min(step.ids, key=foreign): str(step.key) for step in steps}

@@ -241,7 +241,7 @@ class TrainingSteps:
             stage,
             work,
             memory=memory + RUNTIME_MIB * MIB,
-            disk=self.tokens * 48,
+            disk=self.tokens * 4 * max(score.n, 12),  # 12 draws take less than 48 bytes, measured
         )
 
     def _shape(self, name: str, base: Key) -> Key:
@@ -402,6 +402,10 @@ class TrainingSteps:
         work = train_work(self.s_params, tokens, full=full)
         if teacher is not None:
             work = replace(work, amount=work.amount + 2 * self.t_params * tokens)
+        if settings.on_policy and not gold:
+            # a token at a time: at about half the rate of training
+            written = len(self.inputs.prompts) * settings.epochs * settings.on_policy * settings.on_policy_tokens
+            work = replace(work, amount=work.amount + 2 * 2 * self.s_params * written)
         along = (teacher is not None) * self.t_params
         if keep is not None:
             rows = len(self.inputs.prompts) * self.recipe.generate.samples * settings.epochs * keep.share

@@ -8,7 +8,9 @@ from typing import Any
 
 from edgedistill.fingerprint import Key
 from edgedistill.kept import collect_kept, verify_kept
+from edgedistill.plan import Plan
 from edgedistill.rows import RowStore
+from edgedistill.stages.package import Package
 from edgedistill.store import Damaged, Store
 
 
@@ -44,6 +46,12 @@ def verify_store(store: Store) -> list[str]:
         except Damaged as error:
             damaged.append(error.message)
     return damaged
+
+
+def needed(plan: Plan) -> set[Key]:
+    """Return the keys of a plan's entries. Its packages stay, too, where they missed a gate and were shipped anyway."""
+    shipped = {step.stage.anyway for step in plan.steps if isinstance(step.stage, Package)}
+    return {step.key for step in plan.steps} | shipped
 
 
 def collect_garbage(

@@ -22,7 +22,7 @@ from edgedistill.errors import RecipeError, UsageError
 from edgedistill.evals import own_metric
 from edgedistill.fingerprint import file_digest
 from edgedistill.model_facts import ModelFacts
-from edgedistill.models import Resolved
+from edgedistill.models import HubFile, Resolved
 from edgedistill.recipe import Adapt, Heal, Prompts, Recipe, Student, Suite, Temperature, Tune
 from edgedistill.recipe_base import Shaped, Tabled, Training
 from edgedistill.recipe_distill import Distill, Keep
@@ -60,11 +60,11 @@ class Inputs:
     graders: Mapping[str, Resolved] = field(default_factory=dict)
     """The models of filters, by their sources, where they are neither teacher nor student."""
     judge: Resolved | None = None
+    data: tuple[HubFile, ...] = ()
+    """The files of rows that are of data sets of the hub."""
     link_targets: tuple[tuple[Target, ...], ...] = ()
     """Those of each link of the chain, in its order."""
     ship_anyway: bool = False
-    fetched: Mapping[str, Path] = field(default_factory=dict)
-    """Where files of rows of the hub's lie, by what the recipe calls them."""
 
     @property
     def server(self) -> Server | None:
@@ -169,10 +169,11 @@ def read_inputs(
     ship_anyway: bool = False,
     graders: Mapping[str, Resolved] | None = None,
     judge: Resolved | None = None,
-    fetched: Mapping[str, Path] | None = None,
+    data: Iterable[HubFile] = (),
 ) -> Inputs:
-    """Read the data files of a recipe. ``fetched`` says where those of the hub are, by what the recipe calls them."""
-    style = recipe.generate.style
+    """Read the data files of a recipe. ``data`` are those of the hub that it names."""
+    style, data = recipe.generate.style, tuple(data)
+    fetched = {one.source: one.path for one in data}
     source = _Files(path, traces=style == TRACES, fetched=fetched)
     judged = any((f.kind == "reference" and f.missing == "reject") or f.against for f in recipe.filter)
     need = judged or recipe.baselines.gold_sft or bool(recipe.round)
@@ -233,7 +234,7 @@ def read_inputs(
         ship_anyway=ship_anyway,
         graders=graders or {},
         judge=judge,
-        fetched=fetched or {},
+        data=data,
     )
 
 
@@ -360,12 +361,38 @@ def placed(inputs: Inputs, key: str, row: Row) -> str:
     # One turn of a trace, and one of two tasks that a row became, stand where that row stands.
     names = (row.id, row.trace, row.id.removesuffix("+why"))
     traces = inputs.recipe.generate.style == TRACES and table not in ("distill.keep", "tune.general")
+    fetched = {one.source: one.path for one in inputs.data}
     for file in section.files:
-        path = inputs.fetched.get(str(file)) or inputs.path.parent / file
+        path = fetched.get(str(file)) or inputs.path.parent / file
         _, spots = _placed(path, traces, section.columns.made())
         if spot := next((spots[name] for name in names if name in spots), ""):
             return f"{path}:{spot}: row {row.id!r}"
     return f"row {row.id!r}"
+
+
+def sources(inputs: Inputs) -> list[dict[str, Any]]:
+    """Return where models and data of the hub come from, each with its role, revision and digest, a model with its licence."""
+    models = [
+        ("teacher", inputs.teacher),
+        *((f"teacher {spec.name}", one) for spec, one in zip(inputs.recipe.teachers, inputs.others, strict=True)),
+        ("student", inputs.student),
+        *([("judge", inputs.judge)] if inputs.judge else []),
+        *(("filter", one) for one in inputs.graders.values()),
+    ]
+    found: list[dict[str, Any]] = [
+        {
+            "role": role,
+            "source": model.source,
+            "revision": model.revision,
+            "digest": model.digest,
+            "licence": model.facts.licence,
+            "quantized_from": model.facts.quantized_from,
+        }
+        for role, model in models
+    ]
+    return found + [
+        {"role": "data", "source": one.source, "revision": one.revision, "digest": one.digest} for one in inputs.data
+    ]
 
 
 def all_targets(inputs: Inputs) -> tuple[Target, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edgedistill.devices.host import fingerprint
@@ -65,19 +65,24 @@ class Plan:
 
     def only(self, wanted: Iterable[Step]) -> Plan:
         """Return the plan cut down to some steps and what they need."""
-        by_key, keep = self.by_key, set()
-        todo = [step.key for step in wanted]
-        while todo:
-            key = todo.pop()
-            if key not in keep:
-                keep.add(key)
-                todo += by_key[key].stage.inputs()
+        keep = closure((step.key for step in wanted), self.by_key)
         return Plan(
             identity=self.identity,
             steps=[step for step in self.steps if step.key in keep],
             warnings=self.warnings,
             packages={name: key for name, key in self.packages.items() if key in keep},
         )
+
+
+def closure(keys: Iterable[Key], by_key: Mapping[Key, Step]) -> set[Key]:
+    """Return keys and all that is upstream of them."""
+    found, todo = set[Key](), list(keys)
+    while todo:
+        key = todo.pop()
+        if key not in found:
+            found.add(key)
+            todo += by_key[key].stage.inputs()
+    return found
 
 
 class Graph:
@@ -103,6 +108,11 @@ class Graph:
     def steps(self) -> list[Step]:
         """Return the steps in the order in which they were added."""
         return list(self._steps.values())
+
+    def upstream(self, keys: Iterable[Key]) -> list[Step]:
+        """Return the steps of these keys and all that they need, in the order in which they were added."""
+        found = closure(keys, self._steps)
+        return [step for step in self._steps.values() if step.key in found]
 
 
 def package_version(name: str) -> str:

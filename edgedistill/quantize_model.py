@@ -416,7 +416,9 @@ def _cached(store: Store, plan: Plan, name: str) -> list[str]:
 
 
 def _measured(entry: Entry) -> list[str]:
-    """Say what the KLD of a file with types of its own came to, or what rounding gained in an ONNX folder."""
+    """Say how far a file is from full precision; what the KLD of one with types of its own came to; what rounding gained in an ONNX
+    folder.
+    """
     if "rounding" in entry.facts:
         gained, hop = entry.facts["rounding"], entry.facts["hop"]
         kinds = ", ".join(f"{count} x {kind}" for kind, count in gained["kinds"].items())
@@ -424,8 +426,11 @@ def _measured(entry: Entry) -> list[str]:
             f"{kinds}, rounded with feedback: squared error of the products {gained['before']:.3g} to nearest, "
             f"{gained['after']:.3g} so; KLD {hop['kld']:.3g} nats a token on {hop['prompts']} prompts"
         ]
+    from edgedistill.formats.gguf.quantize_check import QuantizedHop
+
+    lines = [QuantizedHop(**hop).told()] if "limit" in (hop := entry.facts.get("hop", {})) else []
     if "measured" not in entry.facts:
-        return []
+        return lines
     found = entry.facts["measured"]
     kld = found["kld"]
     interval = (
@@ -433,7 +438,8 @@ def _measured(entry: Entry) -> list[str]:
     )  # of one text there is none
     return [
         f"measured KLD {kld['value']:.3g}{interval} nats a token, on {kld['n']} of the texts that the types were chosen by "
-        f"({found['tokens']} tokens)"
+        f"({found['tokens']} tokens)",
+        *lines,
     ]
 
 

@@ -90,6 +90,10 @@ class Speed:
     ratio: Figure | None
     ttft_p50_ms: float | None
     ttft_p95_ms: float | None
+    ttft_p99_ms: float | None
+    request_p50_ms: float | None  # to the end of an answer
+    request_p95_ms: float | None
+    request_p99_ms: float | None
     requests: int
     peak_rss: int | None
     bandwidth_share: float | None
@@ -97,6 +101,9 @@ class Speed:
     context: int | None
     host: dict[str, Any]
     runner: dict[str, str]
+    load_before: float | None  # load averages
+    load_after: float | None
+    load_of_others: float | None  # cores that other processes kept busy meanwhile
     noise: tuple[str, ...]
 
 
@@ -260,6 +267,16 @@ class ReportData:
         return [
             (target, line) for target, lines in self.gates.items() for line in lines if line["status"] == "unproved"
         ]
+
+    @property
+    def shipped_anyway(self) -> dict[str, list[str]]:
+        """Targets that are packaged though they miss gates, with the names of these."""
+        found = {
+            target: [line["name"] for line in self.gates.get(target, ()) if line["status"] == "missed"]
+            for target, shipped in self.shipped.items()
+            if shipped
+        }
+        return {target: names for target, names in found.items() if names}
 
     def model(self, name: str) -> Model | None:
         """Return one model by id."""

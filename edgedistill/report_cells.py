@@ -32,6 +32,12 @@ def count(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def slashed(*values: float | None, digits: int = 0) -> str:
+    """Write figures of one kind beside each other, a dash for one that is not known; nothing where none is."""
+    known = any(value is not None for value in values)
+    return " / ".join("-" if value is None else f"{value:.{digits}f}" for value in values) if known else ""
+
+
 def signed(figure: Figure) -> str:
     """Write a difference with its sign and interval."""
     bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:+.3f}, {figure.high:+.3f}]"

@@ -1,4 +1,4 @@
-"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked, sources."""
+"""What a report takes from single entries: a training log, what became of tensors, how a change of format was checked, speeds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedistill.inputs import Inputs
 from edgedistill.kv_cache import told
-from edgedistill.report import CacheLine, Figure
+from edgedistill.report import CacheLine, Figure, Speed
 from edgedistill.store import Entry
 
 CURVE_POINTS = 400  # lines of a training log that are kept: more than a plot has pixels
@@ -79,23 +78,39 @@ def hops(entries: Mapping[str, Entry | None]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def sources(inputs: Inputs) -> list[dict[str, Any]]:
-    """Return where teacher and student come from, with revisions and licences."""
-    return [
-        {
-            "role": role,
-            "source": model.source,
-            "revision": model.revision,
-            "digest": model.digest,
-            "licence": model.facts.licence,
-            "quantized_from": model.facts.quantized_from,
-        }
-        for role, model in (
-            ("teacher", inputs.teacher),
-            *((f"teacher {spec.name}", one) for spec, one in zip(inputs.recipe.teachers, inputs.others, strict=True)),
-            ("student", inputs.student),
-        )
-    ]
+def speed(facts: Mapping[str, Any]) -> Speed | None:
+    """Read what a step measured of one file; None where it measured nothing."""
+    found = facts.get("measurement")
+    if not found:
+        return None
+    ttft, request, settings = found.get("ttft_ms") or {}, found.get("request_ms") or {}, found.get("settings", {})
+    return Speed(
+        pp=_median(found["pp"]),
+        tg=_median(found["tg"]),
+        ratio=Figure.read((facts.get("ratio") or {}).get("tg")),
+        ttft_p50_ms=ttft.get("p50"),
+        ttft_p95_ms=ttft.get("p95"),
+        ttft_p99_ms=ttft.get("p99"),
+        request_p50_ms=request.get("p50"),
+        request_p95_ms=request.get("p95"),
+        request_p99_ms=request.get("p99"),
+        requests=int(ttft.get("n", 0)),
+        peak_rss=found.get("peak_rss"),
+        bandwidth_share=found.get("bandwidth_share"),
+        threads=settings.get("threads"),
+        context=settings.get("context"),
+        host=dict(found.get("host", {})),
+        runner={key: str(value) for key, value in found.get("runner", {}).items()},
+        load_before=found.get("load_before"),
+        load_after=found.get("load_after"),
+        load_of_others=found.get("load_of_others"),
+        noise=tuple(found.get("noise", ())) + tuple((facts.get("ratio") or {}).get("noise", ())),
+    )
+
+
+def _median(samples: Mapping[str, Any]) -> Figure:
+    low, high = samples.get("interval") or (None, None)
+    return Figure(value=samples["median"], low=low, high=high, n=samples["n"], method="median")
 
 
 def stances(facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Figure]], dict[str, dict[str, Figure]]]:

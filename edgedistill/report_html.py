@@ -123,9 +123,9 @@ def _verdict(data: ReportData) -> Html:
         if line["status"] == "missed"
     ]
     unproved = len(data.unproved)
-    first = h(
-        "b", f"{shipped} of {count} artifacts packaged. ", cls="good" if shipped == count and not missed else "bad"
-    )
+    anyway = f", {len(data.shipped_anyway)} by --ship-anyway" if data.shipped_anyway else ""
+    good = shipped == count and not missed
+    first = h("b", f"{shipped} of {count} artifacts packaged{anyway}. ", cls="good" if good else "bad")
     parts: list[str] = [first]
     if missed:
         parts.append(h("span", f"Missed gates: {', '.join(missed)}. ", cls="bad"))
@@ -154,6 +154,8 @@ def _card(data: ReportData, model: Model) -> Html:
         rows.append(("gates", ", ".join(f"{count} {status}" for status, count in by.items() if count) or "none"))
     cells = [part for name, value in rows for part in (h("dt", name), h("dd", value))]
     state = h("span", "packaged", cls="good") if data.shipped.get(model.id) else h("span", "not packaged", cls="bad")
+    if model.id in data.shipped_anyway:
+        state = h("span", "packaged though a gate is missed", cls="bad")
     return h("div", h("b", model.label), state, h("dl", *cells), cls="card")
 
 
@@ -441,11 +443,11 @@ def _origins(data: ReportData) -> list[Html]:
         *(f"Unproved on {target}: {line['name']} ({line['why']})." for target, line in data.unproved),
     ]
     for source in data.sources:
-        origin = f", dequantized from {source['quantized_from']}" if source["quantized_from"] else ""
+        licence = f", licence {source['licence'] or 'unknown'}" if "licence" in source else ""
+        origin = f", dequantized from {source['quantized_from']}" if source.get("quantized_from") else ""
         lines.append(
             f"{source['role'].capitalize()}: {source['source']}, revision {source['revision']}, "
-            f"sha256 {source['digest'][:16]}…, "
-            f"licence {source['licence'] or 'unknown'}{origin}."
+            f"sha256 {source['digest'][:16]}…{licence}{origin}."
         )
     if data.versions:
         lines.append("Built with " + ", ".join(f"{name} {version}" for name, version in data.versions.items()) + ".")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from edgedistill.compare import flat, step_of
 from edgedistill.data.verdicts import remaining, shown_in
 from edgedistill.data_stats import step_figures
-from edgedistill.inputs import read_reviews, student_facts
+from edgedistill.inputs import read_reviews, sources, student_facts
 from edgedistill.report import (
     Comparison,
     Difference,
@@ -18,10 +18,9 @@ from edgedistill.report import (
     Model,
     ReportData,
     Round,
-    Speed,
     SuiteLine,
 )
-from edgedistill.report_entries import caches, curve, fallbacks, hops, sources, stances
+from edgedistill.report_entries import caches, curve, fallbacks, hops, speed, stances
 from edgedistill.report_reader import Reader
 from edgedistill.store import Entry
 
@@ -164,8 +163,8 @@ def _models(reader: Reader) -> list[Model]:
         suites = {
             suite: _suite(reader, name, suite, answered[suite]) for suite in session.recipe.suites if suite in answered
         }
-        speed = _speed(reader.facts(f"measure/{name}"))
-        if size is None and not suites and speed is None:
+        measured = speed(reader.facts(f"measure/{name}"))
+        if size is None and not suites and measured is None:
             continue
         divergence = {
             against: {key: f for key in ("kld", "top1") if (f := Figure.read(value.get(key)))}
@@ -182,7 +181,7 @@ def _models(reader: Reader) -> list[Model]:
                 shrink=shrink,
                 suites=suites,
                 divergence=divergence,
-                speed=speed,
+                speed=measured,
                 calibration=_calibration(reader, name),
             )
         )
@@ -304,33 +303,6 @@ def _over(mine: Figure, base: Figure | None) -> Figure | None:
     bounds = None not in (mine.low, mine.high, base.low, base.high)
     low, high = (mine.low / base.high, mine.high / base.low) if bounds else (None, None)  # type: ignore[operator]
     return Figure(value=mine.value / base.value, low=low, high=high, n=mine.n, method="unpaired, widest")
-
-
-def _speed(facts: Mapping[str, Any]) -> Speed | None:
-    found = facts.get("measurement")
-    if not found:
-        return None
-    ttft, settings = found.get("ttft_ms") or {}, found.get("settings", {})
-    return Speed(
-        pp=_median(found["pp"]),
-        tg=_median(found["tg"]),
-        ratio=Figure.read((facts.get("ratio") or {}).get("tg")),
-        ttft_p50_ms=ttft.get("p50"),
-        ttft_p95_ms=ttft.get("p95"),
-        requests=int(ttft.get("n", 0)),
-        peak_rss=found.get("peak_rss"),
-        bandwidth_share=found.get("bandwidth_share"),
-        threads=settings.get("threads"),
-        context=settings.get("context"),
-        host=dict(found.get("host", {})),
-        runner={key: str(value) for key, value in found.get("runner", {}).items()},
-        noise=tuple(found.get("noise", ())) + tuple((facts.get("ratio") or {}).get("noise", ())),
-    )
-
-
-def _median(samples: Mapping[str, Any]) -> Figure:
-    low, high = samples.get("interval") or (None, None)
-    return Figure(value=samples["median"], low=low, high=high, n=samples["n"], method="median")
 
 
 def _gates(reader: Reader) -> tuple[dict[str, list[dict[str, Any]]], dict[str, bool]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.fingerprint import Key
+from edgedistill.stages.package import Package
 from edgedistill.store import Damaged, Entry
 
 if TYPE_CHECKING:
@@ -31,15 +32,23 @@ class Reader:
         return self._entries[name]
 
     def _load(self, name: str) -> Entry | None:
+        step = self.steps[name]
+        entry, why = self._found(step.key)
+        if why and isinstance(step.stage, Package):  # it missed a gate, and was shipped anyway
+            anyway, bad = self._found(step.stage.anyway)
+            entry, why = (entry, why) if bad else (anyway, "")
+        if why:
+            self._why[step.key] = why
+        return None if why else entry
+
+    def _found(self, key: Key) -> tuple[Entry | None, str]:
+        """Return an entry, and why it is of no use, or ""."""
         store = self.session.store
         try:
-            entry = store.load(self.steps[name].key)
-            why = "not built" if entry is None else store.inputs_match(entry)
+            entry = store.load(key)
+            return entry, "not built" if entry is None else store.inputs_match(entry)
         except Damaged as error:
-            entry, why = None, f"damaged: {error.why}"
-        if why:
-            self._why[self.steps[name].key] = why
-        return None if why else entry
+            return None, f"damaged: {error.why}"
 
     def missing(self) -> tuple[list[str], int]:
         """Return the steps that are missing though their inputs are there, with the reason, and the number of those

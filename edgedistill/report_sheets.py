@@ -92,6 +92,10 @@ def _model_notes(data: ReportData) -> list[str]:
     whys = {line["why"] for _, line in data.unproved if line["why"]}
     if whys:
         notes.append(f"unproved: {'; '.join(sorted(whys))}")
+    notes += [
+        f"{target} is packaged by --ship-anyway though it misses {', '.join(names)}"
+        for target, names in data.shipped_anyway.items()
+    ]
     notes += verdict_notes(data)
     if data.missing:
         notes.append(missing_note(data))

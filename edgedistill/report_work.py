@@ -7,7 +7,7 @@ from typing import Any
 
 from edgedistill.data.verdicts import told
 from edgedistill.report import ReportData
-from edgedistill.report_cells import count, filled, machine_notes, text
+from edgedistill.report_cells import count, filled, machine_notes, slashed, text
 from edgedistill.tables import Sheet, duration
 from edgedistill.target import format_size
 
@@ -18,9 +18,7 @@ def speeds_sheet(data: ReportData) -> Sheet:
     for model in data.models:
         if (speed := model.speed) is None:
             continue
-        latency = (
-            f"{speed.ttft_p50_ms:.0f} / {speed.ttft_p95_ms:.0f}" if speed.ttft_p50_ms and speed.ttft_p95_ms else ""
-        )
+        first = slashed(speed.ttft_p50_ms, speed.ttft_p95_ms, speed.ttft_p99_ms)
         rows.append(
             [
                 model.label,
@@ -28,11 +26,13 @@ def speeds_sheet(data: ReportData) -> Sheet:
                 text(speed.pp, 1),
                 text(speed.tg, 1),
                 text(speed.ratio, 2),
-                latency,
-                count(speed.requests if latency else None),
+                first,
+                slashed(speed.request_p50_ms, speed.request_p95_ms, speed.request_p99_ms),
+                count(speed.requests if first else None),
                 format_size(speed.peak_rss) if speed.peak_rss else "",
                 f"{speed.bandwidth_share:.0%}" if speed.bandwidth_share is not None else "",
                 count(speed.threads),
+                slashed(speed.load_before, speed.load_after, speed.load_of_others, digits=1),
             ]
         )
     columns = (
@@ -41,19 +41,24 @@ def speeds_sheet(data: ReportData) -> Sheet:
         "pp512 t/s",
         "tg128 t/s",
         "speed-up",
-        "TTFT p50 / p95 ms",
+        "TTFT p50 / p95 / p99 ms",
+        "request p50 / p95 / p99 ms",
         "requests",
         "peak RSS",
         "of bandwidth",
         "threads",
+        "load",
+    )
+    notes = (
+        ["load: load average before / after, and the cores that other processes kept busy meanwhile"] if rows else []
     )
     return filled(
         Sheet(
             title="speed and memory",
             columns=columns,
             rows=rows,
-            right=frozenset(range(1, 10)),
-            notes=machine_notes(data),
+            right=frozenset(range(1, 12)),
+            notes=[*notes, *machine_notes(data)],
         )
     )
 

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edgedistill.errors import UsageError
+from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import digest
 from edgedistill.jsonl import whole
 from edgedistill.sequences import Made
@@ -150,8 +150,8 @@ class RowStore:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.OperationalError as error:
-            raise UsageError(f"{self.path}: {error}", "free some disk space; stored rows are kept") from error
+        except sqlite3.OperationalError as error:  # the disk is full, or the file is held or may not be written
+            raise StepFailed(f"{self.path}: {error}", "free some disk space; stored rows are kept") from error
         except sqlite3.DatabaseError as error:
             raise UsageError(
                 f"{self.path}: not a readable row store ({error})", f"move it away and build again: mv {self.path} /tmp"

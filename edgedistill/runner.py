@@ -12,16 +12,18 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edgedistill.cpus import usable_cpus
+from edgedistill.devices.host import usable_cores
 from edgedistill.errors import EdgeDistillError, GateMissed, StepFailed, UsageError
 from edgedistill.fingerprint import Key
 from edgedistill.plan import Plan, Step
@@ -31,6 +33,7 @@ from edgedistill.step import Context
 from edgedistill.store import Damaged, Entry, Store, write_atomic
 from edgedistill.target import format_size
 
+FULL = 16 << 20  # bytes: a disk with less left is full, whatever the library that failed to write on it says
 TOOLS = ("torch", "transformers", "peft", "gguf", "llama-cpp-python", "onnxruntime", "onnxruntime-genai", "pyarrow")
 
 
@@ -127,7 +130,7 @@ def check_disk(steps: Iterable[tuple[Step, Verdict]], store: Store) -> None:
     if need > free:
         raise UsageError(
             f"the build needs about {format_size(need)} of disk in {store.root}, {format_size(free)} are free",
-            "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk",
+            "free some room (edgedistill store gc --keep RECIPE), or set EDGEDISTILL_STORE to another disk",
         )
 
 
@@ -223,7 +226,9 @@ class Runner:
 
     def build(self, *, force: Iterable[str] = ()) -> Outcome:
         """Bring every step of the plan up to date. Errors of steps are collected in the outcome, not raised."""
-        with self.store.using(step.key for step in self.plan.steps):
+        with ExitStack() as using:
+            with self._told("build"):
+                using.enter_context(self.store.using(step.key for step in self.plan.steps))
             return self._build(set(force))
 
     def _build(self, forced: set[str]) -> Outcome:
@@ -235,7 +240,10 @@ class Runner:
         self._left = {key: value for key, value in estimates.items() if value is not None}
         known = sum(self._left.values()) if len(self._left) == len(to_run) else None
         self.reporter.plan(len(self.plan.steps), len(to_run), known)
-        _write_history(self.store, self.plan)
+        with suppress(
+            OSError
+        ):  # what the next plan says has changed; a full disk is told of by the first step that writes
+            _write_history(self.store, self.plan)
         broken: set[Key] = set()
         try:
             for step in self.plan.steps:
@@ -302,14 +310,15 @@ class Runner:
             raise StepFailed(
                 f"{step.id}: needs about {step.disk / 2**20:.0f} MiB of disk in {self.store.root}, "
                 f"{free / 2**20:.0f} MiB are free",
-                "free some room (edgedistill store gc), or set EDGEDISTILL_STORE to another disk; "
+                "free some room (edgedistill store gc --keep RECIPE), or set EDGEDISTILL_STORE to another disk; "
                 "finished steps are kept",
             )
         entries = {key: self._loaded(key) for key in step.stage.inputs()}
         inputs = {key: entry.digest for key, entry in entries.items()}
         resumed = self.store.interrupted(step.key, inputs)
-        with self._told(step):
+        with self._told(step.id):
             out, work = self.store.partial(step.key, inputs)
+        _limit_torch(self.threads)
         estimate = self._left.get(step.key)
         left = sum(self._left.values()) if self._left else None
         self.reporter.start(step, estimate, left)
@@ -323,7 +332,7 @@ class Runner:
             progress=lambda done, total, note: self.reporter.progress(step, done, total, note),
             note=lambda text: self.reporter.note(f"{step.id}: {text}"),
         )
-        with self._told(step):
+        with self._told(step.id):
             facts = step.stage.run(ctx)
             seconds = time.monotonic() - started
             self.store.commit(
@@ -337,27 +346,31 @@ class Runner:
             )
         part = resumed or facts.get("reused") or facts.get("waited") or facts.get("from_store")
         if not part:  # else this says nothing of how fast the whole is done
-            self.rates.learn(step.work, seconds)
+            with suppress(OSError):  # an estimate is not worth a step that is done
+                self.rates.learn(step.work, seconds)
         self.reporter.finish(step, seconds)
 
     @contextmanager
-    def _told(self, step: Step) -> Iterator[None]:
-        """Make a message with a remedy of whatever goes wrong."""
+    def _told(self, name: str) -> Iterator[None]:
+        """Make a message with a remedy of whatever goes wrong in the step of this name."""
         try:
             yield
+        except StepFailed as error:
+            if name not in error.message:
+                error.message = f"{name}: {error.message}"
+                error.args = (error.message,)
+            raise
         except EdgeDistillError:
             raise
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise self._bug(step, error) from error
-            raise StepFailed(
-                f"{step.id}: the disk of {self.store.root} is full",
-                "free some room (edgedistill store gc); finished steps are kept and this one goes on",
-            ) from error
-        except MemoryError as error:
-            raise StepFailed(f"{step.id}: out of memory", "lower its batch_size; finished steps are kept") from error
         except Exception as error:
-            raise self._bug(step, error) from error
+            if _no_room(error, self.store.root):
+                raise StepFailed(
+                    f"{name}: the disk of {self.store.root} is full",
+                    "free some room (edgedistill store gc --keep RECIPE); finished steps are kept and this one goes on",
+                ) from error
+            if _no_memory(error):
+                raise StepFailed(f"{name}: out of memory", "lower its batch_size; finished steps are kept") from error
+            raise self._bug(name, error) from error
 
     def _loaded(self, key: Key) -> Entry:
         entry = self.store.load(key)
@@ -367,15 +380,44 @@ class Runner:
             )
         return entry
 
-    def _bug(self, step: Step, error: Exception) -> EdgeDistillError:
+    def _bug(self, name: str, error: Exception) -> EdgeDistillError:
         """Keep the traceback in a file and tell one line of it."""
-        log = self.store.root / "log" / f"{step.id.replace('/', '-')}.txt"
+        log = self.store.root / "log" / f"{name.replace('/', '-')}.txt"
         log.parent.mkdir(exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)))
         return EdgeDistillError(
-            f"{step.id}: {type(error).__name__}: {error}",
+            f"{name}: {type(error).__name__}: {error}",
             f"this is a bug; the traceback is in {log}; finished steps are kept",
         )
+
+
+def _no_room(error: Exception, root: Path) -> bool:
+    """Tell whether a disk is full. Libraries have words of their own for it, in errors of any kind (numpy: "65536 requested and 0
+    written"); then the room that is left decides.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(root).free < FULL
+
+
+def _no_memory(error: Exception) -> bool:
+    """Tell whether memory did not suffice: Python's, torch's on a CPU, or a GPU's."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def _limit_torch(threads: int) -> None:
+    """Have torch compute with so many threads, one a core at most: left to itself it takes all cores of the machine, those that a
+    container may not use, too, and they wait for each other. The steps import it, and one may have changed it.
+    """
+    count = min(threads, usable_cores())
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(count)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def _quiet() -> None:

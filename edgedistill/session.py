@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from edgedistill.chat_template import named_template
-from edgedistill.errors import RecipeError, UsageError
+from edgedistill.errors import GateMissed, RecipeError, UsageError
 from edgedistill.expand import expand
 from edgedistill.inputs import Inputs, read_inputs
 from edgedistill.lock import read_lock, write_lock
@@ -102,7 +102,7 @@ def _prepared(
         ship_anyway=ship_anyway,
         graders=_graders(recipe, path, store, note),
         judge=_judge(recipe, path, student, store, note),
-        fetched=_hub_files(recipe, path, store, note),
+        data=_hub_files(recipe, path, store, note),
     )
     session = Session(recipe=recipe, path=path, store=store, inputs=inputs, plan=expand(inputs))
     if not recipe.compare:
@@ -191,7 +191,7 @@ def _pinned(source: str, recipe: Recipe, path: Path, store: Store, note: Callabl
     return model
 
 
-def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> dict[str, Path]:
+def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], None]) -> list[HubFile]:
     """Bring the files of rows that are of data sets of the hub here, each once, and pin them. Raises RecipeError."""
     lock, found = path.with_name(f"{recipe.name}.lock"), dict[str, HubFile]()
     for key, source in recipe_files(recipe):
@@ -203,7 +203,7 @@ def _hub_files(recipe: Recipe, path: Path, store: Store, note: Callable[[str], N
             raise RecipeError(error.message, error.hint, file=path, key=key) from None
     if found:
         write_lock(lock, list(found.values()), "data")
-    return {source: one.path for source, one in found.items()}
+    return list(found.values())
 
 
 def recipe_files(section: BaseModel, key: str = "") -> Iterator[tuple[str, str]]:
@@ -262,14 +262,19 @@ def rows_of(session: Session, force: Sequence[str] = ()) -> list[tuple[Step, Ver
     ]
 
 
-def publish(session: Session, outcome: Outcome) -> list[Path]:
-    """Hard-link every finished package to ``dist/<recipe>/<target>/`` beside the recipe. Raises UsageError where that cannot be."""
-    published = []
+def publish(session: Session, outcome: Outcome, note: Callable[[str], None] = lambda text: None) -> list[Path]:
+    """Hard-link every finished package to ``dist/<recipe>/<target>/`` beside the recipe. Where there is none, what an earlier
+    build left there stays, and ``note`` is told so. Raises UsageError where a folder cannot be written.
+    """
+    published, failed = [], {session.plan.match(name)[0].key: error for name, error in outcome.failed.items()}
     for target, key in session.plan.packages.items():
-        entry = session.store.load(key) if key not in {session.plan.match(n)[0].key for n in outcome.failed} else None
-        if entry is None or session.store.inputs_match(entry):  # of an earlier build, whose inputs have changed since
-            continue
         folder = session.path.parent / "dist" / session.recipe.name / target
+        entry = session.store.load(key) if key not in failed else None
+        if entry is None or session.store.inputs_match(entry):  # of an earlier build, whose inputs have changed since
+            if (folder / "manifest.json").is_file():
+                why = "missed a gate" if isinstance(failed.get(key), GateMissed) else "packaged nothing for this target"
+                note(f"{folder} is of an earlier build: this one {why}, and left it as it was")
+            continue
         try:
             _link_package(entry, folder)
         except OSError as error:

@@ -421,10 +421,13 @@ def quantize_table(results: Iterable[Any]) -> Sheet:
                 str(one["path"]),
             ]
         )
-        if one["fallbacks"]:
-            notes.append(
-                f"{one['name']}: {len(one['fallbacks'])} tensors fell back to other types: {_some(one['fallbacks'])}"
+        if fallen := one["fallbacks"]:
+            what = (
+                "1 tensor fell back to another type"
+                if len(fallen) == 1
+                else f"{len(fallen)} tensors fell back to other types"
             )
+            notes.append(f"{one['name']}: {what}: {_some(fallen)}")
         notes += [f"{one['name']}: {note}" for note in one["notes"]]
     return Sheet(
         title="", columns=("for", "type", "size", "bpw", "file"), rows=rows, right=frozenset({2, 3}), notes=notes

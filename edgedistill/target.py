@@ -35,6 +35,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "aarch64": ("neon", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme"),
 }  # fmt: skip
+# Their kernels are so much faster that a machine which has them proves nothing of one without.
+FASTER = {"x86_64": ("avx512", "amx_int8"), "aarch64": ("i8mm", "sve", "sme")}
 ENGINES = {"gguf": "llama.cpp", "onnx": "onnxruntime-genai"}
 # What [quantize] may say of each type of ONNX, beside it; fp16 builds on a CPU and then fails at run time.
 ONNX_TYPES: dict[str, tuple[str, ...]] = {
@@ -386,6 +388,9 @@ def matches_host(target: Target, host: HostFingerprint) -> tuple[bool, str]:
     missing = [feature for feature in target.features if feature not in host.features]
     if missing:
         return False, f"measured without {', '.join(missing)}, which the target has"
+    beyond = [feature for feature in FASTER[target.arch] if feature in host.features and feature not in target.features]
+    if beyond:
+        return False, f"measured with {', '.join(beyond)}, which the target lacks"
     if host.cores < target.runtime.threads:
         return False, f"measured on {host.cores} cores, the target runs {target.runtime.threads} threads"
     return True, ""

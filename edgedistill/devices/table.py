@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,19 @@ def bench_table(measurements: Sequence[Measurement]) -> Table:
     return table
 
 
+def told_load(before: float | None, after: float | None, others: float | None) -> str:
+    """Say how busy a machine was: load average before and after, and cores that other processes kept busy meanwhile."""
+    average = "unknown" if before is None or after is None else f"{before:.1f} before, {after:.1f} after"
+    return f"load average {average}, " + (
+        "others unknown" if others is None else f"others kept {others:.1f} cores busy"
+    )
+
+
+def told_runner(runner: Mapping[str, str]) -> str:
+    """Name the build of the library that ran a model."""
+    return f"{runner['version']}, {runner['commit']}: {runner['build']}"
+
+
 def _speed(samples: Samples) -> str:
     low, high = samples.interval
     return f"{samples.median:.1f} [{low:.1f}, {high:.1f}]"
@@ -56,19 +69,14 @@ def _notes(measurements: Sequence[Measurement]) -> list[str]:
     notes: list[str] = []
     for one in measurements:
         host, settings = one.host, one.settings
-        loads = [
-            f"load average {one.load_before:.1f} before, {one.load_after:.1f} after"
-            if one.load_before is not None and one.load_after is not None
-            else "load average unknown",
-            "others unknown" if one.load_of_others is None else f"others kept {one.load_of_others:.1f} cores busy",
-        ]
         notes += [
             f"{host.cpu}, {host.cores} cores, {format_size(host.memory_bytes)}; {settings.threads} threads read "
             f"{one.bandwidth / 1e9:.1f} GB/s; context {settings.context}, KV cache in {told(settings.kv)}",
             f"medians of {one.tg.n} with 95 % intervals; batch 2048/512 as in llama-bench",
-            f"{one.runner['version']}, {one.runner['commit']}: {one.runner['build']}",
+            told_runner(one.runner),
         ]
-        notes.append(f"{Path(one.artifact).name}: {', '.join(loads)}")
+        load = told_load(one.load_before, one.load_after, one.load_of_others)
+        notes.append(f"{Path(one.artifact).name}: {load}")
         if one.noisy:
             notes.append(f"{Path(one.artifact).name}: NOISY: {'; '.join(one.noise)}")
     return list(dict.fromkeys(notes))

@@ -22,6 +22,11 @@ from edgedistill.evals.calibration import Calibration, RowConfidence, calibratio
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate, clustered_mean, clustered_proportion
 
+LOST = 0.5
+"""Share of ``lost_kld`` above which a model is held for another one: what a coarse type costs depends on the model, and quality is
+for the recipe's gates, so only a model that has lost the text is refused.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
@@ -332,6 +337,14 @@ def kl_divergence(p: np.ndarray, q: np.ndarray, *, columns: np.ndarray | None = 
     # Rounding can push a divergence of equal distributions a hair below zero.
     each = np.maximum(np.sum(np.exp(p) * (p - q), axis=1, dtype=np.float64), 0.0)
     return each, p.argmax(axis=1) == q.argmax(axis=1) if same is None else same
+
+
+def lost_kld(logprobs: np.ndarray) -> float:
+    """Return the KLD, in nats a token, of a model that answers every position with the distribution of another one.
+
+    ``logprobs`` [positions, vocabulary]: what is that far from them has lost the text.
+    """
+    return float(kl_divergence(logprobs, np.roll(logprobs, len(logprobs) // 2, axis=0))[0].mean())
 
 
 def _normalised(logprobs: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +26,7 @@ class Package(Stage):
     """Check the gates of one target and write its package."""
 
     name: ClassVar[str] = "package"
-    version: ClassVar[int] = 2  # 2: the speed-up's line says what was noisy
+    version: ClassVar[int] = 3  # 3: the manifest names what is upstream alone, the card what was noisy
     model: Key
     file: str
     evaluation: Key
@@ -44,7 +44,12 @@ class Package(Stage):
     ship_anyway: bool
     kv_cache: Key | None = later(None)  # the types of the KV cache that are not f16 alone, and what they cost
     example: tuple[Mapping[str, Any], ...]  # one prompt's messages, for the command lines on the card
-    all_keys: Mapping[str, str] = unkeyed()  # step id -> key, for the manifest: all of them are upstream of this key
+    upstream: Mapping[str, str] = unkeyed()  # step -> key, for the manifest: they follow from the fields above
+
+    @property
+    def anyway(self) -> Key:
+        """The key that this package has where a build with ``--ship-anyway`` wrote it."""
+        return replace(self, ship_anyway=True).key()
 
     def run(self, ctx: Context) -> Mapping[str, Any]:
         """Decide, then write."""
@@ -78,7 +83,7 @@ class Package(Stage):
             recipe=self.recipe,
             target=dict(self.target),
             format="gguf" if artifact.is_file() else "onnx",
-            keys=dict(self.all_keys),
+            keys=dict(self.upstream),
             digests={key: entry.digest for key, entry in ctx.entries.items()},
             sources=[dict(source) for source in self.sources],
             evaluation=dict(ctx.facts(self.evaluation)),

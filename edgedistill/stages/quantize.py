@@ -2,8 +2,8 @@
 
 In: the f16 GGUF, the importance matrix and the text it was measured on, for type "auto" the types that ``allocate`` chose; or
 the merged checkpoint for ONNX, with kept rows or plain text where codes are rounded on it. Out:
-``model.gguf``, or ``onnx/``. Gate on the hop: the file is complete, loads and runs; an ONNX builder's exit code proves
-nothing, so its model is run beside transformers."""
+``model.gguf``, or ``onnx/``. Gate on the hop: the file is complete, loads, and says nearly what the one says that it was made from;
+an ONNX builder's exit code proves nothing, so its model is run beside transformers."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Quantize(Stage):
         if self.format == "onnx":
             return self._onnx(ctx)
         from edgedistill.formats.gguf.quantize import named_after, quantize
+        from edgedistill.formats.gguf.quantize_check import compare_quantized
 
         source, out = ctx.path(self.model, "model.gguf"), ctx.out / "model.gguf"
         if self.type == "F16" and not self.imported:  # what convert wrote already
@@ -81,6 +82,9 @@ class Quantize(Stage):
             "type": self.type,
             "reused": report.reused > 0,
         }
+        if self.rows:
+            hop = compare_quantized(source, out, self.rows, store=ctx.store, threads=ctx.threads, progress=ctx.progress)
+            facts["hop"] = hop.to_json()
         return facts | ({"measured": self._measured(ctx, source, out)} if self.sensitivity else {})
 
     def _measured(self, ctx: Context, source: Path, out: Path) -> dict[str, Any]:

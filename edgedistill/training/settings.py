@@ -253,7 +253,7 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings, *,
     if not math.isfinite(loss) or not math.isfinite(record["gradient"]):
         raise StepFailed(
             f"step {record['step']}: the loss is {loss:g} and the gradient {record['gradient']:g}",
-            hint=f"try {_slower(settings)}, a longer warmup, or dtype = 'float32'",
+            hint=f"try {_slower(settings)}, or a longer warmup",
         )
     step = record["step"] - eased
     if step < 1:
@@ -270,7 +270,7 @@ def check_loss(record: dict[str, Any], state: State, settings: TrainSettings, *,
     if mean > state.best + growth * abs(state.best) + 1.0:  # a KL that is estimated from draws may lie below 0
         raise StepFailed(
             f"step {record['step']}: the loss runs away ({state.best:.3g} at best, {mean:.3g} over the last {WINDOW} steps)",
-            hint=f"try {_slower(settings)}, clip = {settings.clip / 2 or 1:g} or a longer warmup",
+            hint=f"try {_slower(settings)}, max_grad_norm = {settings.clip / 2 or 1:g} or a longer warmup",
         )
     state.best = mean if step == WINDOW else min(state.best, mean)
 

@@ -134,7 +134,7 @@ def speed_facts(tg: float, size: int, ratio: float | None) -> dict[str, Any]:
             "pp": samples(tg * 7),
             "tg": samples(tg),
             "ttft_ms": latency,
-            "request_ms": latency,
+            "request_ms": {**latency, "p50": 45.0, "p95": 59.5, "p99": 64.0},
             "prompt_tokens": [30],
             "peak_rss": 310 * 2**20,
             "runner_rss": 50 * 2**20,
@@ -238,9 +238,12 @@ def make_session(
     keep: Callable[[str], bool] = lambda name: True,
     scale: int = 10,
     ship: Iterable[str] = (),
+    ship_anyway: bool = False,
     **overrides: Any,
 ) -> Session:
-    """Make a session of the packaged quickstart, its phone tuned, whose store has an entry for each step that ``keep`` wants."""
+    """Make a session of the packaged quickstart, its phone tuned, whose store has an entry for each step that ``keep`` wants.
+    With ``ship_anyway`` it is that of the flag, and packages miss a gate.
+    """
     path = copy_recipe("quickstart", folder / "quickstart") / "recipe.toml"
     facts = ModelFacts(
         architecture="llama",
@@ -263,7 +266,7 @@ def make_session(
     if "quantize" in overrides:  # the figures are of the profiles' own types
         types = {name: one.model_dump(exclude_none=True) for name, one in recipe.quantize.items()}
         targets = [target.with_types(types[target.name]) if target.name in types else target for target in targets]
-    inputs = read_inputs(recipe, path, model, model, targets)
+    inputs = read_inputs(recipe, path, model, model, targets, ship_anyway=ship_anyway)
     session = Session(recipe=recipe, path=path, store=Store(folder / "store"), inputs=inputs, plan=expand(inputs))
     fill_store(session, keep=keep, scale=scale, ship=ship)
     return session
@@ -410,7 +413,9 @@ def fill(session: Session, out: Path, names: tuple[str, ...], scale: int) -> dic
             "found": float(FIGURES[rest][3] * scale * 100),
             "at_least": False,
         }
-        return {"gates": [line, weight, unproved], "size": FIGURES[rest][3] * scale * 100}
+        missed = {**line, "name": "speedup", "bound": 3.0, "found": 1.9, "status": "missed"}
+        gates = [line, weight, unproved, *([missed] if session.inputs.ship_anyway else [])]
+        return {"gates": gates, "size": FIGURES[rest][3] * scale * 100}
     return {"rows": 1600, "tokens": 60000}
 
 

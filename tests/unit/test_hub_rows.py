@@ -33,7 +33,7 @@ path = Path(sys.argv[1])
 recipe = load_recipe(path, json.loads(sys.argv[2]))
 try:
     found = _hub_files(recipe, path, Store(path.parent / "store"), lambda text: print(text, file=sys.stderr))
-    print(json.dumps({source: one.read_text() for source, one in found.items()}))
+    print(json.dumps({one.source: one.path.read_text() for one in found}))
 except RecipeError as error:
     print(json.dumps({"error": error.message, "key": error.key, "hint": error.hint}))
 """

@@ -19,7 +19,7 @@ from edgedistill.errors import UsageError
 from edgedistill.report import collect, gate_lines, write_html
 from edgedistill.report_findings import diagnose
 from edgedistill.report_sheets import all_sheets, forgetting_sheet
-from edgedistill.report_work import drafts_sheet, types_sheet
+from edgedistill.report_work import drafts_sheet, speeds_sheet, types_sheet
 from edgedistill.session import Session
 from tests.unit.made_build import HOSTILE, ROWS, TARGETS, make_session
 
@@ -102,6 +102,20 @@ def test_a_whole_build_has_every_model_with_score_size_and_speed(session: Sessio
     assert data.shipped == dict.fromkeys(TARGETS, True)
     assert [target for target, _ in data.unproved] == list(TARGETS)
     json.dumps(data.to_json(), allow_nan=False)
+
+
+def test_speeds_are_told_with_latencies_and_load(session: Session) -> None:
+    data = collect(session)
+    phone = data.model("phone-midrange")
+    assert phone and phone.speed and (phone.speed.ttft_p99_ms, phone.speed.request_p99_ms) == (60.0, 64.0)
+    assert (phone.speed.load_before, phone.speed.load_after, phone.speed.load_of_others) == (0.1, 0.9, 0.05)
+    sheet = speeds_sheet(data)
+    row = dict(zip(sheet.columns, next(row for row in sheet.rows if row[0] == phone.label), strict=True))
+    assert row["TTFT p50 / p95 / p99 ms"] == "41 / 56 / 60" and row["request p50 / p95 / p99 ms"] == "45 / 60 / 64"
+    assert row["load"] == "0.1 / 0.9 / 0.1" and any(note.startswith("load: ") for note in sheet.notes)
+    unknown = replace(phone.speed, load_before=None, load_after=None, request_p50_ms=None, request_p95_ms=None)
+    sheet = speeds_sheet(replace(data, models=[replace(phone, speed=replace(unknown, request_p99_ms=None))]))
+    assert "request p50 / p95 / p99 ms" not in sheet.columns and sheet.rows[0][-1] == "- / - / 0.1"
 
 
 def test_retention_and_differences_are_paired(session: Session) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -277,6 +277,75 @@ def test_a_disk_that_fills_up_while_an_entry_is_written_is_told_of(
     outcome = build(make(), store)
     with pytest.raises(StepFailed, match="is full"):
         raise outcome.failed["source"]
+
+
+def _safetensors() -> None:
+    from safetensors import SafetensorError
+
+    # as on a full tmpfs; a test on /dev/full would put a file in its place
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def _numpy() -> None:
+    import numpy as np
+
+    with Path("/dev/full").open("wb") as file:
+        np.zeros(1 << 16).tofile(file)
+
+
+def _too_much() -> None:
+    import torch
+
+    torch.empty(1 << 55)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [(_safetensors, "is full"), (_numpy, "is full"), (_too_much, "out of memory")],
+)
+def test_libraries_say_in_words_of_their_own_that_a_disk_or_the_memory_is_full(
+    store: Store, monkeypatch: pytest.MonkeyPatch, trouble: Callable[[], None], message: str
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Troubled(Source):
+        def run(self, ctx: Context) -> Mapping[str, Any]:
+            trouble()
+            return {}
+
+    if trouble is _numpy:
+        monkeypatch.setattr("edgedistill.runner.FULL", 1 << 62)  # no disk has more left than that
+    graph = Graph()
+    graph.add("troubled", Troubled(text="a"), WORK)
+    outcome = build(Plan(identity="x", steps=graph.steps()), store)
+    with pytest.raises(StepFailed, match=message) as caught:
+        raise outcome.failed["troubled"]
+    assert caught.value.hint and outcome.exit_code == 3
+
+
+def test_torch_computes_with_the_threads_that_were_asked_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    @dataclass(frozen=True, kw_only=True)
+    class Count(Source):
+        def run(self, ctx: Context) -> Mapping[str, Any]:
+            return {"threads": torch.get_num_threads()}
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("edgedistill.runner.usable_cores", lambda: 3)
+    try:
+        for asked, got in ((1, 1), (2, 2), (64, 3)):  # no two on one core
+            graph = Graph()
+            key = graph.add("count", Count(text=str(asked)), WORK)
+            Runner(Plan(identity="x", steps=graph.steps()), store, threads=asked).build()
+            assert loaded(store, key).facts["threads"] == got
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_failure_names_its_step_and_keeps_its_kind(store: Store) -> None:
+    outcome = build(make(error="step"), store)
+    assert outcome.failed["double"].message == "double: it broke" == str(outcome.failed["double"])
+    assert outcome.failed["double"].hint == "mend it"
 
 
 @pytest.mark.parametrize("facts", [{"from_store": 99}, {"waited": 7.5}, {"reused": True}, {}])

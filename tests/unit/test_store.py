@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from edgedistill.cli import app
+from edgedistill.errors import UsageError
 from edgedistill.fingerprint import Key, digest
 from edgedistill.gc import collect_garbage, list_store, verify_store
 from edgedistill.rows import Answered, Question, RowStore
@@ -152,6 +155,18 @@ def test_gc_keeps_what_is_needed_and_never_the_rows_unless_asked(store: Store) -
     assert rows.counts()["rows"] == 1
     assert collect_garbage(store, [a.key], rows=True)[2] == 1
     assert rows.counts()["rows"] == 0
+
+
+def test_gc_deletes_all_entries_only_where_that_is_said(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store gc` is the remedy of a full disk: it must not take what is to be kept."""
+    put(store, "a")
+    monkeypatch.setenv("EDGEDISTILL_STORE", str(store.root))
+    found = CliRunner().invoke(app, ["store", "gc"])
+    assert isinstance(found.exception, UsageError) and "--keep RECIPE" in str(found.exception.hint)
+    assert len(list_store(store)) == 1
+    told = CliRunner().invoke(app, ["store", "gc", "--all"])
+    assert told.exit_code == 0 and told.output.startswith("1 entries, freed")
+    assert list_store(store) == []
 
 
 def test_gc_leaves_what_a_build_under_way_needs(store: Store) -> None:

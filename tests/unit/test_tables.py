@@ -168,7 +168,9 @@ def test_quantized_files_say_what_fell_back(capsys: pytest.CaptureFixture[str]) 
     )
     text = printed(tables.quantize_table([made]), capsys)
     assert "laptop [x]" in text and "61 MiB" in text and "6.17" in text
-    assert "9 tensors fell back" in text and "and 5 more" in text and "checked" in text
+    assert "9 tensors fell back to other types" in text and "and 5 more" in text and "checked" in text
+    one = Made("phone", "Q4_K_M", Path("out/model.gguf"), 9, 4.9, ["blk.0: Q6_K -> Q8_0"], [])
+    assert "phone: 1 tensor fell back to another type: blk.0" in printed(tables.quantize_table([one]), capsys)
 
 
 def test_targets_store_and_doctor(session: Session, capsys: pytest.CaptureFixture[str]) -> None:

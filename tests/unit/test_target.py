@@ -246,11 +246,23 @@ def test_a_choice_of_types_needs_text_and_a_size() -> None:
         ({}, True, ""),
         ({"arch": "x86_64"}, False, "measured on x86_64, the target is aarch64"),
         ({"features": ("neon",)}, False, "measured without dotprod, which the target has"),
+        ({"features": ("neon", "dotprod", "i8mm")}, False, "measured with i8mm, which the target lacks"),
         ({"cores": 2}, False, "measured on 2 cores, the target runs 4 threads"),
     ],
 )
 def test_a_measurement_proves_only_what_the_host_is(changes: dict[str, object], proved: bool, reason: str) -> None:
     assert matches_host(find_target("phone-midrange"), host(**changes)) == (proved, reason)
+
+
+def test_a_server_proves_no_laptop() -> None:
+    """AVX-512 reads prompts at twice the speed of the AVX2 that laptops have."""
+    server = host(arch="x86_64", features=("f16c", "fma", "avx2", "avx512", "avx512_vnni", "amx_int8"), cores=8)
+    assert (
+        matches_host(find_target("laptop-x86"), server)[1] == "measured with avx512, amx_int8, which the target lacks"
+    )
+    assert matches_host(find_target("desktop-x86"), server)[1] == "measured with amx_int8, which the target lacks"
+    plain = host(arch="x86_64", features=("f16c", "fma", "avx2", "avx_vnni"), cores=8)
+    assert matches_host(find_target("laptop-x86"), plain) == (True, "")
 
 
 def test_detected_target_is_this_host_and_survives_being_written(tmp_path: Path) -> None:

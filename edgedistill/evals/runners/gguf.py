@@ -128,7 +128,7 @@ class GgufRunner:
 
         llama.cpp's own end of turn is a guess by name: for SmolLM2 it is <|endoftext|>, which no answer ends with.
         """
-        if self._end is None and not self._has_template():
+        if self._end is None and not self.has_template():
             self._end = int(self._lib.llama_vocab_eos(self._vocab))
         if self._end is None:
             mark = "xyzzy"
@@ -138,7 +138,7 @@ class GgufRunner:
             self._end = ends[0] if ends else int(self._lib.llama_vocab_eos(self._vocab))
         return self._end
 
-    def _has_template(self) -> bool:
+    def has_template(self) -> bool:
         return bool(self._lib.llama_model_chat_template(self._model, None))
 
     def around_user(self) -> tuple[list[int], list[int]]:
@@ -148,7 +148,7 @@ class GgufRunner:
         from edgedistill.formats.gguf.read import first_token
 
         first = first_token(self.path) or [self.end_token()]
-        if not self._has_template():
+        if not self.has_template():
             return first, []
         mark = "xyzzy"
         before, _, behind = self._render([{"role": "user", "content": mark}]).partition(mark)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.evals.likelihood import kl_divergence
+from edgedistill.evals.likelihood import LOST, kl_divergence, lost_kld
 from edgedistill.evals.runners.gguf_session import log_softmax
 from edgedistill.evals.runners.onnx import OnnxRunner
 
@@ -23,7 +23,6 @@ NEW_TOKENS = 24
 # Mean KLD in nats a token above which a folder is another model; SmolLM2 measures 1e-7 and 0.005. What int4 costs
 # depends on the model, and quality is for the recipe's gates: there only a model that has lost the text is refused.
 LIMITS = {"fp32": 1e-4, "int8": 0.25}
-LOST = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +126,7 @@ def compare(model_dir: Path, onnx_dir: Path, prompts: Sequence[Sequence[dict[str
         greedy_equal=sum(share == 1.0 for share in shares),
         greedy_share=float(np.mean(shares)),
     )
-    limit = LIMITS[precision] if precision in LIMITS else LOST * _lost(wanted)
+    limit = LIMITS[precision] if precision in LIMITS else LOST * lost_kld(log_softmax(np.concatenate(wanted)))
     if hop.kld > limit:
         raise StepFailed(
             f"{onnx_dir}: {precision} is {hop.kld:.3g} nats a token away from transformers (n = {hop.tokens} tokens, "
@@ -135,12 +134,6 @@ def compare(model_dir: Path, onnx_dir: Path, prompts: Sequence[Sequence[dict[str
             "Build another type (int8, fp32); if that passes, this precision is too coarse for the model.",
         )
     return hop
-
-
-def _lost(wanted: Sequence[np.ndarray]) -> float:
-    """Return the KLD, in nats a token, of a model that answers every position with the distribution of another one."""
-    logprobs = log_softmax(np.concatenate(wanted))
-    return float(kl_divergence(logprobs, np.roll(logprobs, len(logprobs) // 2, axis=0))[0].mean())
 
 
 def _same_tokens(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from edgedistill.artifact import has_chat_template
+from edgedistill.cli import app
 from edgedistill.devices import local
 from edgedistill.devices.local import Local, Worker, artifact_size, measure, measure_ratio, noise_of
 from edgedistill.devices.protocol import (
@@ -66,6 +69,16 @@ def test_table_states_machine_build_and_counts(measured: Measurement) -> None:
     text = capture.get()
     for wanted in ("tiny.gguf", "pp64", "tg16", "(n = 4)", "GB/s", "1 threads", "ggml", "load average", "intervals"):
         assert wanted in text
+
+
+def test_a_file_without_a_chat_template_has_all_speeds_but_the_time_to_first_token(
+    bare_gguf: Path, tiny_gguf: Path, tiny_onnx: Path
+) -> None:
+    assert [has_chat_template(path) for path in (bare_gguf, tiny_gguf, tiny_onnx)] == [False, True, True]
+    found = CliRunner().invoke(app, ["bench", str(bare_gguf), "-r", "1", "--context", "256", "--json"])
+    assert found.exit_code == 0 and "no chat template, so no time to first token" in found.output
+    (told,) = json.loads(found.output[found.output.index("[") :])
+    assert told["ttft_ms"] is None and told["pp"]["values"] and told["tg"]["values"]
 
 
 def test_progress_counts_to_its_total(tiny_gguf: Path) -> None:

@@ -50,7 +50,7 @@ def stage(**fields: Any) -> DraftedPackage:
     plain: dict[str, Any] = {
         "model": MODEL, "file": "model.gguf", "evaluation": OTHER, "measurement": OTHER, "teacher": OTHER, "student": None,
         "reference": None, "recipe": "r", "target": {"name": "t", "limits": {}}, "unproved": "", "gates": {}, "sources": (),
-        "generation": {}, "grammar": None, "ship_anyway": False, "example": (), "all_keys": {}, "draft": DRAFT,
+        "generation": {}, "grammar": None, "ship_anyway": False, "example": (), "upstream": {}, "draft": DRAFT,
         "drafting": DRAFTING,
     }  # fmt: skip
     return DraftedPackage(**{**plain, **fields})
@@ -93,7 +93,7 @@ def test_manifest_and_card_say_what_the_draft_brings_and_how_to_run_both(tmp_pat
     write_tiny(tmp_path / "model.gguf")
     (tmp_path / "draft.gguf").write_bytes(b"draft")
     brought = {
-        "drafting": drafting(1.2, 1.4),
+        "drafting": drafting(1.2, 1.4, noise=["others were busy"]),
         "tokens": 3,
         "min_probability": 0.25,
         "size": 5,
@@ -112,6 +112,7 @@ def test_manifest_and_card_say_what_the_draft_brings_and_how_to_run_both(tmp_pat
     assert "- whole answers: 1.30x [1.20, 1.40] as fast as without, n = 64 prompts" in card
     assert "0.810 [0.780, 0.840] of them kept (n = 900 tokens)" in card
     assert "- speeds are unproved for the target: measured on x86_64" in card
+    assert "- **noisy**: do not rely on these speeds: others were busy" in card
     assert "-md draft.gguf" in card
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,8 +36,8 @@ def test_manifest_card_and_commands_have_the_types_and_their_cost(tmp_path: Path
     assert read.kv_cache == FOUND and read.kv == cache_of(tmp_path, None) == ("q8_0", "q8_0")
     lines = commands(read)
     assert "llama-server -m model.gguf --jinja -c 2048 -ctk q8_0 -ctv q8_0 -fa on" in lines
-    assert any(line.startswith("llama-cli ") and " -ctk q8_0 -ctv q8_0 -fa on -p " in line for line in lines)
-    assert any('Llama("model.gguf", type_k=8, type_v=8, flash_attn=True)' in line for line in lines)
+    assert any(line.startswith("llama-cli ") and " -ctk q8_0 -ctv q8_0 -fa on -st -p " in line for line in lines)
+    assert any('Llama("model.gguf", n_ctx=2048, type_k=8, type_v=8, flash_attn=True)' in line for line in lines)
     assert any(line.startswith("OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=q8_0 ollama serve") for line in lines)
     card = (tmp_path / "README.md").read_text()
     assert "- in q8_0; peak memory of the process with that context: 400 MiB in f16, 376 MiB in q8_0" in card
@@ -51,7 +49,7 @@ def test_commands_of_other_types() -> None:
     keys = commands(of(k="q8_0", v="f16"))
     assert any(line.endswith("-c 2048 -ctk q8_0 -ctv f16") for line in keys)  # keys alone need no flash attention
     assert any("Ollama has no q8_0 / f16" in line for line in keys)
-    assert any('Llama("model.gguf", type_k=8, type_v=1)' in line for line in keys)
+    assert any('Llama("model.gguf", n_ctx=2048, type_k=8, type_v=1)' in line for line in keys)
     assert any("Ollama has no q5_1" in line for line in commands(of(k="q5_1", v="q5_1")))
 
 
@@ -117,12 +115,3 @@ def test_the_report_has_a_sheet_of_them() -> None:
         "0.9850 [0.9700, 0.9900]",
         "1024",
     ]
-
-
-def test_each_command_of_a_card_is_what_a_shell_reads_as_one_program() -> None:
-    said = 'don\'t pay "$5"\nnow'
-    lines = commands(dataclasses.replace(manifest({}), example=[{"role": "user", "content": said}]))
-    words = shlex.split(next(line for line in lines if line.startswith("python -c")))
-    assert len(words) == 3 and repr(said) in ast.unparse(ast.parse(words[2]))
-    words = shlex.split(next(line for line in lines if line.startswith("llama-cli")))
-    assert words[words.index("-p") + 1] == said

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from edgedistill.errors import StepFailed, UsageError
+from edgedistill.recipe_base import Training
 from edgedistill.training.checkpoint import State
 from edgedistill.training.data import counter_rng, make_batches
 from edgedistill.training.lora import LoraSettings
@@ -213,7 +215,7 @@ def test_rates_that_are_told_are_those_of_the_table() -> None:
     blocks = TrainSettings(method="weights", code_lr=2e-3)
     with pytest.raises(StepFailed) as failure:
         check_loss({"step": 1, "loss": math.nan, "gradient": 1.0}, State(), blocks)
-    assert failure.value.hint.startswith("try code_lr = 0.0005, scale_lr = 2.5e-05, norm_lr = 2.5e-05, a longer")
+    assert failure.value.hint.startswith("try code_lr = 0.0005, scale_lr = 2.5e-05, norm_lr = 2.5e-05, or a longer")
 
 
 def _watch(losses: list[float]) -> int:
@@ -225,7 +227,8 @@ def _watch(losses: list[float]) -> int:
             check_loss({"step": step, "loss": loss, "gradient": 1.0}, state, FULL)
         except StepFailed as failure:
             assert "runs away" in failure.message
-            assert "lr = 0.00025" in failure.hint
+            named = re.findall(r"(\w+) = ", failure.hint)
+            assert "lr = 0.00025" in failure.hint and set(named) <= set(Training.model_fields)  # keys of the recipe
             return step - 1
     return len(losses)
 
