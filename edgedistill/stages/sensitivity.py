@@ -26,6 +26,7 @@ class Sensitivity(Stage):
     """
 
     name: ClassVar[str] = "sensitivity"
+    version: ClassVar[int] = 2  # 2: tokens are drawn by what their gradients add
     deterministic: ClassVar[bool] = False
     model: Key
     checkpoint: Key | None

@@ -20,6 +20,7 @@ class SensitivityOnnx(Stage):
     """Take gradients on the answers of the first ``rows`` kept conversations, or on all of ``text`` where there are none."""
 
     name: ClassVar[str] = "sensitivity-onnx"
+    version: ClassVar[int] = 2  # 2: tokens are drawn by what their gradients add
     deterministic: ClassVar[bool] = False
     checkpoint: Key
     kept: Key | None
