@@ -106,6 +106,12 @@ def test_numbers_are_filled_in() -> None:
     assert "@@" not in README
 
 
+def test_the_quickstart_says_what_the_readme_says_of_its_time() -> None:
+    script = (ROOT / "scripts" / "quickstart").read_text()
+    for time in ("2 to 10 minutes", "half an hour to 40 minutes"):
+        assert time in README and time in script
+
+
 def test_exit_codes_are_those_of_the_errors() -> None:
     from edgedistill import errors
 
