@@ -162,11 +162,18 @@ class Store:
         """Remove an entry; the rename comes first, so no half entry is ever seen."""
         self._entries.pop(key, None)
         self._verified = {pair for pair in self._verified if pair[0] != key}
-        path = self.entry_path(key)
-        if path.exists():
-            trash = self.root / "partial" / f"trash-{uuid.uuid4().hex}"
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+        self._throw_away(self.entry_path(key))
+
+    def _throw_away(self, folder: Path) -> None:
+        """Delete a folder, if it is there, under another name: whoever still writes in it does not meet what takes its place.
+        What cannot be deleted now goes with `store gc`.
+        """
+        trash = self.root / "partial" / f"trash-{uuid.uuid4().hex}"
+        try:
+            folder.rename(trash)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(trash, ignore_errors=True)
 
     def interrupted(self, key: Key, inputs: Mapping[Key, str] | None) -> bool:
         """Tell whether a step has work to go on from; with ``inputs`` (digests by key), whether that was done on these bytes."""
@@ -185,8 +192,8 @@ class Store:
         base = self.root / "partial" / key
         out, work = base / "out", base / "work"
         if not self.interrupted(key, inputs):
-            shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(out, ignore_errors=True)
+            self._throw_away(work)
+        self._throw_away(out)
         out.mkdir(parents=True)
         work.mkdir(exist_ok=True)
         write_atomic(base / "inputs.json", json.dumps(dict(inputs)))

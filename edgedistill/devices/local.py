@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from edgedistill.child import bound
 from edgedistill.devices.bandwidth import bandwidth
 from edgedistill.devices.host import HostFingerprint, busy_seconds, fingerprint, load_average
 from edgedistill.devices.protocol import (
@@ -217,7 +218,7 @@ class Worker:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (package, os.environ.get("PYTHONPATH", "")) if part)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "edgedistill.devices.worker"],
+            bound([sys.executable, "-m", "edgedistill.devices.worker"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,

@@ -7,7 +7,6 @@ HTTP as any other server. It dies with whoever started it, a build that is kille
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgedistill.child import bound
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.served import NAME, Launch
 
@@ -108,13 +108,12 @@ class Servers:
         command = [str(python), "-m", "vllm.entrypoints.openai.api_server", *arguments(model, launch, port)]
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command,
+                bound(command, signal.SIGTERM),  # it stops what it has started itself
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=environment(launch, number),
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         self._running.append((process, log))
         return f"http://127.0.0.1:{port}/v1"
@@ -202,14 +201,6 @@ def _text(log: Path) -> str:
         return log.read_text(errors="replace")
     except OSError:
         return ""
-
-
-_LIBC = ctypes.CDLL(None)  # here: after a fork nothing should be loaded
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

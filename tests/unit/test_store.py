@@ -57,6 +57,21 @@ def test_without_entry_json_there_is_no_entry(store: Store) -> None:
     assert Store(store.root).load(made.key) is None
 
 
+def test_a_straggler_cannot_write_into_the_next_attempt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a child of a killed build still writes is in the way of deleting it, and must not come into the entry."""
+    key = Key(digest("a"))
+    out, work = store.partial(key, {})
+    (out / ".onnx-half").mkdir()
+    (work / "checkpoint").touch()
+    monkeypatch.setattr("edgedistill.store.shutil.rmtree", lambda path, **_: (Path(path) / "late").touch())
+    out, work = store.partial(key, {Key("of other"): "bytes"})
+    assert list(out.iterdir()) == list(work.iterdir()) == []
+    monkeypatch.undo()
+    assert list(put(store, "a").files) == ["file.txt", "log/time.txt"]
+    assert collect_garbage(store, [key])[0] == 0
+    assert list((store.root / "partial").iterdir()) == []
+
+
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "entry"])
 def test_damage_is_found(store: Store, damage: str) -> None:
     made = put(store, "a")

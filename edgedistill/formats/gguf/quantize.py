@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgedistill.child import bound
 from edgedistill.cpus import usable_cpus
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.fingerprint import file_digest
@@ -334,7 +335,7 @@ def _run_worker(
     # A file, not a pipe: a failed assertion prints pages, and nobody reads that pipe meanwhile.
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed below, with the pipe)
     worker = subprocess.Popen(
-        [sys.executable, "-c", _WORKER],
+        bound([sys.executable, "-c", _WORKER]),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert worker.stdin and worker.stdout

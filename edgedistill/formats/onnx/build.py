@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from edgedistill.child import bound
 from edgedistill.errors import StepFailed, UsageError
 from edgedistill.evals.runners.onnx import require_onnx
 
@@ -132,7 +133,7 @@ def _run(command: list[str], layers: int, progress: Progress | None) -> None:
     }
     tail: collections.deque[str] = collections.deque(maxlen=LOG_LINES)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+        bound(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
     ) as process:
         assert process.stdout is not None  # asked for above
         try:
