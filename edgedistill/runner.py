@@ -229,6 +229,7 @@ class Runner:
         with ExitStack() as using:
             with self._told("build"):
                 using.enter_context(self.store.using(step.key for step in self.plan.steps))
+            using.callback(_restore_torch, _torch_threads())
             return self._build(set(force))
 
     def _build(self, forced: set[str]) -> Outcome:
@@ -418,6 +419,18 @@ def _limit_torch(threads: int) -> None:
         torch.set_num_threads(count)
     else:
         os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def _torch_threads() -> int | None:
+    """Return with how many threads torch computes; None where it is not loaded."""
+    torch = sys.modules.get("torch")
+    return None if torch is None else torch.get_num_threads()
+
+
+def _restore_torch(threads: int | None) -> None:
+    """Have torch compute with as many threads as before the build, for who called it."""
+    if threads is not None:
+        sys.modules["torch"].set_num_threads(threads)
 
 
 def _quiet() -> None:

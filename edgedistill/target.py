@@ -389,7 +389,7 @@ def matches_host(target: Target, host: HostFingerprint) -> tuple[bool, str]:
     if missing:
         return False, f"measured without {', '.join(missing)}, which the target has"
     beyond = [feature for feature in FASTER[target.arch] if feature in host.features and feature not in target.features]
-    if beyond:
+    if target.features and beyond:  # a profile that names none says nothing of them
         return False, f"measured with {', '.join(beyond)}, which the target lacks"
     if host.cores < target.runtime.threads:
         return False, f"measured on {host.cores} cores, the target runs {target.runtime.threads} threads"

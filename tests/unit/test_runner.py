@@ -338,6 +338,7 @@ def test_torch_computes_with_the_threads_that_were_asked_for(store: Store, monke
             key = graph.add("count", Count(text=str(asked)), WORK)
             Runner(Plan(identity="x", steps=graph.steps()), store, threads=asked).build()
             assert loaded(store, key).facts["threads"] == got
+            assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(before)
 
