@@ -110,11 +110,13 @@ def at_work(store: Path, process: subprocess.Popen[bytes]) -> set[str]:
     return found
 
 
-def kill(process: subprocess.Popen[bytes], store: Path, keys: set[str], seconds: float, *, alone: bool = False) -> bool:
-    """Kill a build, and unless it is to die ``alone`` what it started, that long after it came to one of these steps. Returns False
-    where it came to its end before that: the machine has become several times faster since the moment was drawn.
+def kill(
+    process: subprocess.Popen[bytes], due: Callable[[], Any], seconds: float = 0.0, *, alone: bool = False
+) -> bool:
+    """Kill a build, and unless it is to die ``alone`` what it started, that long after it is ``due``. Returns False where it came
+    to its end before that: the machine has become several times faster since the moment was drawn.
     """
-    while process.poll() is None and not keys & at_work(store, process):
+    while process.poll() is None and not due():
         time.sleep(0.02)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
@@ -140,21 +142,16 @@ def run_and_kill(whole: Any, store: Path, kills: int, seed: int, *, late: bool =
     steps = [step.key for step in whole.plan.only(whole.plan.match(UNTIL)).steps]
     done = 0
     for at, seconds in moments([whole.store.load(key).seconds for key in steps], kills, rng):
-        if not kill(start(folder, store), store, set(steps[at:]), seconds):
+        build, after = start(folder, store), set(steps[at:])
+        if not kill(build, lambda build=build, after=after: after & at_work(store, build), seconds):
             break
         done += 1
     assert done, "every build came to its end before it was killed"
     if late:
         quantize = whole.plan.match(LATE)[0].key
-        wait = 0.2 * whole.store.load(quantize).seconds
-        for _ in range(5):
-            killed = kill(start(folder, store, until), store, {quantize}, wait, alone=True)
-            if killed and Store(store).load(quantize) is None:
-                break
-            Store(store).discard(quantize)  # it was done before its moment
-            wait /= 4
-        else:
-            pytest.fail("no build was killed while it quantized")
+        written = store / "partial" / quantize / "out"
+        assert kill(start(folder, store, until), lambda: written.is_dir() and os.listdir(written), alone=True)
+        assert Store(store).load(quantize) is None
     last = start(folder, store, until)
     _, errors = last.communicate(timeout=1200)
     assert last.returncode == 0, errors.decode()[-2000:]
@@ -184,7 +181,7 @@ def test_moments_are_within_the_steps_that_they_name() -> None:
 def test_a_build_that_ends_before_its_kill_is_no_killed_build(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", "import sys; sys.exit('done')"], stderr=subprocess.PIPE)
     with pytest.raises(pytest.fail.Exception, match="ended with 1 before it was killed: done"):
-        kill(ended, tmp_path, {"key"}, 0.0)
+        kill(ended, lambda: False)
 
 
 @pytest.mark.slow
