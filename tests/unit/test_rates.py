@@ -10,6 +10,7 @@ from edgedistill import session as sessions
 from edgedistill.model_facts import ModelFacts
 from edgedistill.models import Resolved
 from edgedistill.rates import MIB, RUNTIME_MIB, merge_memory, train_memory
+from edgedistill.recipe import Recipe
 from edgedistill.recipes import copy_recipe, packaged
 from edgedistill.session import prepare
 from edgedistill.store import Store
@@ -55,9 +56,9 @@ def test_an_adapter_of_a_large_teacher_is_merged_where_it_was_trained(tmp_path: 
 def test_the_packaged_recipes_fit_a_machine_of_8_gib(
     bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resolved(recipe: object, path: Path, *rest: object) -> tuple[list[Resolved], Resolved]:
+    def resolved(recipe: Recipe, path: Path, *rest: object) -> tuple[list[Resolved], Resolved]:
         one = Resolved(source="pypi:x", kind="pypi", revision="1", digest="d", path=path, facts=ModelFacts(**FACTS))
-        return [one, *[one] * len(recipe.teachers)], one  # type: ignore[attr-defined]
+        return [one, *[one] * len(recipe.teachers)], one
 
     monkeypatch.setattr(sessions, "_models", resolved)
     monkeypatch.setattr("edgedistill.expand_training.cpu_computes_bf16", lambda: bf16)
