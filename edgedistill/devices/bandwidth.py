@@ -23,7 +23,8 @@ def bandwidth(threads: int, reps: int = 8) -> float:
     libc = ctypes.CDLL(None)
     libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     libc.memchr.restype = ctypes.c_void_p
-    size = min(_BYTES, min(_MOST, fingerprint().memory_bytes // 8) // threads)
+    share = fingerprint().memory_bytes // 8 or _MOST  # 0: not known
+    size = min(_BYTES, min(_MOST, share) // threads)
     buffers = [ctypes.create_string_buffer(size) for _ in range(threads)]
     addresses = [ctypes.addressof(buffer) for buffer in buffers]
     for address in addresses:

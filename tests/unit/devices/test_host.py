@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import time
+from typing import Any
 
 import pytest
 
@@ -111,3 +113,20 @@ def test_busy_seconds_see_our_own_work() -> None:
 
 def test_bandwidth_is_that_of_memory_not_of_a_cache() -> None:
     assert 0.5e9 < bandwidth(1) < 400e9
+
+
+@pytest.mark.parametrize("memory", [0, 512 << 20])
+def test_bandwidth_is_read_in_little_memory_and_where_it_is_not_known(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def buffer(size: int) -> Any:
+        asked.append(size)
+        return (ctypes.c_char * size)()
+
+    host = dataclasses.replace(fingerprint(), memory_bytes=memory)
+    monkeypatch.setattr("edgedistill.devices.bandwidth.fingerprint", lambda: host)
+    monkeypatch.setattr("ctypes.create_string_buffer", buffer)
+    assert bandwidth.__wrapped__(2, 1) > 0.5e9
+    assert len(asked) == 2 and sum(asked) <= (memory // 8 or 1 << 30)
