@@ -241,9 +241,8 @@ class Runner:
         self._left = {key: value for key, value in estimates.items() if value is not None}
         known = sum(self._left.values()) if len(self._left) == len(to_run) else None
         self.reporter.plan(len(self.plan.steps), len(to_run), known)
-        with suppress(
-            OSError
-        ):  # what the next plan says has changed; a full disk is told of by the first step that writes
+        # It serves what the next plan says has changed; a full disk is told of by the first step that writes.
+        with suppress(OSError):
             _write_history(self.store, self.plan)
         broken: set[Key] = set()
         try:

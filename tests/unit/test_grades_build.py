@@ -123,7 +123,7 @@ def test_perplexity_is_that_of_a_plain_forward_and_a_threshold_grades_nothing_an
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(model(ids).logits[0, start - 1 : -1], ids[0, start:])
         # In bf16 where that is fast: what a token's log-probability is off by grows with it.
-        assert math.log(found[one["row"]]) == pytest.approx(loss.item(), rel=0.03, abs=0.03)
+        assert math.log(found[one["row"]]) == pytest.approx(loss.item(), rel=0.02, abs=0.03)
     told = entry(session, "grade/perplexity").facts["grades"]
     assert told["n"] == len(found) and told["min"] <= told["quantiles"]["0.5"] <= told["max"]
 

@@ -139,6 +139,7 @@ class GgufRunner:
         return self._end
 
     def has_template(self) -> bool:
+        """Tell whether the file says how a conversation is written."""
         return bool(self._lib.llama_model_chat_template(self._model, None))
 
     def around_user(self) -> tuple[list[int], list[int]]:
