@@ -122,7 +122,11 @@ def _models(reader: Reader) -> list[Model]:
         if session.inputs.server
         else ("teacher", f"teacher {of_teacher.replace('F16', 'f16')}", "teacher", of_teacher, "convert/teacher"),
         ("base", "base, untaught", "baseline", "", ""),
-        ("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/teacher"),  # the same shape
+        *(  # of the teacher's shape: its file is there whether or not the recipe asks for this baseline
+            [("base-few-shot", f"base, {base.few_shot} examples", "baseline", "F16", "convert/teacher")]
+            if base.few_shot
+            else ()
+        ),
         (
             "quantized-teacher",
             f"teacher {base.quantized_teacher}",

@@ -117,7 +117,8 @@ def test_shares_are_learnt_and_the_report_says_whether_they_helped(tmp_path: Pat
         for suite in ("holdout", "ood")
         for measure in ("score", "brier")
     }
-    assert len(labels_sheet(data).rows) == 2 * len(data.models)
+    named = {(row[0], row[1]) for row in labels_sheet(data).rows}
+    assert named == {(model.label, suite) for model in data.models for suite in ("holdout", "ood")}
     html, told = page(data), " ".join(verdict_notes(data))
     assert "macro-F1" in html and "Brier score" in html and "Brier score lower by" in told
     assert f"of {len(given)} prompts" in html

@@ -265,6 +265,12 @@ def test_symptoms_name_figure_and_key(session: Session) -> None:
 def test_forgetting_is_told_without_a_few_shot_baseline_and_beside_general_rows(tmp_path: Path) -> None:
     bare = make_session(tmp_path, baselines={})
     data = collect(bare)
+    assert [model.id for model in data.models] == [
+        "teacher",
+        "base",
+        "student",
+        *TARGETS,
+    ]  # what was asked for, and no more
     base, student = data.model("base"), data.model("student")
     assert base and base.suites.keys() == {"general"} and base.suites["general"].perplexity
     assert student and student.suites["general"].against_base
