@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from edgedistill.asked import asked
 from edgedistill.data.prompts import Row, rows_digest
 from edgedistill.data.thinking import BLOCKS
 from edgedistill.expand_training import TrainingSteps
@@ -14,7 +15,7 @@ from edgedistill.rates import MIB, RUNTIME_MIB, Work
 from edgedistill.recipe_filter import Filter
 from edgedistill.stages.base import Gguf, Served
 from edgedistill.stages.embed import Embed
-from edgedistill.stages.generate import Judge, asked
+from edgedistill.stages.generate import Judge
 from edgedistill.stages.grade import Grade
 
 LONGER = 1.5  # times the tokens of prompt and answer that a judge reads: the rubric, too

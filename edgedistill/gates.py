@@ -14,6 +14,7 @@ from typing import Any
 from edgedistill.target import format_size
 
 SPEEDS = ("speedup", "pp512", "tg128", "ttft_p95_ms")
+SIZES = ("shrink", "file_size", "peak_rss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +158,22 @@ def _noise(measured: Mapping[str, Any]) -> str:
 
 def miss_hint(missed: Iterable[Line], measurement: Mapping[str, Any]) -> str:
     """Return what to do about missed lines: a speed that a noisy machine gave is taken again first."""
-    slow = any(line.name in SPEEDS for line in missed)
+    names = {line.name.split()[0] for line in missed}
     noisy = any(measurement.get(part, {}).get("noise") for part in ("measurement", "ratio"))
-    first = "the machine was noisy: edgedistill build --remeasure once it is quiet; else " if slow and noisy else ""
-    if all(line.name == "kv_kld" for line in missed):
-        return "give the target's runtime.kv_cache more bits; --ship-anyway packages it and records the miss"
-    return first + "train longer or take a larger type; --ship-anyway packages it and records the miss"
+    first = (
+        "the machine was noisy: edgedistill build --remeasure once it is quiet; else "
+        if noisy and names & {*SPEEDS}
+        else ""
+    )
+    remedies = {
+        "train longer or take a larger type": names - {*SPEEDS, *SIZES, "kv_kld"},
+        "take a student of fewer layers, or a type that is faster here (edgedistill targets kernels)": names
+        & {*SPEEDS},
+        "take a smaller type or a smaller student": names & {*SIZES},
+        "give the target's runtime.kv_cache more bits": names & {"kv_kld"},
+    }
+    told = ", ".join(remedy for remedy, of in remedies.items() if of)
+    return f"{first}{told}; --ship-anyway packages it and records the miss"
 
 
 def draft_refused(drafting: Mapping[str, Any], limits: Mapping[str, Any], size: int) -> str:

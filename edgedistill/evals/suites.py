@@ -17,6 +17,7 @@ from edgedistill.errors import UsageError
 from edgedistill.evals import likelihood, stance, statistics
 from edgedistill.evals.labels import DIGITS, label_figures, label_probabilities
 from edgedistill.evals.metrics import Metric, find_metric
+from edgedistill.evals.parts import answer_in_parts
 from edgedistill.evals.runners.base import Progress, Runner
 from edgedistill.evals.statistics import Estimate
 
@@ -168,12 +169,14 @@ def evaluate(
     grammar: str | None = None,
     labels: Sequence[str] = (),
     sure: bool = True,
+    kept: Path | None = None,
     progress: Progress | None = None,
 ) -> SuiteResult:
     """Answer the rows greedily and score the answers; or measure the references' perplexity, for a likelihood metric.
 
     ``grammar`` is GBNF text. With ``labels`` (the metric "label") their probabilities are taken, too, unless the runner cannot
-    give any (``sure`` false), and what they are stands in the details of each row. Raises UsageError for rows without a reference
+    give any (``sure`` false), and what they are stands in the details of each row. Answers are kept beside ``kept`` as they come,
+    and found there again (``parts.py``). Raises UsageError for rows without a reference
     and for references that the metric cannot read, before anything is decoded.
     """
     metric = find_metric(metric) if isinstance(metric, str) else metric
@@ -186,7 +189,9 @@ def evaluate(
             raise UsageError(f"{metric.name} decodes nothing, so a grammar changes nothing", "Leave the grammar out.")
         return _likelihood(runner, rows, progress, common)
 
-    answers = runner.answer(rows, max_new_tokens=max_new_tokens, grammar=grammar, progress=progress)
+    answers = answer_in_parts(
+        runner, rows, max_new_tokens=max_new_tokens, grammar=grammar, kept=kept, progress=progress
+    )
     results = []
     probabilities = label_probabilities(runner, rows, labels, progress=progress) if labels and sure else None
     scores = metric.score_all(

@@ -2,8 +2,8 @@
 
 In: an artifact (HF folder, GGUF or ONNX), the suites. Out: ``answers/<suite>.jsonl``, ``scores.json``. A suite with a
 grammar is answered twice, free and under it. KLD and top-1 agreement are taken over the reference tokens against the
-merged student and the teacher where they are given. Keyed by the runner's build and this machine's instruction set,
-not by the machine."""
+merged student and the teacher where they are given. What was answered before a kill is not answered again. Keyed by
+the runner's build and this machine's instruction set, not by the machine."""
 
 from __future__ import annotations
 
@@ -73,6 +73,7 @@ class Evaluate(Stage):
                     continue
                 for grammar in (None, suite.grammar) if suite.grammar else (None,):
                     label = suite.name + (" (grammar)" if grammar else "")
+                    stem = suite.name + (".grammar" if grammar else "")
                     result = evaluate(
                         runner,
                         with_shots(rows, self.shots),
@@ -81,10 +82,10 @@ class Evaluate(Stage):
                         grammar=grammar,
                         labels=self.labels if suite.metric == LABEL and not grammar else (),
                         sure=self.server is None,
+                        kept=ctx.work / stem,
                         progress=lambda done, total, note, label=label: ctx.progress(done, total, label),
                     )
-                    file = f"{suite.name}{'.grammar' if grammar else ''}.jsonl"
-                    result.save_answers(ctx.out / "answers" / file)
+                    result.save_answers(ctx.out / "answers" / f"{stem}.jsonl")
                     if grammar:
                         facts["suites"][suite.name]["grammar"] = result.summary()
                     else:
@@ -101,7 +102,8 @@ class Evaluate(Stage):
 
         if self.server is not None:
             weights = ctx.path(self.model, "model")
-            return ServedRunner(self.server, ctx.rows.path, weights=weights, chat=self.chat, note=ctx.note)
+            teacher = ctx.entries[self.model].digest
+            return ServedRunner(self.server, ctx.rows, teacher=teacher, weights=weights, chat=self.chat, note=ctx.note)
         return open_runner(ctx.path(self.model, self.file), threads=ctx.threads, kv=types_of(ctx, self.kv))
 
     def _perplexity(self, runner: Any, rows: tuple[Row, ...], ctx: Context) -> dict[str, Any]:

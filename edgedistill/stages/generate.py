@@ -17,10 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgedistill.asked import asked, conversation, stored_answer
 from edgedistill.chat import Chat
-from edgedistill.data.prompts import Row, appended, guided
+from edgedistill.data.prompts import Row, appended
 from edgedistill.errors import StepFailed, UsageError
-from edgedistill.fingerprint import Key, canonical_json
+from edgedistill.fingerprint import Key
 from edgedistill.jsonl import Lines, each_line, whole
 from edgedistill.rows import PIECE, Answered, Question, Questions
 from edgedistill.sequences import Aside, Made
@@ -32,29 +33,6 @@ if TYPE_CHECKING:
     from edgedistill.teachers.llama_cpp import LlamaCppTeacher
     from edgedistill.teachers.openai import OpenAITeacher
     from edgedistill.teachers.protocol import Answer
-
-
-def asked(row: Row) -> tuple[tuple[Any, ...], ...]:
-    """Return a row as the row store keys it: (role, content) of each message, then as JSON what else it holds, before them
-    ("tools", JSON) where there are any.
-    """
-    found: list[tuple[Any, ...]] = [("tools", canonical_json(row.tools))] if row.tools else []
-    for message in guided(row.messages, row.guidance):
-        more = {key: value for key, value in message.items() if key not in ("role", "content")}
-        found.append((message["role"], message.get("content"), *([canonical_json(more)] if more else [])))
-    return tuple(found)
-
-
-def conversation(asked: tuple[tuple[Any, ...], ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return messages and tools of what ``asked`` wrote."""
-    tools: list[dict[str, Any]] = []
-    messages: list[dict[str, Any]] = []
-    for role, content, *more in asked:
-        if role == "tools":
-            tools = json.loads(content)
-        else:
-            messages.append({"role": role, "content": content, **(json.loads(more[0]) if more else {})})
-    return messages, tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,16 +233,16 @@ class Generate(Stage):
         shards = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         done = found
         for shard in shards:
-            asked = [questions[i] for i in shard]
-            ctx.rows.asking(asked)
+            put = [questions[i] for i in shard]
+            ctx.rows.asking(put)
             # The row id is the question's key, which holds the number of the sample: so each question is one sample.
             answers = teacher.generate(
                 [array("I", prompts[i]) for i in shard],
                 sampling=sampling,
-                row_ids=[question.key for question in asked],
+                row_ids=[question.key for question in put],
                 batch_size=self.batch_size,
             )
-            ctx.rows.add((asked[answer.index], _stored(answer)) for answer in answers)
+            ctx.rows.add((put[answer.index], stored_answer(answer, answer.row_id)) for answer in answers)
             done += len(shard)
             ctx.progress(done, total, "answers")
 
@@ -283,7 +261,7 @@ class Generate(Stage):
 
         def store(answers: list[Answer]) -> None:
             nonlocal done
-            ctx.rows.add((questions[answer.index], _stored(answer)) for answer in answers)
+            ctx.rows.add((questions[answer.index], stored_answer(answer, answer.row_id)) for answer in answers)
             done += len(answers)
             ctx.progress(done, total, "answers")
 
@@ -320,21 +298,10 @@ class Generate(Stage):
             weights=weights,
             batched=True,
             note=ctx.note,
-            on_others=lambda found: ctx.rows.add_by_key(ctx.entries[self.teacher].digest, map(_stored, found)),
+            on_others=lambda found: ctx.rows.add_by_key(
+                ctx.entries[self.teacher].digest, (stored_answer(one, one.row_id) for one in found)
+            ),
         )
-
-
-def _stored(answer: Answer) -> Answered:
-    """Return an answer as the row store keeps it."""
-    return Answered(
-        key=answer.row_id,
-        text=answer.text,
-        token_ids=tuple(answer.token_ids),
-        finish=answer.finish_reason,
-        logprob=float(answer.logprob),
-        tokens=answer.tokens,
-        calls=answer.calls,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

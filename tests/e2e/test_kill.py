@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 
+from edgedistill.fingerprint import file_digest
 from edgedistill.rows import RowStore
 from edgedistill.runner import Runner
 from edgedistill.store import Store
@@ -30,7 +31,8 @@ from tests.e2e.conftest import PROMPTS, REDUCED, read_jsonl
 
 pytestmark = pytest.mark.timeout(1500)
 UNTIL = "merge"
-LATE = "quantize/phone-midrange"  # the first step whose files a process of its own writes
+PHONE = "phone-midrange"
+LATE = f"quantize/{PHONE}"  # the first step whose files a process of its own writes
 STEPS = ("adapt", "heal", "distill/1")
 # Another type and rounding than the recipe has: those would take half a minute here.
 SET: dict[str, Any] = {"baselines": {}, "quantize.phone-midrange": {"type": "Q4_0", "rounding": "nearest"}}
@@ -46,9 +48,9 @@ def whole(session_of: Callable[..., Any]) -> Any:
     return session
 
 
-def start(folder: Path, store: Path, until: str = UNTIL) -> subprocess.Popen[bytes]:
+def start(folder: Path, store: Path, until: str = UNTIL, *more: str) -> subprocess.Popen[bytes]:
     """Start the same build in a process group of its own."""
-    command = [sys.executable, "-m", "edgedistill", "build", str(folder), "-t", "phone-midrange", "--until", until]
+    command = [sys.executable, "-m", "edgedistill", "build", str(folder), "-t", PHONE, "--until", until, *more]
     for key, value in {**REDUCED, **SET}.items():
         text = (
             "{" + ", ".join(f"{k} = {json.dumps(v)}" for k, v in value.items()) + "}"
@@ -188,6 +190,44 @@ def test_a_build_that_ends_before_its_kill_is_no_killed_build(tmp_path: Path) ->
 def test_twenty_kills_change_nothing(whole: Any, tmp_path: Path) -> None:
     for part in range(5):
         run_and_kill(whole, tmp_path / f"store-{part}", kills=4, seed=100 + part)
+
+
+@pytest.mark.gating
+@pytest.mark.slow  # two minutes
+def test_killed_while_it_is_checked_and_packaged(whole: Any, tmp_path: Path) -> None:
+    """What was answered before a kill is not answered again, and what ships is whole."""
+    folder, store = tmp_path / "quickstart", Store(tmp_path / "store")
+    shutil.copytree(whole.path.parent, folder, ignore=shutil.ignore_patterns("dist"))
+    clone_models(whole.store.root, store.root)
+    expected = whole.plan.match(f"evaluate/{PHONE}")[0].key
+    outcome = Runner(whole.plan.only(whole.plan.match(f"evaluate/{PHONE}")), whole.store).build()
+    assert not outcome.failed, outcome.failed
+    for step in whole.plan.steps:
+        if step.key != expected and whole.store.load(step.key) is not None:
+            shutil.copytree(whole.store.entry_path(step.key), store.entry_path(step.key), copy_function=os.link)
+
+    def build() -> subprocess.Popen[bytes]:  # speeds beside other tests miss their gate
+        return start(folder, store.root, f"package/{PHONE}", "--ship-anyway")
+
+    kept = store.root / "partial" / expected / "work" / "holdout.0000.jsonl"
+    assert kill(build(), kept.is_file)
+    seconds = [line["seconds"] for line in read_jsonl(kept)]
+    measure, process = whole.plan.match(f"measure/{PHONE}")[0].key, build()
+    assert kill(process, lambda: measure in at_work(store.root, process), 1.0)
+    assert store.load(measure) is None
+    packages, process = set(store.all_keys()) | {measure}, build()
+    kill(process, lambda: at_work(store.root, process) - packages and store.load(measure))  # it may be over before that
+    last = build()
+    _, errors = last.communicate(timeout=600)
+    assert last.returncode == 0, errors.decode()[-2000:]
+
+    found, uninterrupted = store.load(expected), whole.store.load(expected)
+    assert found is not None and uninterrupted is not None and found.digest == uninterrupted.digest
+    assert found.facts["suites"]["holdout"]["seconds"] == sum(seconds), "answered again"
+    shipped, quantized = folder / "dist" / "quickstart" / PHONE, store.load(whole.plan.match(LATE)[0].key)
+    assert quantized is not None
+    assert file_digest(shipped / "model.gguf") == quantized.files["model.gguf"].sha256
+    assert json.loads((shipped / "manifest.json").read_text())["measurement"] == store.load(measure).facts
 
 
 @pytest.mark.gating

@@ -92,6 +92,9 @@ def test_limits_of_another_machine_are_never_green(tmp_path: Path) -> None:
     assert {line.status for line in there.values()} == {"unproved"}
 
 
+HINTS = ("train longer", "fewer layers", "smaller type")
+
+
 def test_a_speed_missed_on_a_noisy_machine_is_still_missed_and_says_what_to_do(tmp_path: Path) -> None:
     noisy = {**QUIET, "ratio": {"tg": {"value": 2.7, "low": 2.6, "high": 2.8, "n": 8}, "noise": ["tg varies by 9.0%"]}}
     line = lines(tmp_path, gates={"min_speedup": 3.0}, measurement=noisy)["speedup"]
@@ -100,3 +103,7 @@ def test_a_speed_missed_on_a_noisy_machine_is_still_missed_and_says_what_to_do(t
     assert "--remeasure" not in miss_hint([line], QUIET)
     accuracy = Line(name="retention holdout", bound=0.9, found=0.8, status="missed")
     assert "--remeasure" not in miss_hint([accuracy], noisy)
+    size = Line(name="shrink", bound=5, found=4, status="missed")
+    told = {word: {one.name for one in (line, accuracy, size) if word in miss_hint([one], QUIET)} for word in HINTS}
+    assert told == {"train longer": {"retention holdout"}, "fewer layers": {"speedup"}, "smaller type": {"shrink"}}
+    assert all(word in miss_hint([line, accuracy, size], QUIET) for word in HINTS)

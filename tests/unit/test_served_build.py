@@ -185,8 +185,9 @@ def test_a_teacher_that_is_not_good_enough_is_asked_nothing(folder: Path, tmp_pa
     assert "min_score" in str(outcome.failed["generate"])
 
 
+@pytest.mark.parametrize("step", ["evaluate/teacher", "generate"])
 def test_a_build_that_is_broken_off_asks_again_only_what_was_in_flight(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     add, left = RowStore.add, [4]
 
@@ -199,16 +200,20 @@ def test_a_build_that_is_broken_off_asks_again_only_what_was_in_flight(
 
     with ModelServer(folder / "teacher", dtype="float32") as server:
         session = prepared(folder, server.url, tmp_path / "store")
-        plan = session.plan.only(session.plan.match("generate"))
+        proof, plan = (session.plan.only(session.plan.match(one)) for one in ("evaluate/teacher", step))
+        if step == "generate":
+            assert not Runner(proof, session.store).build().failed
+        before, probe = server.requests["/v1/chat/completions"], int(step == "evaluate/teacher")
         with monkeypatch.context() as patch:
             patch.setattr(RowStore, "add", add_and_break)
-            assert list(Runner(plan, session.store).build().failed) == ["generate"]
+            assert list(Runner(plan, session.store).build().failed) == [step]
         assert not Runner(plan, session.store).build().failed
-        asked = server.requests["/v1/chat/completions"] - 1 - len(WORDS)  # the probe, the suite
-    facts = entry(session, "generate").facts
-    assert (facts["asked"], facts["from_store"]) == (len(WORDS) - 4, 4)
+        asked = server.requests["/v1/chat/completions"] - before - probe
     assert len(WORDS) <= asked <= len(WORDS) + 4  # teacher.concurrency
     assert len(RowStore(session.store.root).asked_again()) <= 4
+    if step == "generate":
+        facts = entry(session, "generate").facts
+        assert (facts["asked"], facts["from_store"]) == (len(WORDS) - 4, 4)
 
 
 def test_another_tokenizer_is_found_out(folder: Path, tmp_path: Path, smollm2: Path) -> None:

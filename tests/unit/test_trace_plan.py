@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edgedistill.asked import asked, conversation
 from edgedistill.errors import RecipeError
 from edgedistill.evals.runners.base import Answer
 from edgedistill.evals.suites import WHOLE_TRACES, evaluate
@@ -17,7 +18,6 @@ from edgedistill.models import Resolved
 from edgedistill.recipe import load_recipe
 from edgedistill.refusals import refuse
 from edgedistill.rows import Question
-from edgedistill.stages.generate import asked, conversation
 from edgedistill.target import find_target
 from tests.unit.test_chat import folder as model_folder
 from tests.unit.test_plan import FACTS

@@ -115,7 +115,8 @@ def test_each_step_that_asks_starts_a_server_and_stops_it(folder: Path, tmp_path
     assert len(started) == 3  # evaluate, generate, score
     assert not any(map(alive, started))
     assert not list((tmp_path / "store" / "logs").iterdir())
-    assert RowStore(tmp_path / "store").counts() == {"rows": len(WORDS), "asks": len(WORDS)}
+    both = 2 * len(WORDS)  # the suite and the prompts
+    assert RowStore(tmp_path / "store").counts() == {"rows": both, "asks": both}
     assert Runner(plan, session.store).build().ran == []
     # The teacher's weights are what its answers are kept by: transformers would ask nothing again.
     lines = [line for line in RECIPE.splitlines() if not line.startswith(("vllm", "concurrency"))]

@@ -72,6 +72,12 @@ class Runner(Protocol):
         """Answer every row greedily, in the order of ``rows``. ``grammar`` is GBNF text."""
         ...
 
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        """Take what this model answered in an earlier process, as if it had been now: what follows is then the same."""
+        ...
+
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield per row the log-probabilities of the token *after* each position: float32 [positions, vocabulary]."""
         ...

@@ -208,9 +208,20 @@ class GgufRunner:
         finally:
             if root is not None:
                 root.close()
+        found = [answers[i] for i in range(len(rows))]
         if grammar is None:
-            self._free |= {(tuple(prompts[i]), max_new_tokens): answers[i] for i in range(len(rows))}
-        return _share_seconds([answers[i] for i in range(len(rows))], time.perf_counter() - started)
+            self._keep(prompts, found, max_new_tokens)
+        return _share_seconds(found, time.perf_counter() - started)
+
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        """Take free answers of an earlier process for those that a grammar may allow."""
+        if grammar is None:
+            self._keep([self.encode(row) for row in rows], answers, max_new_tokens)
+
+    def _keep(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], max_new_tokens: int) -> None:
+        self._free |= {(tuple(prompt), max_new_tokens): answer for prompt, answer in zip(prompts, answers, strict=True)}
 
     def grammar(self, text: str) -> Grammar:
         """Return a grammar (GBNF) at its start; ``close`` it when done. Raises UsageError for what is none."""

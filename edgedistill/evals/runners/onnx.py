@@ -201,6 +201,11 @@ class OnnxRunner:
 
     # -- log-probabilities ------------------------------------------------------------------------------------------
 
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        """Do nothing: no answer depends on those before it."""
+
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield per row float32 [len(positions[i]), vocabulary]: the distribution of the token after each position."""
         for tokens, wanted in zip(token_rows, positions, strict=True):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from edgedistill.asked import asked, stored_answer
 from edgedistill.chat import Chat
 from edgedistill.data.prompts import Row
 from edgedistill.errors import UsageError
-from edgedistill.evals.runners.base import Answer, Progress
+from edgedistill.evals.runners.base import Answer, Finish, Progress
+from edgedistill.rows import Answered, Question, RowStore
 from edgedistill.served import Server
 
 if TYPE_CHECKING:
@@ -21,23 +24,26 @@ if TYPE_CHECKING:
 
 class ServedRunner:
     """Answer prompts by a server. It writes and nothing else: its tokens are its own, and their probabilities are not compared.
-    ``rows`` is the row store's file, which has the account of what is asked; ``weights`` are those that a server is started on;
-    ``chat`` makes text of its calls.
+
+    Answers are kept in ``rows`` as they arrive, as those of ``teacher`` (a digest of its identity), and looked up there: an
+    evaluation that was cut off, or done again, asks for the rest alone. ``weights`` are those that a server is started on; ``chat``
+    makes text of its calls.
     """
 
     def __init__(
         self,
         server: Server,
-        rows: Path | None,
+        rows: RowStore,
         *,
+        teacher: str,
         weights: Path | None = None,
         chat: Chat | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
         from edgedistill.teachers.openai import OpenAITeacher
 
-        self.chat = chat
-        self.server, self.teacher = server, OpenAITeacher(server, rows=rows, weights=weights, note=note)
+        self.chat, self.rows, self.digest = chat, rows, teacher
+        self.server, self.teacher = server, OpenAITeacher(server, rows=rows.path, weights=weights, note=note)
 
     def describe(self) -> dict[str, Any]:
         """Name the engine and the model; where the server is, changes nothing."""
@@ -57,22 +63,49 @@ class ServedRunner:
         if grammar is not None:
             raise UsageError("a server is given no grammar here", "leave suites.….grammar out")
         started = time.monotonic()
-        found = list(
-            self.teacher.generate(
-                [list(row.messages) for row in rows],
-                sampling=Sampling(max_new_tokens=max_new_tokens),
-                row_ids=[row.id for row in rows],
-                tools=[row.tools for row in rows],
-                progress=progress,
-            )
-        )
-        share = (time.monotonic() - started) / max(1, len(found))
+        questions = [self._question(row, max_new_tokens) for row in rows]
+        stored = self.rows.get({question.key for question in questions})
+        left = list({question.key: at for at, question in enumerate(questions) if question.key not in stored}.values())
+        before = len(stored)
+
+        def keep(answers: list[Written]) -> None:
+            found = [(questions[left[one.index]], one) for one in answers]
+            lines = [(question, stored_answer(one, question.key)) for question, one in found]
+            self.rows.add(lines)
+            stored.update((answer.key, answer) for _, answer in lines)
+            if progress is not None:
+                progress(len(rows) - len(left) + len(stored) - before, len(rows), "answers")
+
+        if left:  # else there is no need of a server
+            with self.rows.held():
+                arriving = self.teacher.generate(
+                    [list(rows[at].messages) for at in left],
+                    sampling=Sampling(max_new_tokens=max_new_tokens),
+                    row_ids=[rows[at].id for at in left],
+                    tools=[rows[at].tools for at in left],
+                    on_ask=lambda at: self.rows.asking([questions[left[at]]]),
+                    on_batch=keep,
+                )
+                for _ in arriving:  # all are stored as they arrive
+                    pass
+        share = (time.monotonic() - started) / max(1, len(rows))
+        found = [stored[question.key] for question in questions]
         return [
-            Answer(id=one.row_id, text=self._text(row, one), token_ids=(), seconds=share, finish=one.finish_reason)
+            Answer(id=row.id, text=self._text(row, one), token_ids=(), seconds=share, finish=_finish(one))
             for row, one in zip(rows, found, strict=True)
         ]
 
-    def _text(self, row: Row, answer: Written) -> str:
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        """Do nothing: no answer depends on those before it."""
+
+    def _question(self, row: Row, max_new_tokens: int) -> Question:
+        """Return what is asked, as the row store keys it."""
+        sampling = (("max_new_tokens", max_new_tokens), ("temperature", 0.0), ("manner", self.server.manner))
+        return Question(teacher=self.digest, messages=asked(replace(row, guidance=None)), sampling=sampling, seed=0)
+
+    def _text(self, row: Row, answer: Answered) -> str:
         """Return what was written, its calls as the student writes them."""
         from edgedistill.teachers.calls import write_calls
 
@@ -107,6 +140,10 @@ class ServedRunner:
     def close(self) -> None:
         """Close the connections. May be called twice."""
         self.teacher.close()
+
+
+def _finish(answer: Answered) -> Finish:
+    return "stop" if answer.finish == "stop" else "length"
 
 
 def _refuse() -> NoReturn:

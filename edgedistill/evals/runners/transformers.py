@@ -115,6 +115,11 @@ class TransformersRunner:
             for one in sorted(found, key=lambda one: one.index)
         ]
 
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        """Do nothing: no answer depends on those before it."""
+
     def logprobs(self, token_rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Yield per row float32 [len(positions[i]), vocabulary]: the distribution of the token after each position."""
         import torch

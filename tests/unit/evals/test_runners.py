@@ -147,6 +147,11 @@ def test_a_free_answer_that_the_grammar_allows_is_not_decoded_again(
         started.clear()
         runner.answer(some, max_new_tokens=15, grammar=loose)  # another budget: another answer
         assert sum(started) == 9
+    with GgufRunner(tiny_file, parallel=4) as later:  # the same in another process, which is told of them
+        later.remember(rows[:9], free, max_new_tokens=16)
+        started.clear()
+        later.answer(some, max_new_tokens=16, grammar=loose)
+        assert sum(started) == 9 - clean
 
 
 @pytest.mark.parametrize("text", ["root := [a-z]", "start ::= [a-z]", "root ::= missing", "root ::= root [a-z]", ""])

@@ -54,6 +54,11 @@ class Table:
             for row, text in zip(rows, self.texts, strict=True)
         ]
 
+    def remember(
+        self, rows: Sequence[Row], answers: Sequence[Answer], *, max_new_tokens: int, grammar: str | None = None
+    ) -> None:
+        pass
+
     def continued(self, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         return continued_by_rows(self, prompts, tails)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.asked import asked, conversation
 from edgedistill.data.prompts import guided, parse_row
 from edgedistill.fingerprint import Key
-from edgedistill.stages.generate import asked, conversation
 from edgedistill.stages.score import Score
 from edgedistill.teachers.transformers import TransformersTeacher
 from edgedistill.training.data import encode_example
