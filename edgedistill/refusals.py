@@ -433,7 +433,7 @@ def _refuse_vocabulary(inputs: Inputs, size: int, key: str) -> None:
 
 def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     """Refuse a file size that no type can meet; warn where the chosen one is estimated above it. ``who`` is to fit the target."""
-    from edgedistill.formats.gguf.types import file_type, fits
+    from edgedistill.formats.gguf.types import FILE_TYPES, file_type, fits
 
     name = target.name if who == "this student" else f"{target.name}, {who}"
     if target.runtime.format == "onnx":
@@ -452,6 +452,11 @@ def _refuse_target(inputs: Inputs, target: Target, who: str) -> list[str]:
     size, found = refuse_size(target, who, config)
     warnings = [f"{name}: {warning}" for warning in [*refuse_kv(target, facts, size), *found]]
     base, hidden = file_type(wanted).base, facts.hidden
+    if (origin := FILE_TYPES.get(facts.quantized_from)) is not None and origin.base == base:
+        warnings.append(
+            f"{name}: the student's weights came in {facts.quantized_from}, and rounding to {base} puts them back there, which "
+            "takes back a part of what they are taught; take another type of about this size"
+        )
     odd = [n for n in sorted({hidden, facts.heads * facts.head, facts.ffn}) if fits(base, n) != base]
     if odd:
         told = (

@@ -26,7 +26,7 @@ class Sensitivity(Stage):
     """
 
     name: ClassVar[str] = "sensitivity"
-    version: ClassVar[int] = 2  # 2: tokens are drawn by what their gradients add
+    version: ClassVar[int] = 3  # 2: tokens are drawn by what their gradients add; 3: types are tried on the whole model
     deterministic: ClassVar[bool] = False
     model: Key
     checkpoint: Key | None

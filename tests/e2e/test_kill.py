@@ -221,13 +221,14 @@ def test_killed_while_it_is_checked_and_packaged(whole: Any, tmp_path: Path) -> 
     _, errors = last.communicate(timeout=600)
     assert last.returncode == 0, errors.decode()[-2000:]
 
-    found, uninterrupted = store.load(expected), whole.store.load(expected)
+    found, uninterrupted, measured = store.load(expected), whole.store.load(expected), store.load(measure)
     assert found is not None and uninterrupted is not None and found.digest == uninterrupted.digest
     assert found.facts["suites"]["holdout"]["seconds"] == sum(seconds), "answered again"
     shipped, quantized = folder / "dist" / "quickstart" / PHONE, store.load(whole.plan.match(LATE)[0].key)
     assert quantized is not None
     assert file_digest(shipped / "model.gguf") == quantized.files["model.gguf"].sha256
-    assert json.loads((shipped / "manifest.json").read_text())["measurement"] == store.load(measure).facts
+    manifest = json.loads((shipped / "manifest.json").read_text())
+    assert measured is not None and manifest["measurement"] == measured.facts
 
 
 @pytest.mark.gating

@@ -419,6 +419,14 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
     assert any("Q4_1" in warning for warning in make(folder).warnings)
 
 
+def test_rounding_back_to_the_grid_that_the_weights_came_from_is_warned_of(folder: Path) -> None:
+    (found,) = (
+        one for one in make(folder, **{"quantize__phone-midrange__type": "Q4_1"}).warnings if "puts them back" in one
+    )
+    assert found.startswith("phone-midrange: the student's weights came in Q4_1, and rounding to Q4_1 puts them back")
+    assert not [one for one in make(folder).warnings if "puts them back" in one]
+
+
 def make_inputs(folder: Path, **overrides: Any) -> Any:
     path = folder / "recipe.toml"
     recipe = load_recipe(path, {key.replace("__", "."): value for key, value in overrides.items()})

@@ -125,7 +125,7 @@ def collect(
                     progress(at * total + done, len(groups) * total, f"{told}{done} of {total} rows")
 
             one = _Pass(model, layers, of_head)
-            one.run(_batches(rows), seed, tell, len(rows))
+            one.run(batches(rows), seed, tell, len(rows))
             yield from one.result(names)
             of_head = one.of_head
     finally:
@@ -167,7 +167,7 @@ def _columns(matrix: Any) -> int:
     return matrix.in_features if hasattr(matrix, "in_features") else matrix.weight.shape[0]
 
 
-def _batches(rows: list[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
+def batches(rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[int], int]]]:
     """Put rows of like length together, ``_BATCH`` tokens at most where a row is not longer by itself."""
     batch: list[tuple[list[int], int]] = []
     for row in sorted(rows, key=lambda one: (len(one[0]), one[0])):
@@ -200,7 +200,7 @@ class _Pass:
         # Gemma's embedding multiplies what it looks up, so that an error of the weights counts as many times more.
         self.scale = float(getattr(self.embedding, "embed_scale", 1.0))
 
-    def run(self, batches: Iterator[Any], seed: int, tell: Callable[[int, int], None], total: int) -> None:
+    def run(self, every: Iterator[Any], seed: int, tell: Callable[[int, int], None], total: int) -> None:
         import torch
 
         handles = [module.register_forward_hook(self._watch) for module in self.matrices]
@@ -212,7 +212,7 @@ class _Pass:
         draws = torch.Generator().manual_seed(seed)
         done = 0
         try:
-            for batch in batches:
+            for batch in every:
                 width = max(len(ids) for ids, _ in batch)
                 ids = torch.zeros((len(batch), width), dtype=torch.long)
                 mask, wanted = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)

@@ -1,15 +1,17 @@
 """Predict what each type would cost in each matrix of a model: the table that ``allocate`` chooses from.
 
 In: the full-precision GGUF, the checkpoint that it was converted from, text of the task. For every matrix and type, ggml
-quantizes it and ``Moments.cost`` says what the error does to the model's distributions. One table serves every target.
+quantizes it and ``Moments.cost`` says what the error does to the model's distributions; then each type is tried on the whole model
+(``tried``). One table serves every target.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,29 @@ import numpy as np
 
 from edgedistill.errors import UsageError
 from edgedistill.formats.gguf import ggml, imatrix
+from edgedistill.formats.gguf.convert import places
 from edgedistill.formats.gguf.model_io import library_build
 from edgedistill.formats.gguf.moments import Moments, collect
 from edgedistill.formats.gguf.read import GgufInfo, read_info, read_tensor
 from edgedistill.formats.gguf.reuse import Aside, source_digest, tensor_key
+from edgedistill.formats.gguf.tried import TOKENS as TRIED
+from edgedistill.formats.gguf.tried import Errors, try_types
 from edgedistill.formats.gguf.types import GGML_TYPES, PALETTE, allows_quantization, row_bytes
+from edgedistill.sequences import Aside as Bytes
 
 Progress = Callable[[int, int, str], None]
 
 _LEAST = 1e-4  # of the mean importance of a matrix's columns, for each of them
 _SLOW = ("IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ4_NL")  # a model in one of them takes ten times as long as in Q4_K
+_ROOM = 2**30  # bytes of disk that are left to others
 TOKENS = 8192  # of text that gradients are taken on: a backward pass costs what training does
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityReport:
-    """How much text was used, of which ``predicted`` tokens are answers, and how many matrices and costs came of it."""
+    """How much text was used, of which ``predicted`` tokens are answers, how many matrices and costs came of it, and what costs of
+    each type were multiplied by, after it was tried on the whole model.
+    """
 
     rows: int
     tokens: int
@@ -40,6 +49,7 @@ class SensitivityReport:
     matrices: int
     costs: int
     seconds: float
+    tried: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -96,6 +106,7 @@ def measure(
         for shape in matrices.values() for name in _SLOW if name in palette and shape[1] % GGML_TYPES[name].block == 0
     )  # fmt: skip
     shelf = Aside(out, slow) if aside else None
+    trials = _Trials(info, checkpoint, out)
     found = collect(checkpoint, [row for row, _ in rows], [start for _, start in rows], threads=threads, progress=run)
     for name, moments in found:
         if name not in matrices:
@@ -106,9 +117,23 @@ def measure(
         sums[name] = importance.astype(np.float64) * count, count
         # As ``imatrix.load`` will give it: the file is then quantized as it was here, to the last bit.
         importance = (sums[name][0].astype(np.float32) / np.float32(count)).astype(np.float32)
-        table[name] = _costs(info, name, matrices[name], moments, importance, palette, threads, shelf)
+        table[name] = _costs(info, name, matrices[name], moments, importance, palette, threads, shelf, trials)
     if lost := sorted(set(matrices) - set(table)):
         raise UsageError(f"{checkpoint}: has no tensor for {lost[0]} of {source}: not the same model")
+    predicted = {
+        type_name: sum(types[type_name][1] for types in table.values() if type_name in types) for type_name in palette
+    }
+    tried = try_types(
+        checkpoint,
+        spread([(row, start) for row, start in texts], TRIED),
+        {name: (predicted[name], trials.errors(name)) for name in palette if predicted[name] and trials.has(name)},
+        threads=threads,
+        progress=progress,
+    )
+    for types in table.values():
+        for type_name, one in tried.items():
+            if type_name in types:
+                types[type_name][1] *= one.factor
     (out / "table.json").write_text(json.dumps({"shapes": matrices, "costs": {name: table[name] for name in matrices}}))
     if shelf is not None:
         shelf.close()
@@ -120,6 +145,7 @@ def measure(
         matrices=len(table),
         costs=sum(map(len, table.values())),
         seconds=time.monotonic() - started,
+        tried={name: round(one.factor, 3) for name, one in tried.items()},
     )
 
 
@@ -160,6 +186,7 @@ def _costs(
     palette: Sequence[str],
     threads: int | None,
     shelf: Aside | None,
+    trials: _Trials,
 ) -> dict[str, list[float]]:
     """Return {type: [bytes, predicted KLD]} of one matrix, for the types that its rows fit; put slow ones on ``shelf``."""
     weights = read_tensor(info, name)
@@ -172,8 +199,48 @@ def _costs(
             blocks = ggml.quantize_matrix(weights, type_name, importance, threads=threads)
             error = ggml.dequantize_matrix(blocks, type_name, shape[1]) - weights
             found[type_name] = [shape[0] * row_bytes(type_name, shape[1]), moments.cost(error)]
+            trials.add(name, type_name, blocks)
             if shelf is not None and type_name in _SLOW:
                 build = library_build()["library_sha256"]
                 key = tensor_key(source, tensor.type, shape, type_name, importance.tobytes(), build)
                 shelf.add(key, blocks.tobytes())
     return found
+
+
+class _Trials:
+    """Keeps what every matrix is in every type, in a file without a name, until all are known and types can be tried."""
+
+    def __init__(self, info: GgufInfo, checkpoint: Path, folder: Path) -> None:
+        self.info, self.folder = info, folder
+        self.sources = {target: (name, order) for name, (target, order) in places(checkpoint).items()}
+        self._blocks, self._numbers, self._lost = Bytes(folder), dict[str, dict[str, int]](), set[str]()
+
+    def add(self, name: str, type_name: str, blocks: np.ndarray) -> None:
+        """Keep a matrix in a type that loses something, where the disk has room."""
+        if GGML_TYPES[type_name].block == 1:
+            return
+        if shutil.disk_usage(self.folder).free > 4 * blocks.nbytes + _ROOM:
+            self._numbers.setdefault(type_name, {})[name] = len(self._blocks)
+            self._blocks.add(blocks.tobytes())
+        else:
+            self._lost.add(type_name)
+
+    def has(self, type_name: str) -> bool:
+        """Tell whether every matrix that can have a type is here in it."""
+        return type_name in self._numbers and type_name not in self._lost
+
+    def errors(self, type_name: str) -> Errors:
+        """Return what gives the errors of a type, in the checkpoint's names, order of rows and shape."""
+
+        def give() -> Iterator[tuple[str, np.ndarray]]:
+            for name, number in self._numbers[type_name].items():
+                weights = read_tensor(self.info, name)
+                blocks = np.frombuffer(self._blocks[number], dtype=np.uint8).reshape(len(weights), -1)
+                error = ggml.dequantize_matrix(blocks, type_name, weights.shape[1]) - weights
+                source, order = self.sources[name]
+                places_of = order(np.arange(len(error), dtype=np.float32)).astype(np.int64)
+                back = np.empty_like(error)
+                back[places_of] = error
+                yield source, back
+
+        return give
