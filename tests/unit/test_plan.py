@@ -420,9 +420,8 @@ def test_a_quantized_teacher_is_warned_of(folder: Path) -> None:
 
 
 def test_rounding_back_to_the_grid_that_the_weights_came_from_is_warned_of(folder: Path) -> None:
-    (found,) = (
-        one for one in make(folder, **{"quantize__phone-midrange__type": "Q4_1"}).warnings if "puts them back" in one
-    )
+    changed: dict[str, Any] = {"quantize__phone-midrange__type": "Q4_1"}
+    (found,) = (one for one in make(folder, **changed).warnings if "puts them back" in one)
     assert found.startswith("phone-midrange: the student's weights came in Q4_1, and rounding to Q4_1 puts them back")
     assert not [one for one in make(folder).warnings if "puts them back" in one]
 
