@@ -196,9 +196,10 @@ def test_twenty_kills_change_nothing(whole: Any, tmp_path: Path) -> None:
 @pytest.mark.slow  # two minutes
 def test_killed_while_it_is_checked_and_packaged(whole: Any, tmp_path: Path) -> None:
     """What was answered before a kill is not answered again, and what ships is whole."""
-    folder, store = tmp_path / "quickstart", Store(tmp_path / "store")
+    folder, root = tmp_path / "quickstart", tmp_path / "store"
     shutil.copytree(whole.path.parent, folder, ignore=shutil.ignore_patterns("dist"))
-    clone_models(whole.store.root, store.root)
+    clone_models(whole.store.root, root)
+    store = Store(root)
     expected = whole.plan.match(f"evaluate/{PHONE}")[0].key
     outcome = Runner(whole.plan.only(whole.plan.match(f"evaluate/{PHONE}")), whole.store).build()
     assert not outcome.failed, outcome.failed
@@ -224,9 +225,9 @@ def test_killed_while_it_is_checked_and_packaged(whole: Any, tmp_path: Path) -> 
     found, uninterrupted, measured = store.load(expected), whole.store.load(expected), store.load(measure)
     assert found is not None and uninterrupted is not None and found.digest == uninterrupted.digest
     assert found.facts["suites"]["holdout"]["seconds"] == sum(seconds), "answered again"
-    shipped, quantized = folder / "dist" / "quickstart" / PHONE, store.load(whole.plan.match(LATE)[0].key)
-    assert quantized is not None
-    assert file_digest(shipped / "model.gguf") == quantized.files["model.gguf"].sha256
+    shipped, answered = folder / "dist" / "quickstart" / PHONE, store.load(whole.plan.by_key[expected].stage.model)
+    assert answered is not None
+    assert file_digest(shipped / "model.gguf") == answered.files["model.gguf"].sha256
     manifest = json.loads((shipped / "manifest.json").read_text())
     assert measured is not None and manifest["measurement"] == measured.facts
 
