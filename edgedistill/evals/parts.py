@@ -64,8 +64,6 @@ def _read(path: Path, rows: Sequence[Row]) -> list[Answer] | None:
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         found = [Answer(**{**line, "token_ids": tuple(line["token_ids"])}) for line in lines]
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError):
         return None
     return found if [one.id for one in found] == [row.id for row in rows] else None

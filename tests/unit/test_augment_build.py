@@ -164,6 +164,7 @@ def test_a_build_that_is_broken_off_goes_on_where_it_was(
             "prompts.augment": [{"kind": "evol-instruct", "rounds": 2, "ways": ["depth"]}],
         }
         session = prepared(folder, server.url, tmp_path / "store", **changes)
+        assert not build(session, "evaluate/teacher").failed  # its answers are added, too
         with monkeypatch.context() as patch:
             patch.setattr(RowStore, "add", add_and_break)
             assert list(build(session).failed) == ["augment/1-evol-instruct"]

@@ -29,7 +29,7 @@ Progress = Callable[[int, int, str], None]
 TOKENS = 2048  # of text that every type is tried on
 LOGITS = 2**26  # of the reference that are in memory: 256 MiB
 SMALL = 1e-3  # nats a token: what is predicted to be more is scaled down to this
-_LEAST = 1e-8  # nats a token: under this float32 tells nothing
+_LEAST = 1e-6  # nats a token: under this float32 tells nothing
 
 
 @dataclass(frozen=True, kw_only=True)
