@@ -167,7 +167,7 @@ def miss_hint(missed: Iterable[Line], measurement: Mapping[str, Any]) -> str:
     )
     remedies = {
         "train longer or take a larger type": names - {*SPEEDS, *SIZES, "kv_kld"},
-        "take a student of fewer layers, or a type that is faster here (edgedistill targets kernels)": names
+        "take a student of fewer layers, or a type that is faster here (edgedistill targets kernels -o FILE.json)": names
         & {*SPEEDS},
         "take a smaller type or a smaller student": names & {*SIZES},
         "give the target's runtime.kv_cache more bits": names & {"kv_kld"},

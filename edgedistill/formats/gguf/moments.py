@@ -178,6 +178,21 @@ def batches(rows: Sequence[tuple[list[int], int]]) -> Iterator[list[tuple[list[i
     yield batch
 
 
+def run_decoder(model: Any, batch: Sequence[tuple[list[int], int]]) -> tuple[Any, Any, Any]:
+    """Run a batch of rows through the decoder; return token ids [B, T], where the next token is of an answer [B, T], and what the
+    head is given [B, T, C].
+    """
+    import torch
+
+    ids = torch.zeros((len(batch), max(len(row) for row, _ in batch)), dtype=torch.long)
+    mask, wanted = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
+    for at, (row, start) in enumerate(batch):
+        ids[at, : len(row)] = torch.tensor(row)
+        mask[at, : len(row)] = 1
+        wanted[at, start - 1 : len(row) - 1] = True
+    return ids, wanted, model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
 class _Pass:
     """One run of the text through the model, forward and back, for the matrices of some layers."""
 
@@ -213,15 +228,7 @@ class _Pass:
         done = 0
         try:
             for batch in every:
-                width = max(len(ids) for ids, _ in batch)
-                ids = torch.zeros((len(batch), width), dtype=torch.long)
-                mask, wanted = torch.zeros_like(ids), torch.zeros(ids.shape, dtype=torch.bool)
-                for at, (row, start) in enumerate(batch):
-                    ids[at, : len(row)] = torch.tensor(row)
-                    mask[at, : len(row)] = 1
-                    wanted[at, start - 1 : len(row) - 1] = True  # where the next token is of the answer
-                self.tokens = ids
-                hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                self.tokens, wanted, hidden = run_decoder(self.model, batch)
                 hidden.backward(self._head(hidden.detach(), wanted, draws))
                 self.predicted += int(wanted.sum())
                 done += len(batch)

@@ -230,7 +230,7 @@ class _Trials:
         return type_name in self._numbers and type_name not in self._lost
 
     def errors(self, type_name: str) -> Errors:
-        """Return what gives the errors of a type, in the checkpoint's names, order of rows and shape."""
+        """Return what gives the errors of a type, in the checkpoint's names and order of rows."""
 
         def give() -> Iterator[tuple[str, np.ndarray]]:
             for name, number in self._numbers[type_name].items():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.cpus import usable_cpus
-from edgedistill.formats.gguf.moments import batches
+from edgedistill.formats.gguf.moments import batches, run_decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,14 +109,8 @@ def _answers(model: Any, rows: Sequence[tuple[list[int], int]]) -> torch.Tensor:
     found = []
     with torch.no_grad():
         for batch in batches(rows):
-            ids = torch.zeros((len(batch), max(len(row) for row, _ in batch)), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for at, (row, _) in enumerate(batch):
-                ids[at, : len(row)] = torch.tensor(row)
-                mask[at, : len(row)] = 1
-            hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            asked = torch.cat([hidden[at, start - 1 : len(row) - 1] for at, (row, start) in enumerate(batch)])
-            found.append(model.get_output_embeddings()(asked).log_softmax(-1))
+            _, wanted, hidden = run_decoder(model, batch)
+            found.append(model.get_output_embeddings()(hidden[wanted]).log_softmax(-1))
     return torch.cat(found)
 
 

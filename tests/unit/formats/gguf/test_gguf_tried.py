@@ -48,7 +48,7 @@ def test_it_is_the_divergence_of_the_model_with_these_errors(tiny: Tiny) -> None
     found = tried.try_types(
         tiny(),
         ROWS,
-        {"small": (5e-4, errors.items), "large": (0.1, errors.items), "none": (0.0, none.items)},  # type: ignore[dict-item]
+        {"small": (5e-4, errors.items), "large": (0.1, errors.items), "none": (0.0, none.items)},
         threads=1,
     )
     assert found["small"].scale == 1 and found["small"].measured == pytest.approx(divergence(1), rel=1e-3)
